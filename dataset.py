@@ -1,0 +1,518 @@
+"""Images in: folders of pictures, generated pictures, and the order in which training sees them.
+
+    build_dataset(path) -> dataset[i]: uint8 (3, S, S)
+                               |
+    train_loader: one endless stream of shuffled epochs, any step of which can be resumed at
+    val_loader:   every image once, in order        |
+                                                    v
+                               batches, uint8 (B, 3, S, S) -> normalize, on the device
+
+Datasets return bytes: a quarter of the traffic of float32 between workers, host and GPU.
+"""
+
+import functools
+import math
+import operator
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# fmt: off
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+)
+# fmt: on
+SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
+
+
+# --------------------------------------------------------------------------------------
+# The model's space
+# --------------------------------------------------------------------------------------
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """uint8, or floats in [0, 1], (..., 3, H, W) -> float32 with ImageNet mean 0 and std 1."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    # Channel by channel with Python numbers: a tensor of means would be copied to the GPU at
+    # every call, and such a copy waits for all the work that is queued there.
+    channels = zip(images.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
+
+
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """The inverse of `normalize`: float32 (..., 3, H, W), [0, 1] for real images, not clamped."""
+    channels = zip(images.float().unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([channel * std + mean for channel, mean, std in channels], dim=-3)
+
+
+# --------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------
+class UnreadableImage(ValueError):
+    """A file that is named like an image and cannot be decoded as one.
+
+    Takes one string, because a DataLoader raises a worker's error again as `type(text)`, where the
+    text is the worker's whole traceback; `one_line` finds the message in it.
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, also when it comes from a DataLoader's worker."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # The last line of a traceback is "package.TypeOfError: message".
+    return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
+
+
+_UPRIGHT = {  # EXIF orientation -> what puts the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        with warnings.catch_warnings():  # several ImageNet files have a damaged EXIF block
+            warnings.simplefilter("ignore")
+            return image.getexif().get(0x0112, 1)
+    except Exception:  # damage to the EXIF block is no damage to the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency is laid over white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("grey levels outside 0..65535; save it with 8 or 16 bits")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size`, then the centre square; rounds as torchvision's transforms do."""
+    width, height = image.size
+    short = min(width, height)
+    if max(width, height) > 64 * short:  # a strip: do not enlarge, at any cost, what is cut off
+        keep_x, keep_y = min(width, 64 * short), min(height, 64 * short)
+        left, top = (width - keep_x) // 2, (height - keep_y) // 2
+        image = image.crop((left, top, left + keep_x, top + keep_y))
+        width, height = keep_x, keep_y
+    if short != size:
+        width, height = size * width // short, size * height // short
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+class ImageFolderDataset(Dataset):
+    """All images below a folder, nested in any way, in the order of their relative paths.
+
+    Item i is uint8 (3, img_size, img_size): upright, RGB, the short side resized (bilinear,
+    antialiased), the centre cropped; an image that has the size already keeps its very bytes.
+    Animations give their first frame, transparent images lie on white, hidden files are skipped.
+
+    Raises ValueError for a folder without images, `UnreadableImage` for a file that is none.
+    """
+
+    def __init__(self, root: str | os.PathLike, img_size: int) -> None:
+        self.root, self.img_size = Path(root), img_size
+        if img_size < 1:
+            raise ValueError(f"img_size is {img_size}: it must be at least 1")
+        mend = f"give a folder with images ({' '.join(IMAGE_SUFFIXES)}) in it, or 'synthetic'"
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise ValueError(f"image folder '{root}' {what}: {mend}")
+        paths, other = self._list(self.root)
+        if not paths:
+            what = f"holds no image (but, for example, '{other}')" if other else "is empty"
+            raise ValueError(f"image folder '{root}' {what}: {mend}")
+        # One block of bytes: a million Python strings would be copied into every worker, little by
+        # little, as their reference counts are touched.
+        self._paths = np.array([os.fsencode(path) for path in sorted(paths)])
+
+    @staticmethod
+    def _list(root: Path) -> tuple[list[str], str | None]:
+        def fail(error: OSError) -> None:
+            raise ValueError(f"cannot list folder '{error.filename}': {error.strerror}") from error
+
+        paths, other, seen = [], None, set()
+        for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            # Sorted, so that what is seen first does not depend on the file system.
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            for name in sorted(name for name in files if not name.startswith(".")):
+                path = name if below == "." else f"{below}/{name}"
+                if name.lower().endswith(IMAGE_SUFFIXES):
+                    paths.append(path)
+                else:
+                    other = other or path
+        return paths, other
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> Path:
+        """The file behind item `index`."""
+        return self.root / os.fsdecode(self._paths[index])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path = self.path(index)
+        try:
+            with Image.open(path) as image:
+                turn = _UPRIGHT.get(_orientation(image))
+                image = _to_rgb(image if turn is None else image.transpose(turn))
+            pixels = np.array(_fit(image, self.img_size))
+        except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableImage(
+                f"cannot read image {path}: {reason}; remove it or repair it"
+            ) from error
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+# --------------------------------------------------------------------------------------
+# Generated images
+# --------------------------------------------------------------------------------------
+# fmt: off
+_COLOURS = np.array((  # sRGB bytes: sky, leaves, earth, stone, skin, water, flowers
+    (135, 178, 224), (38, 77, 133), (237, 237, 232), (77, 107, 41), (28, 46, 23), (143, 166, 64),
+    (92, 64, 41), (209, 184, 138), (133, 130, 125), (26, 26, 28), (153, 71, 51), (217, 163, 133),
+    (158, 112, 69), (224, 179, 56), (184, 31, 31), (56, 122, 128), (199, 212, 230), (179, 77, 133),
+    (222, 120, 41), (245, 242, 237),
+))
+# fmt: on
+
+
+@functools.lru_cache(maxsize=2)
+def _textures(size: int) -> np.ndarray:
+    """Surfaces to cut leaves from, float32 (16, 2 size, 2 size), mean 0, std 1; 0 is the smoothest.
+
+    Noise with amplitudes 1/f^a, the same drawn out into fibres, and bent stripes.
+    """
+    rng = np.random.default_rng(0)
+    side = 2 * size
+    fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
+
+    def noise(exponent: float, angle: float = 0.0, stretch: float = 1.0) -> np.ndarray:
+        along = fx * math.cos(angle) + fy * math.sin(angle)
+        across = fy * math.cos(angle) - fx * math.sin(angle)
+        frequency = np.hypot(along, stretch * across)
+        frequency[0, 0] = np.inf  # no mean
+        phase = np.exp(2j * math.pi * rng.random(frequency.shape))
+        return np.fft.irfft2(phase * frequency**-exponent, s=(side, side))
+
+    surfaces = [noise(a) for a in (2.0, 2.0, 1.4, 1.4, 1.1, 1.1, 0.9, 0.7)]
+    surfaces += [noise(1.2, angle, 7) for angle in rng.uniform(0, math.pi, 5)]
+    bend = 0.8 * surfaces[0] / surfaces[0].std()
+    y, x = np.mgrid[:side, :side]
+    for angle in rng.uniform(0, math.pi, 3):
+        period = max(3.0, size * math.exp(rng.uniform(math.log(0.035), math.log(0.12))))
+        phase = 2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + bend
+        surfaces.append(np.tanh(2 * np.sin(phase)))
+    return np.stack([(s - s.mean()) / s.std() for s in surfaces]).astype(np.float32)
+
+
+def _box_blur(canvas: np.ndarray, radius: int) -> np.ndarray:
+    for axis in (1, 2, 1, 2):
+        lines = np.moveaxis(canvas, axis, -1)
+        padded = np.pad(lines, ((0, 0), (0, 0), (radius + 1, radius)), mode="edge")
+        sums = np.cumsum(padded, axis=-1)
+        means = (sums[..., 2 * radius + 1 :] - sums[..., : -2 * radius - 1]) / (2 * radius + 1)
+        canvas = np.moveaxis(means, -1, axis)
+    return np.ascontiguousarray(canvas)
+
+
+def _dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
+    """One generated picture, uint8 (3, size, size).
+
+    Natural images owe much of their statistics to things that hide each other at all distances:
+    opaque shapes with radii of density r^-3, each over the ones before (Lee, Mumford, Huang 2001).
+    Here they have surfaces, shading, shadows and colours that go together.
+    """
+    textures = _textures(size)
+    # --- what is drawn, for all leaves at once: cheap, and no Python per leaf -----------------
+    smallest, largest = size * math.exp(rng.uniform(math.log(0.016), math.log(0.1))), 0.6 * size
+    mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest**-2 - largest**-2)
+    count = int(min(80, max(14, 2 * size**2 / mean_area)))  # two layers, or what time allows
+    u = iter(rng.random((12, count), dtype=np.float32))
+    normal = iter(rng.standard_normal((8, count), dtype=np.float32))
+
+    radius = (smallest**-2 - next(u) * (smallest**-2 - largest**-2)) ** -0.5
+    radius[0] = 3 * size  # the ground, under everything
+    stretch = np.exp(0.3 * np.abs(next(normal)))
+    long, short = radius * stretch, radius / stretch
+    angle = math.pi * next(u) * rng.choice([1, 1, 0.12])  # some scenes are upright
+    cos, sin = np.cos(angle), np.sin(angle)
+    groups = rng.uniform(0, size, (2, 3))[:, (3 * next(u)).astype(int)]  # three heaps ...
+    heap = groups + 0.15 * size * np.stack([next(normal), next(normal)])
+    free = size * np.stack([next(u), next(u)])
+    x, y = np.clip(np.where(next(u) < 0.55, heap, free), 0, size - 1)  # ... of half the leaves
+    shadow = np.minimum(0.25 * radius + 1, 0.05 * size)
+    shape = (next(u) * rng.choice([4, 5, 6])).astype(int)
+    wobble = np.where(next(u) < 0.65, 0.2 * next(u) * short, 0)
+    margin = 1 + (1.5 * shadow + 2.2 * wobble + 1) / short
+    reach_x = np.hypot(long * cos, short * sin) * margin
+    reach_y = np.hypot(long * sin, short * cos) * margin
+    surface = (next(u) * len(textures)).astype(int)
+    contrast = np.minimum(0.13 * np.exp(0.8 * next(normal)), 0.4) * rng.choice([0.3, 1, 1.5])
+    shade = 0.25 * next(u) / radius
+
+    # Five colours a picture; a smooth map makes neighbours alike.
+    five = _COLOURS[rng.permutation(len(_COLOURS))[:5]].T / 255
+    mood = 1.5 * textures[1, y.astype(int), x.astype(int)] + 1.6 * (2 * next(u) - 1)
+    colour = five[:, np.clip(2.5 + mood, 0, 4).astype(int)] * np.exp(0.4 * next(normal))
+    colour += 0.03 * np.stack([next(normal), next(normal), next(normal)])
+    grey = colour.mean(0)
+    colour = grey + rng.uniform(0.25, 1.0) * (colour - grey)
+    colour *= 1 + 0.04 * rng.standard_normal((3, 1))  # the colour of the light
+    colour = np.clip(colour, 0.02, 0.95).astype(np.float32).T[:, :, None, None]
+    gloss = 0.6 * colour + 0.15  # how much light and surface show
+
+    # --- painting, back to front, each leaf within its box ------------------------------------
+    light = rng.uniform(0, 2 * math.pi)
+    light_x, light_y = math.cos(light), math.sin(light)
+    focus = (
+        int(rng.integers(1, count // 2)) if rng.random() < 0.4 else -1
+    )  # what is behind: blurred
+    defocus = int(rng.integers(1, max(3, size // 40 + 1)))
+    offset = rng.integers(0, size, (count, 2)).tolist()
+    lefts, rights = (np.clip(x + s * reach_x, 0, size).astype(int).tolist() for s in (-1, 1))
+    tops, bottoms = (np.clip(y + s * reach_y, 0, size).astype(int).tolist() for s in (-1, 1))
+    leaves = np.stack([x, y, cos / long, sin / long, cos / short, sin / short, short, shadow])
+    leaves = np.concatenate([leaves, np.stack([wobble, contrast, shade, 0.5 / long])]).T.tolist()
+    shape, surface = shape.tolist(), surface.tolist()
+    axis = np.arange(size, dtype=np.float32) + 0.5
+    canvas = np.empty((3, size, size), np.float32)
+    for i, leaf in enumerate(leaves):
+        px, py, cos_a, sin_a, cos_b, sin_b, b, soft, wave, grain, slope, cast = leaf
+        box = np.s_[tops[i] : bottoms[i], lefts[i] : rights[i]]
+        dx, dy = axis[box[1]] - px, (axis[box[0]] - py)[:, None]
+        down, right = offset[i]
+        texture = textures[surface[i], down:, right:][box]
+        lit = dx * light_x + dy * light_y
+        relief = texture * grain
+        relief += lit * slope
+        under = canvas[:, box[0], box[1]]
+        layer = gloss[i] * relief
+        layer += colour[i]
+        if i == 0:
+            under[:] = layer
+            continue
+        p, q = dx * cos_a + dy * sin_a, dy * cos_b - dx * sin_b
+        if shape[i] < 2:  # a disc
+            rim = np.sqrt(p * p + q * q)
+        elif shape[i] == 2:  # a rounded box
+            p, q = p * p, q * q
+            rim = 1.19 * np.sqrt(np.sqrt(p * p + q * q))
+        elif shape[i] == 3:  # a triangle
+            rim = np.maximum(1.73 * np.abs(p) - q, 2 * q)
+        else:  # a box
+            rim = 1.41 * np.maximum(np.abs(p), np.abs(q))
+        inside = b * (1 - rim)  # about the distance to the edge, in pixels
+        if wave:
+            inside += wave * textures[0, down:, right:][box]
+        if soft > 3:  # small ones lie close to what is below
+            dark = np.clip(1 + inside / soft + cast * lit, 0, 1)
+            under *= 1 - 0.25 * dark * dark
+        layer -= under
+        layer *= np.clip(inside + 0.5, 0, 1)  # an edge one pixel wide: no aliasing
+        under += layer
+        if i == focus:
+            canvas = _box_blur(canvas, defocus)
+
+    # --- light over the whole picture, then the camera: optics and grain ----------------------
+    fall_x, fall_y = 0.3 * rng.random() * light_x / size, 0.3 * rng.random() * light_y / size
+    sun = 1 + fall_x * (axis - size / 2) + fall_y * (axis[:, None] - size / 2)
+    sun += 0.1 * rng.random() * textures[0, :size, -size:]
+    canvas *= sun * math.exp(0.15 * rng.standard_normal() - 0.08)
+    side = rng.uniform(0.04, 0.12)
+    padded = np.pad(canvas, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    padded = (1 - 2 * side) * padded[:, 1:-1] + side * (padded[:, :-2] + padded[:, 2:])
+    canvas = (1 - 2 * side) * padded[..., 1:-1] + side * (padded[..., :-2] + padded[..., 2:])
+    canvas += 0.008 * rng.standard_normal((size, size), dtype=np.float32)
+    return np.clip(255 * canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+class SyntheticDataset(Dataset):
+    """Endless generated images with the statistics of photographs, to train and test without data.
+
+    Item i, for any i >= 0, is uint8 (3, img_size, img_size) and a pure function of (img_size,
+    seed, stream, i): the same in every process and order. Streams share no image. `length` is what
+    `len` says and where iteration ends: the nominal epoch.
+    """
+
+    endless = True
+
+    def __init__(self, img_size: int, seed: int, length: int, stream: int = 0) -> None:
+        if img_size < 8:
+            raise ValueError(f"img_size is {img_size}: generated images have at least 8 pixels")
+        if min(seed, stream, length) < 0:
+            raise ValueError(f"seed {seed}, stream {stream}, length {length}: none may be negative")
+        self.img_size, self.seed, self.length, self.stream = img_size, seed, length, stream
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[i] for i in range(self.length))
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        index = operator.index(index)
+        if index < 0:
+            raise IndexError(f"index {index}: generated images are counted from 0, without an end")
+        key = np.random.SeedSequence(self.seed, spawn_key=(self.stream, index))
+        return torch.from_numpy(_dead_leaves(np.random.default_rng(key), self.img_size))
+
+
+def build_dataset(path: str | os.PathLike, img_size: int, seed: int, train: bool) -> Dataset:
+    """The dataset that a path names: 'synthetic', or a folder of images (`seed` is then unused)."""
+    if os.fspath(path) == "synthetic":
+        length = SYNTHETIC_TRAIN if train else SYNTHETIC_VAL
+        return SyntheticDataset(img_size, seed, length, stream=0 if train else 1)
+    return ImageFolderDataset(path, img_size)
+
+
+# --------------------------------------------------------------------------------------
+# Order
+# --------------------------------------------------------------------------------------
+class StreamSampler(Sampler[list[int]]):
+    """Batches of indices for one process, cut from one stream of shuffled epochs.
+
+        epoch 0: a permutation   epoch 1: another one
+        |-----------------------|-----------------------|----
+        | step 0  | step 1  | step 2  | step 3  | step 4  |        global batch
+        | r0 | r1 | r0 | r1 | r0 | r1 | r0 | r1 | r0 | r1 |        batch_size each
+
+    Every image comes once an epoch, no batch is short, and the stream depends on (size, seed)
+    alone: not on where it is entered (`start_step`), nor on how many processes share a global
+    batch. `steps` is the last step of the run, so that `steps - start_step` batches remain.
+    With `endless`, indices count up without end instead, one new image after the other.
+
+    Raises ValueError if one global batch is larger than the set, unless `endless`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        endless: bool = False,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank}, world_size {world_size}: "
+                "needed are batch_size >= 1 and 0 <= rank < world_size"
+            )
+        if batch_size * world_size > size and not endless:
+            raise ValueError(
+                f"a global batch of {batch_size * world_size} images ({batch_size} x {world_size} "
+                f"processes) is larger than the training set of {size}: lower the batch size"
+            )
+        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, steps
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
+        self.endless = endless
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step)
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        """The order of one epoch, int64 (size,)."""
+        # Hashed, as with seed + epoch the second epoch of seed 0 would be the first of seed 1.
+        key = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(int(key)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order: dict[int, torch.Tensor] = {}
+        for step in range(self.start_step, self.steps):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            last = first + self.batch_size
+            if self.endless:
+                yield list(range(first, last))
+                continue
+            epochs = range(first // self.size, (last - 1) // self.size + 1)  # one, or two
+            order = {e: order[e] if e in order else self.permutation(e) for e in epochs}
+            batch: list[int] = []
+            for epoch in epochs:
+                start = epoch * self.size
+                batch += order[epoch][max(first - start, 0) : last - start].tolist()
+            yield batch
+
+
+def _loader(
+    dataset: Dataset, num_workers: int, device: torch.device | str, **options: object
+) -> DataLoader:
+    # A DataLoader draws a number from its generator whenever it is started: one of its own keeps
+    # the global random state, and with it a resumed run, out of this. PyTorch itself gives each
+    # worker one thread.
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=torch.device(device).type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+
+
+def train_loader(
+    dataset: Dataset,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> DataLoader:
+    """This process's batches, uint8 (batch_size, 3, S, S), of steps start_step .. steps - 1."""
+    batches = StreamSampler(
+        len(dataset),
+        batch_size,
+        seed,
+        steps=steps,
+        start_step=start_step,
+        rank=rank,
+        world_size=world_size,
+        endless=getattr(dataset, "endless", False),
+    )
+    return _loader(dataset, num_workers, device, batch_sampler=batches)
+
+
+def val_loader(
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> DataLoader:
+    """This process's share, images rank, rank + world_size, ..., in order; it may be empty."""
+    share = range(rank, len(dataset), world_size)
+    return _loader(dataset, num_workers, device, sampler=share, batch_size=batch_size)

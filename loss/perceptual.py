@@ -1,0 +1,195 @@
+"""LPIPS, the learned perceptual distance between two images.
+
+    images, reconstruction      (B, 3, H, W), [0, 1]
+        |  2x - 1               [-1, 1], what the networks were calibrated on
+        |  ImageNet network     one feature map after each block, unit length per position
+        |  sum_c w_c (a - b)^2  the weights that the `lpips` package ships
+        v  mean over positions, sum over blocks
+    distance                    (B,)
+
+Paper: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric,
+arXiv 1801.03924.
+"""
+
+import re
+import socket
+import warnings
+from pathlib import Path
+
+import lpips
+import torch
+from lpips import pretrained_networks
+from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
+
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer before a download is given up
+
+# net -> (backbone, torchvision's weights, smallest side whose pooled feature maps are not empty)
+NETS = {
+    "vgg": (pretrained_networks.vgg16, VGG16_Weights.IMAGENET1K_V1, 16),
+    "alex": (pretrained_networks.alexnet, AlexNet_Weights.IMAGENET1K_V1, 31),
+    "squeeze": (pretrained_networks.squeezenet, SqueezeNet1_1_Weights.IMAGENET1K_V1, 17),
+}
+
+
+class WeightsMissing(ValueError):
+    """The backbone's weights are neither cached nor downloadable, or the file is not usable."""
+
+
+class Perceptual(nn.Module):
+    """LPIPS distance per image, frozen.
+
+    Every weight has `requires_grad=False`, and the module stays in evaluation mode whatever
+    `.train()` is called on it or on its parent. The gradient flows to `reconstruction` only.
+
+    Args:
+        net: backbone, 'vgg' (VGG16), 'alex' (AlexNet) or 'squeeze' (SqueezeNet 1.1). Distances of
+            different networks are not comparable; say which one a number comes from.
+
+    Raises:
+        ValueError: unknown `net`.
+        WeightsMissing: the backbone is not cached and cannot be fetched, or cannot be loaded.
+    """
+
+    def __init__(self, net: str = "vgg") -> None:
+        super().__init__()
+        if net not in NETS:
+            raise ValueError(f"perceptual network is {net!r}; allowed: {', '.join(NETS)}")
+        self.net = net
+        backbone_class, _, self.smallest_side = NETS[net]
+
+        # On the meta device nothing is allocated and no random number is drawn: VGG16 has a
+        # classifier of 120 million numbers that LPIPS never reads, and a run's seed should not
+        # depend on whether it is measured.
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # torchvision deprecates the argument lpips passes
+            backbone = backbone_class(pretrained=False)
+        backbone.load_state_dict(_backbone_state(net, backbone), assign=True)
+        self.blocks = nn.ModuleList(
+            getattr(backbone, f"slice{i + 1}") for i in range(backbone.N_slices)
+        )
+        self.scaling = lpips.ScalingLayer()
+        linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+        state = torch.load(linear, map_location="cpu", weights_only=True)
+        for i in range(len(self.blocks)):
+            self.register_buffer(f"linear{i}", state[f"lin{i}.model.1.weight"].float())
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Perceptual":
+        """Stay in evaluation mode: this is a ruler, not a part of what is trained."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor, paper_range: bool = False) -> Tensor:
+        """Distance of each reconstruction from its image; 0 for equal images, never negative.
+
+        Args:
+            images: the originals, (B, 3, H, W) floating point, [0, 1]; no gradient flows to them.
+            reconstruction: same shape, [0, 1] scale; values outside are passed on as they are.
+            paper_range: feed the network with [0, 1] inputs as the public code of
+                arXiv 2508.15860 does, which makes distances about 10 % smaller. Only for figures
+                that are set beside that paper's.
+
+        Returns:
+            (B,) float32.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, 3, H, W), integers, images too small.
+        """
+        self._check(images, reconstruction)
+        with torch.no_grad():
+            targets = self._features(images, paper_range)
+        distance = 0.0
+        for i, feature in enumerate(self._features(reconstruction, paper_range)):
+            weight = getattr(self, f"linear{i}").float()
+            # Element by element rather than a convolution, which autocast would run in half
+            # precision: these are small differences of large numbers.
+            difference = (feature - targets[i]).square()
+            distance = distance + (difference * weight).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+    def _features(self, images: Tensor, paper_range: bool) -> list[Tensor]:
+        """Feature maps of [0, 1] images after each block, float32, unit length per position."""
+        x = images.to(self.scaling.shift.dtype)
+        x = self.scaling(x if paper_range else 2 * x - 1)
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            feature = x.float()  # squares of half-precision activations overflow
+            # The clamp changes no value, as 1e-10 is added to the length anyway; without it the
+            # square root's gradient at an all-zero position is infinite, and 0 * inf is NaN.
+            length = feature.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
+            features.append(feature / (length + 1e-10))
+        return features
+
+    def _check(self, images: Tensor, reconstruction: Tensor) -> None:
+        if images.shape != reconstruction.shape or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"LPIPS takes two equal shapes (B, 3, H, W); got {tuple(images.shape)} and "
+                f"{tuple(reconstruction.shape)}"
+            )
+        if not (images.is_floating_point() and reconstruction.is_floating_point()):
+            raise ValueError(
+                f"LPIPS takes floating point images in [0, 1]; got {images.dtype} and "
+                f"{reconstruction.dtype}"
+            )
+        if min(images.shape[2:]) < self.smallest_side:
+            raise ValueError(
+                f"LPIPS-{self.net} needs images of at least {self.smallest_side} pixels a side; "
+                f"got {images.shape[2]}x{images.shape[3]}: use larger images or another network"
+            )
+
+
+def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
+    """The cached convolutional weights of `net`, under the names that lpips' `backbone` gives them.
+
+    Raises:
+        WeightsMissing: see `_weights_file`; also a file that is truncated or of another network.
+    """
+    path = _weights_file(net)
+    try:
+        # weights_only: a file from a cache folder must not be able to run code.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        renamed = {}
+        for name, expected in backbone.state_dict().items():
+            # torchvision's features.3.weight is slice2.3.weight here: lpips only cuts the list.
+            tensor = state[re.sub(r"^slice\d+", "features", name)].float()
+            if tensor.shape != expected.shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+            renamed[name] = tensor
+    except Exception as error:  # unpickling garbage can raise nearly anything
+        raise WeightsMissing(
+            f"{path} cannot be loaded as torchvision's weights of LPIPS-{net} "
+            f"({type(error).__name__}): delete it and fetch {NETS[net][1].url} again; "
+            "--perceptual-weight 0 trains without it"
+        ) from error
+    return renamed
+
+
+def _weights_file(net: str) -> Path:
+    """Path of the cached backbone, downloaded into torch.hub's folder if it is not there yet.
+
+    Raises:
+        WeightsMissing: not cached and not downloadable. Nothing is left at the path then.
+    """
+    url = NETS[net][1].url
+    folder = Path(torch.hub.get_dir()).expanduser().absolute() / "checkpoints"
+    path = folder / url.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    hash_prefix = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in it
+    timeout = socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub offers no timeout of its own
+        # Writes beside the path, and moves there only what has the right hash.
+        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
+    except Exception as error:  # no network, no space, no permission, wrong hash, cut connection
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsMissing(
+            f"LPIPS-{net} needs {path.name} in {folder}, which could not be downloaded ({reason}): "
+            f"fetch {url} and put it there; --perceptual-weight 0 trains without it"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path

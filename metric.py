@@ -1,0 +1,321 @@
+"""What is reported: L1, PSNR, LPIPS, code usage and bits, over every image of a split.
+
+Sums and counts are kept per image and added up over processes, so that the last partial batch and
+uneven shards weigh what they should. The field's units and the paper's (arXiv 2508.15860):
+
+    unit    L1                          PSNR                        LPIPS inputs
+    field   [0, 1], clamped             peak 1, [0, 1], clamped     [-1, 1], clamped
+    paper   ImageNet-normalised         peak 2, ImageNet-normalised [0, 1]
+
+The paper's columns use the reconstruction as the model gives it: its code does not clamp. PSNR is
+taken per image and then averaged. LPIPS: arXiv 1801.03924.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from dataset import denormalize, normalize
+from loss.perceptual import Perceptual
+
+PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean must stay finite
+RANGE_TOLERANCE = 0.02  # how far outside [0, 1] an original may lie
+DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
+COLUMNS = ("l1", "psnr", "lpips", "paper_l1", "paper_psnr", "paper_lpips")
+STAGE_COLUMNS = {  # with their formats in the table
+    **{"stage": "d", "codebook_size": "d", "used": "d", "share": ".2%"},
+    **{"perplexity": ".1f", "entropy_bits": ".3f", "tokens": "d"},
+}
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of each image: (B, 3, H, W) twice -> (B,), units of the inputs."""
+    return (a - b).abs().flatten(1).mean(dim=1)
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB: (B, 3, H, W) twice -> (B,).
+
+    10 log10(peak^2 / MSE), at most `PSNR_CAP`: equal images count as 100 dB, not as infinity.
+    """
+    mse = (a - b).square().flatten(1).mean(dim=1)
+    return (10 * torch.log10(peak**2 / mse)).clamp(max=PSNR_CAP)
+
+
+class ImageMetrics:
+    """Means over images of `COLUMNS`. `perceptual` is on the images' device; None: no LPIPS."""
+
+    def __init__(self, perceptual: Perceptual | None) -> None:
+        self.perceptual = perceptual
+        self.sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64)  # the last is the count
+
+    @torch.no_grad()
+    def update(self, images: Tensor, reconstruction: Tensor) -> None:
+        """Add a batch of ImageNet-normalised images and reconstructions, (B, 3, H, W) each.
+
+        Raises ValueError for unequal shapes, originals that are not ImageNet-normalised images, and
+        images too small for the LPIPS network.
+        """
+        if images.shape != reconstruction.shape:
+            got = f"{tuple(reconstruction.shape)} for images {tuple(images.shape)}"
+            raise ValueError(f"reconstruction has shape {got}; they must be equal")
+        if len(images) == 0:
+            return
+        images, reconstruction = images.float(), reconstruction.float()
+        raw_a, raw_b = denormalize(images), denormalize(reconstruction)
+        low, high = (value.item() for value in raw_a.aminmax())
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also true of NaN
+            raise ValueError(
+                f"denormalised images range from {low:.3f} to {high:.3f}, not within [0, 1]: "
+                "pass them ImageNet-normalised, as dataset.normalize gives them"
+            )
+        a, b = raw_a.clamp(0, 1), raw_b.clamp(0, 1)
+        lpips = paper_lpips = torch.zeros(len(images), device=images.device)
+        if self.perceptual is not None:
+            lpips = self.perceptual(a, b)
+            paper_lpips = self.perceptual(raw_a, raw_b, paper_range=True)
+        paper = l1(images, reconstruction), psnr(images, reconstruction, peak=2.0), paper_lpips
+        values = torch.stack([l1(a, b), psnr(a, b), lpips, *paper])
+        self.sums[:-1] += values.cpu().double().sum(dim=1)
+        self.sums[-1] += len(images)
+
+    def compute(self) -> dict[str, float | int | None]:
+        """Means over the images of all processes: 'images' (their number) and `COLUMNS`.
+
+        A collective: every process calls it, and all get the same. LPIPS is None without a network.
+        Raises ValueError if no process had an image.
+        """
+        *sums, images = sum(_all(self.sums)).tolist()
+        if images == 0:
+            raise ValueError("there are no images to evaluate: the split is empty")
+        means = {name: total / images for name, total in zip(COLUMNS, sums, strict=True)}
+        if self.perceptual is None:
+            means["lpips"] = means["paper_lpips"] = None
+        return {"images": int(images), **means}
+
+
+def bicubic_floor(images: Tensor, f: int) -> Tensor:
+    """What a plain f-times smaller image keeps: antialiased bicubic down, bicubic up, clamped.
+
+    Normalised (B, 3, H, W) in and out; the resizing and the clamp happen in [0, 1].
+    """
+    height, width = images.shape[2:]
+    small = (max(1, height // f), max(1, width // f))
+    small = interpolate(denormalize(images), size=small, mode="bicubic", antialias=True)
+    return normalize(interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1))
+
+
+def mean_colour_floor(images: Tensor) -> Tensor:
+    """Each image's mean colour everywhere, (B, 3, H, W): what three numbers an image keep."""
+    return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+
+
+class CodeUsage:
+    """How many codes of each stage are used, and how evenly.
+
+    `codebook_sizes`: codes of each stage, 2^40 and more included. `stage_axis`: whether indices
+    have a last axis of stages; by default if there are several.
+    """
+
+    def __init__(self, codebook_sizes: list[int], stage_axis: bool | None = None) -> None:
+        self.codebook_sizes = list(codebook_sizes)
+        self.stage_axis = len(self.codebook_sizes) > 1 if stage_axis is None else stage_axis
+        if not self.stage_axis and len(self.codebook_sizes) != 1:
+            raise ValueError(f"{len(self.codebook_sizes)} stages need a stage axis")
+        self.counts = [_Counts(size) for size in self.codebook_sizes]
+
+    def update(self, indices: Tensor) -> None:
+        """Count int64 indices, (B, *positions), or (B, *positions, stages) with a stage axis.
+
+        Raises ValueError for another type or number of stages, or an index outside its codebook.
+        """
+        if indices.dtype != torch.int64:
+            raise ValueError(f"indices are {indices.dtype}; they must be torch.int64")
+        indices = (indices if self.stage_axis else indices.unsqueeze(-1)).detach().cpu()
+        if indices.shape[-1] != len(self.counts):
+            got = f"{tuple(indices.shape)} for {len(self.counts)} stages"
+            raise ValueError(f"indices have shape {got}; the last axis is one of stages")
+        if indices.numel() == 0:
+            return
+        stages = indices.flatten(0, -2).unbind(-1)
+        for k, size in enumerate(self.codebook_sizes):  # all of them before any is counted
+            low, high = (value.item() for value in stages[k].aminmax())
+            if low < 0 or high >= size:
+                got = f"from {low} to {high}, outside its {size} codes"
+                raise ValueError(f"indices of stage {k + 1} range {got}")
+        for counts, stage in zip(self.counts, stages, strict=True):
+            counts.add(stage)
+
+    def compute(self) -> list[dict[str, float | int]]:
+        """One dictionary a stage, over the tokens of all processes (a collective).
+
+        'stage' (from 1), 'codebook_size', 'used' (codes seen at least once), 'share' (used /
+        codebook_size), 'perplexity' (2^entropy), 'entropy_bits' (-sum p log2 p, bits a token) and
+        'tokens'. Raises ValueError if no process had a token.
+        """
+        result = []
+        for k, size in enumerate(self.codebook_sizes):
+            counts = self.counts[k].over_processes()
+            used, tokens = len(counts), int(counts.sum())
+            if tokens == 0:
+                raise ValueError(f"there are no indices of stage {k + 1} to count")
+            p = counts.double() / tokens
+            entropy = (p * p.reciprocal().log2()).sum().item()
+            values = (k + 1, size, used, used / size, 2**entropy, entropy, tokens)
+            result.append(dict(zip(STAGE_COLUMNS, values, strict=True)))
+        return result
+
+
+class _Counts:
+    """Tokens of each code that was seen: memory goes with the tokens, not with the codebook."""
+
+    def __init__(self, size: int) -> None:
+        self.dense = size <= DENSE_LIMIT
+        self.parts = [torch.zeros(2, 0, dtype=torch.int64)]  # each: a row of codes, one of counts
+
+    def add(self, indices: Tensor) -> None:
+        if self.dense:
+            counts = torch.bincount(indices)
+            codes = counts.nonzero()[:, 0]
+            counts = counts[codes]
+        else:
+            codes, counts = indices.unique(return_counts=True)
+        self.parts.append(torch.stack([codes, counts]))
+        # Merging sorts everything; waiting until it has doubled keeps the total n log n.
+        if sum(part.shape[1] for part in self.parts[1:]) > self.parts[0].shape[1] + DENSE_LIMIT:
+            self.parts = [_merge(self.parts)]
+
+    def over_processes(self) -> Tensor:
+        """Counts of the codes seen in any process, (n,) int64, each above 0."""
+        return _merge(_all(_merge(self.parts)))[1]
+
+
+def _merge(parts: list[Tensor]) -> Tensor:
+    """Adds up (2, n) pairs of codes and counts: each code once, in order."""
+    codes, counts = torch.cat(parts, dim=1)
+    codes, inverse = codes.unique(return_inverse=True)
+    return torch.stack([codes, torch.zeros_like(codes).index_add_(0, inverse, counts)])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Tensor],
+    perceptual: Perceptual | None,
+    device: torch.device | str,
+    progress: bool = False,
+    floors: bool = True,
+) -> dict:
+    """Measure a model on every image of a loader; a collective if there are several processes.
+
+    Args:
+        model: returns (reconstruction, indices, loss) for normalised images; has `f` and a
+            `quantizer` with `bits`, `side_bits` (bits of side information an image),
+            `codebook_sizes` and `stage_axis`. Keeps its training mode.
+        loader: yields uint8 batches (B, 3, H, W) of one image size; this process's shard, which
+            may be empty.
+        perceptual: LPIPS on `device`, or None.
+        device: where the model is. `progress` shows a bar.
+        floors: measure the two floors as well; they depend on the images only, not on training.
+
+    Returns:
+        'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
+        positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'lpips',
+        'lpips_net', 'paper' {l1, psnr, lpips}, 'floors' {bicubic, mean_colour: {l1, psnr, lpips,
+        paper}} (empty without floors) and 'stages' (see `CodeUsage.compute`).
+
+    Raises ValueError without any image, and where `ImageMetrics` and `CodeUsage` do.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # its forward is a collective: uneven shards would wait for ever
+    quantizer = model.quantizer
+    usage = CodeUsage(quantizer.codebook_sizes, quantizer.stage_axis)
+    names = ("model", "bicubic", "mean_colour") if floors else ("model",)
+    metrics = {name: ImageMetrics(perceptual) for name in names}
+    shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
+            images = normalize(batch.to(device))
+            reconstruction, indices, _ = model(images)
+            metrics["model"].update(images, reconstruction)
+            if floors:
+                metrics["bicubic"].update(images, bicubic_floor(images, model.f))
+                metrics["mean_colour"].update(images, mean_colour_floor(images))
+            usage.update(indices)
+            positions = indices[0].numel() // len(quantizer.codebook_sizes)
+            shape = torch.tensor([*images.shape[2:], positions])
+    finally:
+        for module, training in modes:
+            module.training = training
+
+    computed = {name: metric.compute() for name, metric in metrics.items()}
+    height, width, positions = torch.stack(_all(shape)).amax(dim=0).tolist()
+    bits = quantizer.bits + quantizer.side_bits / positions
+    return {
+        "images": computed["model"]["images"],
+        "image_size": [height, width],
+        "bits": bits,
+        "f": model.f,
+        "bpp": bits * positions / (height * width),
+        **_units(computed.pop("model")),
+        "lpips_net": None if perceptual is None else perceptual.net,
+        "floors": {name: _units(values) for name, values in computed.items()},
+        "stages": usage.compute(),
+    }
+
+
+def _units(values: dict) -> dict:
+    """{l1, psnr, lpips, paper: {l1, psnr, lpips}} of what `ImageMetrics.compute` gives."""
+    field = {name: values[name] for name in ("l1", "psnr", "lpips")}
+    return {**field, "paper": {name: values[f"paper_{name}"] for name in field}}
+
+
+def format_results(result: dict) -> str:
+    """The final table for the screen, from what `evaluate` returns; plain text, no last newline."""
+    network, f, (height, width) = result["lpips_net"], result["f"], result["image_size"]
+    lpips = f"LPIPS-{network}" if network else "LPIPS"
+    labels = {"bicubic": f"bicubic x{f}", "mean_colour": "mean colour"}
+    rows = {"model": result, **{labels[name]: row for name, row in result["floors"].items()}}
+
+    field = [["", "L1 [0,1]", "PSNR dB (peak 1)", lpips]]
+    paper = [["", "L1 normalised", "PSNR dB (peak 2)", f"{lpips} of [0,1] inputs"]]
+    for label, row in rows.items():
+        for table, values in ((field, row), (paper, row["paper"])):
+            distance = f"{values['lpips']:.4f}" if network else "missing"
+            table.append([label, f"{values['l1']:.4f}", f"{values['psnr']:.2f}", distance])
+    stages = [[name.replace("_", " ") for name in STAGE_COLUMNS]]
+    for row in result["stages"]:
+        stages.append([format(row[name], spec) for name, spec in STAGE_COLUMNS.items()])
+    parts = [
+        f"{result['images']} images of {height}x{width}\n" + _aligned(field),
+        "the paper's units (arXiv 2508.15860; ImageNet-normalised, not clamped)\n"
+        + _aligned(paper),
+        _aligned(stages),
+        f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
+    ]
+    if not network:
+        parts[-1] += "\nLPIPS is missing: the evaluation ran without an LPIPS network"
+    return "\n\n".join(parts)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def _all(value: Tensor) -> list[Tensor]:
+    """`value` of every process in the order of ranks: on the CPU, of any shape, any backend."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

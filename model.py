@@ -1,0 +1,148 @@
+"""The model: a convolutional encoder and decoder around any quantizer that keeps the contract.
+
+    images (B,3,H,W) --Encoder--> z (B,C,H/f,W/f) --quantizer--> indices --decode--> codes
+                                                                                       |
+    reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <--------------------+
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantizers import build_quantizer
+
+DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), as in van den Oord et al., arXiv 1711.00937."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _widths(channel: int, downsample: int) -> list[int]:
+    """Channels after each strided convolution: doubling up to `channel`, the last one."""
+    if downsample not in DOWNSAMPLES:
+        raise ValueError(f"downsample must be one of {list(DOWNSAMPLES)}, not {downsample}")
+    stages = DOWNSAMPLES[downsample]
+    if channel < 2 ** (stages - 1):
+        raise ValueError(f"channel must be {2 ** (stages - 1)} or more, not {channel}")
+    return [channel // 2 ** (stages - 1 - i) for i in range(stages)]
+
+
+class Encoder(nn.Module):
+    """Strided 4x4 convolutions, residual blocks, and a 1x1 convolution to the latent channels.
+
+    Args:
+        dim: latent channels.
+        channel: width of the last stage; each stage before it is half as wide as the next.
+        downsample: factor f, one of 4, 8, 16.
+        res_blocks: residual blocks at the lowest resolution.
+    """
+
+    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+        super().__init__()
+        layers, width = [], 3
+        for out in _widths(channel, downsample):
+            layers += [nn.Conv2d(width, out, 4, stride=2, padding=1), nn.ReLU()]
+            width = out
+        if res_blocks:
+            layers[-1:] = [*(ResidualBlock(width) for _ in range(res_blocks)), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, dim, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # (B, 3, H, W) -> (B, dim, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """The mirror image of `Encoder`, with transposed convolutions; same arguments."""
+
+    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+        super().__init__()
+        widths = _widths(channel, downsample)[::-1]
+        layers: list[nn.Module] = [nn.Conv2d(dim, widths[0], 1)]
+        layers += [ResidualBlock(widths[0]) for _ in range(res_blocks)]
+        for width, out in zip(widths, [*widths[1:], 3], strict=True):
+            layers += [nn.ReLU(), nn.ConvTranspose2d(width, out, 4, stride=2, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, quantized: Tensor) -> Tensor:
+        return self.layers(quantized)  # (B, dim, H/f, W/f) -> (B, 3, H, W)
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer, decoder, as the flags of `arguments.py` describe them.
+
+    The defaults are the network of the public implementation: 1,063,687 parameters in encoder
+    and decoder with 4 latent channels. Images are ImageNet-normalised throughout (`dataset.py`).
+
+    Attributes:
+        quantizer: the quantizer; its `dim` is the number of latent channels.
+        f: downsampling factor.
+
+    Raises:
+        ValueError: for flags out of range, or images whose sides are no multiples of f.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.quantizer = build_quantizer(args)
+        self.f = args.downsample
+        shape = (self.quantizer.dim, args.channel, args.downsample, args.res_blocks)
+        self.encoder = Encoder(*shape)
+        self.decoder = Decoder(*shape)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W) -> (reconstruction, indices, loss).
+
+        The loss is the quantizer's own, a zero where it has none.
+        """
+        quantized, indices, *rest = self.quantizer(self._latent(images))
+        loss = rest[0] if rest else quantized.new_zeros(())
+        return self._images(quantized), indices, loss
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> indices (B, H/f, W/f[, stages]), all that `decode` needs.
+
+        For a quantizer with side information: (indices, statistics), to be passed to `decode`
+        together. The model's state does not change, whichever mode it is in.
+        """
+        training = self.training
+        self.eval()
+        try:
+            _, indices, *rest = self.quantizer(self._latent(images))
+        finally:
+            self.train(training)
+        return (indices, rest[1]) if len(rest) > 1 else indices
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Indices, all stages or the first k -> images (B, 3, H, W), as `forward` gives them."""
+        side = () if statistics is None else (statistics,)
+        return self._images(self.quantizer.indices_to_codes(indices, *side))
+
+    def _latent(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (batch, 3, height, width), not {tuple(images.shape)}")
+        if images.shape[2] % self.f or images.shape[3] % self.f:
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"images of {height}x{width} do not fit: both sides must be multiples of {self.f}"
+            )
+        return self.encoder(images)
+
+    def _images(self, quantized: Tensor) -> Tensor:
+        # float32 from the quantizer; the decoder may have been cast.
+        return self.decoder(quantized.to(self.decoder.layers[0].weight.dtype))

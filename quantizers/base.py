@@ -1,0 +1,159 @@
+"""The contract that every quantizer keeps, and the few functions that they share.
+
+z (B, C, *positions) ──forward──> quantized (B, C, *positions), indices (B, *positions[, stages])
+                                                                    │
+quantized (the same tensor, bit for bit)  <──indices_to_codes───────┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, source: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def straight_through(source: Tensor, value: Tensor) -> Tensor:
+    """Straight-through estimator (Bengio et al., arXiv 1308.3432).
+
+    Returns exactly `value`, to the last bit, while the gradient goes to `source` unchanged. The
+    usual `source + (value - source).detach()` is off by a rounding error, and a decoder that
+    starts from indices would then disagree with the forward.
+
+    Shapes: `source`, `value` and the result are equal in shape.
+    """
+    return _StraightThrough.apply(source, value.detach())
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes (a new tensor, no gradient); `x` itself when alone."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+class Quantizer(nn.Module):
+    """Base class: what a model, a loss or a metric may ask of any quantizer.
+
+    Attributes:
+        dim: number of channels of `z`.
+        codebook_sizes: number of codes of each stage (one entry for a single-stage quantizer).
+        stage_axis: whether `indices` ends with an axis of stages.
+        side_bits: bits of side information an image, beyond the indices (0 unless stated).
+        name: a short name for folders and tables, such as `rfsq-2x2048-layernorm`.
+
+    `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
+    `(quantized, indices)`, then `loss` for a quantizer with a loss of its own, then `statistics`
+    for one with side information. `indices` is int64. Everything is computed in float32 with
+    autocast off, and `quantized` is float32. A class method `from_args(args)` builds the quantizer
+    from the flags of `arguments.py`.
+    """
+
+    dim: int
+    codebook_sizes: list[int]
+    name: str
+    stage_axis = False
+    side_bits = 0.0
+
+    @property
+    def stages(self) -> int:
+        """Number of stages: 1 unless the quantizer is residual."""
+        return len(self.codebook_sizes)
+
+    @property
+    def bits(self) -> float:
+        """Bits for one latent position: log2 of the number of codes, summed over stages."""
+        return float(sum(math.log2(size) for size in self.codebook_sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, dim={self.dim}, bits={self.bits:g}"
+
+    def _apply(self, fn, recurse=True):
+        # `.half()` or `.bfloat16()` on the model around must not round codebooks and statistics:
+        # a change of device goes through, a change of precision does not.
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+    def _check_input(self, z: Tensor) -> None:
+        if z.dim() < 2 or z.shape[1] != self.dim:
+            given = z.shape[1] if z.dim() >= 2 else "no"
+            raise ValueError(
+                f"{self.name} quantizes {self.dim} channels on axis 1, but the input has {given} "
+                f"(shape {tuple(z.shape)}): give (batch, {self.dim}, *positions)"
+            )
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if indices.dtype != torch.int64:
+            raise ValueError(f"indices must be int64, not {indices.dtype}")
+        given = indices.shape[-1] if indices.dim() else 0
+        if self.stage_axis and not 1 <= given <= self.stages:
+            raise ValueError(
+                f"{self.name} decodes 1 to {self.stages} stages on the last axis of the indices, "
+                f"but it has {given} (shape {tuple(indices.shape)})"
+            )
+        if not indices.numel():
+            return
+        if self.stage_axis:
+            axes = tuple(range(indices.dim() - 1))
+            low, high = int(indices.min()), indices.amax(dim=axes).tolist()
+        else:
+            low, high = int(indices.min()), [int(indices.max())]
+        for stage, (top, size) in enumerate(zip(high, self.codebook_sizes, strict=False)):
+            if low < 0 or top >= size:
+                raise ValueError(
+                    f"indices of stage {stage + 1} of {self.name} run from 0 to {size - 1}, "
+                    f"but {low if low < 0 else top} was given"
+                )
+
+
+def per_channel(x: Tensor, like: Tensor) -> Tensor:
+    """View `x` (C,) or (B, C) so that it broadcasts against `like` (B, C, *positions)."""
+    lead = x.shape if x.dim() == 2 else (1, *x.shape)
+    return x.view(*lead, *[1] * (like.dim() - 2))
+
+
+def check_levels(levels: Sequence[int]) -> list[int]:
+    """Validate the levels of an FSQ: at least one channel, integers of 2 or more, an int64 index.
+
+    Raises:
+        ValueError: naming the level or the product that does not fit.
+    """
+    levels = list(levels)
+    if not levels:
+        raise ValueError(
+            "levels is empty: give the number of levels of each channel, as in 8 8 8 8"
+        )
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, int) or level < 2:
+            raise ValueError(
+                f"every level must be an integer of 2 or more, but {level!r} is among {levels}"
+            )
+        if level > 512:
+            # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of L levels only
+            # while (L-1) eps / 2 stays below one half.
+            raise ValueError(f"a channel has at most 512 levels, but {level} is among {levels}")
+    if math.prod(levels) > 2**62:
+        raise ValueError(
+            f"levels {levels} make 2^{math.log2(math.prod(levels)):.1f} codes; "
+            "an int64 index holds 2^62: give fewer channels or levels"
+        )
+    return levels

@@ -1,0 +1,181 @@
+"""Vector quantization, codebook by moving averages (van den Oord et al., arXiv 1711.00937)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Quantizer, mean_over_processes, straight_through
+
+CHUNK = 2**24  # elements of a tokens x codes matrix held at a time
+EPS = 1e-5
+
+
+class VectorQuantizeEMA(Quantizer):
+    """Nearest code by Euclidean distance; the codebook follows the encoder (appendix A.1)::
+
+        N_i <- decay N_i + (1-decay) n_i        n_i: tokens of the batch nearest to code i
+        m_i <- decay m_i + (1-decay) sum of those tokens
+        code_i <- m_i / N_i                     (N smoothed by Laplace's rule)
+
+    Counts and sums are taken over all processes. A code whose N_i falls below
+    `restart_threshold` of the mean count is dead: before the next assignment it moves to a token
+    of the batch. All codes are dead at the first batch, which so initialises the codebook. The
+    tokens are taken evenly over the batch of all processes, without a random number, so that a
+    run continues exactly and two processes do what one does.
+
+    With `stages` > 1 it is a residual VQ: each stage has a codebook of its own and quantizes what
+    the stages before it left over; `indices` then ends with an axis of stages.
+
+    The loss is `commitment_loss_weight` times the mean of (r_k - q_k)^2, summed over stages.
+
+    Args:
+        codebook_size: codes of each stage.
+        dim: channels of `z` and of a code.
+        stages: number of stages.
+        decay: of the moving averages.
+        commitment_loss_weight: beta of the paper.
+        restart_threshold: as above; 0 never restarts, and the codebook then starts random.
+
+    Raises:
+        ValueError: for arguments out of range, or an input whose channels are not `dim`.
+
+    Example:
+        >>> vq = VectorQuantizeEMA(codebook_size=4096, dim=256)   # 12.0 bits
+        >>> quantized, indices, loss = vq(torch.randn(2, 256, 32, 32))
+    """
+
+    def __init__(
+        self,
+        codebook_size: int = 4096,
+        dim: int = 256,
+        stages: int = 1,
+        decay: float = 0.99,
+        commitment_loss_weight: float = 0.25,
+        restart_threshold: float = 0.03,
+    ):
+        super().__init__()
+        for key, value, least in (
+            ("codebook_size", codebook_size, 2),
+            ("dim", dim, 1),
+            ("stages", stages, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key} must be an integer of {least} or more, not {value!r}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {decay}")
+        if not 0 <= restart_threshold < 1:
+            raise ValueError(f"restart_threshold must be in [0, 1), not {restart_threshold}")
+        self.dim = dim
+        self.codebook_sizes = [codebook_size] * stages
+        self.stage_axis = stages > 1
+        self.name = f"ema-{stages}x{codebook_size}" if stages > 1 else f"ema-{codebook_size}"
+        self.decay = decay
+        self.commitment_loss_weight = commitment_loss_weight
+        self.restart_threshold = restart_threshold
+        codebook = torch.randn(stages, codebook_size, dim)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("counts", torch.zeros(stages, codebook_size))
+        self.register_buffer("sums", torch.zeros_like(codebook))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_args(cls, args) -> VectorQuantizeEMA:
+        return cls(
+            codebook_size=args.n_embed,
+            dim=args.embed_dim,
+            stages=args.ema_stages,
+            decay=args.ema_decay,
+            commitment_loss_weight=args.codebook_loss_weight,
+        )
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float().movedim(1, -1)  # (B, *positions, dim)
+            residual = z
+            quantized, loss, indices = None, 0.0, []
+            for stage in range(self.stages):
+                tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
+                if self.training and self.restart_threshold:
+                    self._restart(stage, tokens)
+                index = self._nearest(stage, tokens)
+                codes = F.embedding(index, self.codebook[stage]).view_as(z)
+                loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
+                residual = residual - codes
+                quantized = codes if quantized is None else quantized + codes
+                indices.append(index.view(z.shape[:-1]))
+                if self.training:
+                    self._update(stage, tokens, index)
+            if self.training:
+                self.batches += 1
+            quantized = straight_through(z, quantized).movedim(-1, 1)
+            return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
+        self._check_indices(indices)
+        stages = indices.unbind(-1) if self.stage_axis else [indices]
+        quantized = F.embedding(stages[0], self.codebook[0])
+        for stage, index in enumerate(stages[1:], start=1):
+            quantized = quantized + F.embedding(index, self.codebook[stage])
+        return quantized.movedim(-1, 1)
+
+    @torch.no_grad()
+    def _nearest(self, stage: int, tokens: Tensor) -> Tensor:
+        """Index (N,) of the code nearest to each of `tokens` (N, dim), chunk by chunk."""
+        codebook = self.codebook[stage]
+        norms = codebook.square().sum(1)
+        # |t|^2 is the same for all codes and left out.
+        nearest = [
+            torch.addmm(norms, chunk, codebook.t(), alpha=-2).argmin(1)
+            for chunk in tokens.split(max(1, CHUNK // len(codebook)))
+        ]
+        return torch.cat(nearest)
+
+    @torch.no_grad()
+    def _update(self, stage: int, tokens: Tensor, index: Tensor) -> None:
+        counts = torch.zeros_like(self.counts[stage])
+        counts.index_add_(0, index, torch.ones_like(tokens[:, 0]))
+        sums = torch.zeros_like(self.sums[stage]).index_add_(0, index, tokens)
+        processes = _processes()
+        counts = mean_over_processes(counts) * processes
+        sums = mean_over_processes(sums) * processes
+        self.counts[stage].lerp_(counts, 1 - self.decay)
+        self.sums[stage].lerp_(sums, 1 - self.decay)
+        counts, total = self.counts[stage], self.counts[stage].sum()
+        smoothed = (counts + EPS) / (total + len(counts) * EPS) * total
+        # A code that no token has ever reached has no mean to go to.
+        moved = torch.where(
+            counts[:, None] > 0, self.sums[stage] / smoothed[:, None], self.codebook[stage]
+        )
+        self.codebook[stage].copy_(moved)
+
+    @torch.no_grad()
+    def _restart(self, stage: int, tokens: Tensor) -> None:
+        codes, n = len(self.codebook[stage]), len(tokens)
+        total = n * _processes()
+        # Rows of the global batch, evenly spaced, from a start that moves with the batches.
+        rows = torch.arange(codes, device=tokens.device) * total // codes
+        rows = (rows + self.batches * 7919) % total - n * _rank()
+        mine = (rows >= 0) & (rows < n)
+        candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
+        candidates = mean_over_processes(candidates) * _processes()
+        mean_count = total / codes
+        dead = self.counts[stage] < self.restart_threshold * mean_count
+        self.codebook[stage].copy_(torch.where(dead[:, None], candidates, self.codebook[stage]))
+        self.sums[stage].copy_(
+            torch.where(dead[:, None], candidates * mean_count, self.sums[stage])
+        )
+        self.counts[stage].copy_(torch.where(dead, mean_count, self.counts[stage]))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,99 @@
+"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Quantizer, check_levels, per_channel, straight_through
+
+EPS = 1e-3
+
+
+class FSQ(Quantizer):
+    """Rounds each channel of `z` to one of `levels[c]` values; the codebook is their product.
+
+    Appendix A.1 of the paper, for a channel with L levels::
+
+        h = (L-1)(1-eps)/2     offset = 1/2 if L is even else 0     shift = tan(offset/h)
+        bound(z) = h tanh(z + shift) - offset
+        code  = round(bound(z)) / floor(L/2)          in [-1, 1]
+        digit = round(bound(z)) + floor(L/2)          in 0 .. L-1
+        index = sum of digit_i * prod_{j<i} L_j
+
+    Args:
+        levels: number of levels of each channel, each from 2 to 512, at most 2^62 codes together.
+
+    Raises:
+        ValueError: for levels out of range, or an input whose channels are not `len(levels)`.
+
+    Example:
+        >>> fsq = FSQ([8, 8, 8, 8])                       # 4096 codes, 12.0 bits
+        >>> quantized, indices = fsq(torch.randn(2, 4, 32, 32))
+        >>> torch.equal(fsq.indices_to_codes(indices), quantized)
+        True
+    """
+
+    def __init__(self, levels: Sequence[int]):
+        super().__init__()
+        self.levels = check_levels(levels)
+        self.dim = len(self.levels)
+        self.codebook_sizes = [math.prod(self.levels)]
+        self.name = "fsq-" + "x".join(str(level) for level in self.levels)
+        h = [(level - 1) * (1 - EPS) / 2 for level in self.levels]
+        offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
+        shift = [math.tan(o / x) for o, x in zip(offset, h, strict=True)]
+        half = [level // 2 for level in self.levels]
+        for key, value in (("h", h), ("offset", offset), ("shift", shift), ("half_levels", half)):
+            # Derived from `levels`, so no part of the saved weights.
+            self.register_buffer(key, torch.tensor(value, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def from_args(cls, args) -> FSQ:
+        return cls(args.levels or [8, 8, 8, 8])
+
+    def bound(self, z: Tensor) -> Tensor:
+        """Squash `z` (B, C, *positions) so that its rounding has `levels[c]` values a channel."""
+        h, offset, shift = (per_channel(x, z) for x in (self.h, self.offset, self.shift))
+        return torch.tanh(z + shift) * h - offset
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize `z` (B, C, *positions) to `(quantized, indices)`, indices (B, *positions)."""
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            bounded = self.bound(z.float())
+            rounded = straight_through(bounded, bounded.round())
+            return rounded / per_channel(self.half_levels, z), self.pack(rounded)
+
+    def pack(self, rounded: Tensor) -> Tensor:
+        """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
+        digits = (
+            (rounded.detach() + per_channel(self.half_levels, rounded)).to(torch.int64).unbind(1)
+        )
+        index = digits[-1]
+        for digit, level in zip(digits[-2::-1], self.levels[-2::-1], strict=True):
+            index = index * level + digit
+        return index
+
+    def unpack(self, indices: Tensor) -> Tensor:
+        """Inverse of `pack`: float32 integers (B, C, *positions) of int64 (B, *positions)."""
+        digits = []
+        for level in self.levels:
+            digits.append(indices % level)
+            indices = indices // level
+        digits = torch.stack(digits, dim=1)
+        return digits.float() - per_channel(self.half_levels, digits)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions) to codes (B, C, *positions) in [-1, 1]."""
+        self._check_indices(indices)
+        rounded = self.unpack(indices)
+        return rounded / per_channel(self.half_levels, rounded)
+
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """Index (B, *positions) of `codes` (B, C, *positions) as `forward` returns them."""
+        self._check_input(codes)
+        return self.pack((codes * per_channel(self.half_levels, codes)).round())

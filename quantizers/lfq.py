@@ -1,0 +1,154 @@
+"""Lookup-free quantization (Yu et al., arXiv 2310.05737)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Quantizer, mean_over_processes, per_channel, straight_through
+
+MAX_GROUP_BITS = 24
+
+
+class LFQ(Quantizer):
+    """Takes the sign of each of `dim` channels: 2^dim codes in {-1, 1}^dim, and no codebook.
+
+    The loss is::
+
+        entropy_loss_weight * (H_token - diversity_gamma * H_batch)
+            + commitment_loss_weight * mean((z - quantized)^2)
+
+    With p(c|z) proportional to exp(-|z - c|^2 / temperature), H_token is the mean over tokens of
+    the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (of all
+    processes), both in nats and summed over codes. Given z the bits are independent, each 1 with
+    probability sigmoid(4 z / temperature), so that both are exact without a tokens x codes matrix:
+
+        - H_token is a sum of `dim` binary entropies;
+        - with A and B the tokens' distributions over the first and the second half of the bits
+          (N x 2^(dim/2) each), the mean of p(c|z) is A^T B / N.
+
+    Args:
+        dim: number of channels and bits, from 1 to 62.
+        entropy_loss_weight, commitment_loss_weight, diversity_gamma, temperature: see above.
+        entropy_groups: split the bits into this many equal groups and sum the groups' entropies
+            in place of the joint entropy. H_token stays the same; H_batch becomes an upper bound
+            of the joint one, blind to dependence between groups. Needed above 24 bits, whose
+            joint distribution does not fit. Default: the fewest groups of at most 24 bits.
+
+    Raises:
+        ValueError: for arguments out of range, or an input whose channels are not `dim`.
+
+    Example:
+        >>> lfq = LFQ(dim=12)                                   # 4096 codes, 12.0 bits
+        >>> quantized, indices, loss = lfq(torch.randn(2, 12, 32, 32))
+    """
+
+    def __init__(
+        self,
+        dim: int = 12,
+        entropy_loss_weight: float = 0.1,
+        commitment_loss_weight: float = 0.25,
+        diversity_gamma: float = 1.0,
+        temperature: float = 1.0,
+        entropy_groups: int | None = None,
+    ):
+        super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= 62:
+            raise ValueError(
+                f"dim must be an integer from 1 to 62 (one bit a channel), not {dim!r}"
+            )
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a positive number, not {temperature}")
+        if entropy_groups is None:
+            fewest = math.ceil(dim / MAX_GROUP_BITS)
+            entropy_groups = next(g for g in range(fewest, dim + 1) if dim % g == 0)
+        if not 1 <= entropy_groups <= dim or dim % entropy_groups:
+            raise ValueError(
+                f"entropy_groups must divide the {dim} bits, but {entropy_groups} was given"
+            )
+        if dim // entropy_groups > MAX_GROUP_BITS:
+            raise ValueError(
+                f"entropy_groups={entropy_groups} leaves {dim // entropy_groups} bits a group; "
+                f"at most {MAX_GROUP_BITS} fit: give more groups"
+            )
+        self.dim = dim
+        self.codebook_sizes = [2**dim]
+        self.name = f"lfq-{dim}"
+        self.entropy_loss_weight = entropy_loss_weight
+        self.commitment_loss_weight = commitment_loss_weight
+        self.diversity_gamma = diversity_gamma
+        self.temperature = temperature
+        self.entropy_groups = entropy_groups
+
+    @classmethod
+    def from_args(cls, args) -> LFQ:
+        return cls(
+            dim=args.lfq_dim,
+            entropy_loss_weight=args.entropy_loss_weight,
+            commitment_loss_weight=args.codebook_loss_weight,
+            diversity_gamma=args.lfq_diversity_gamma,
+            temperature=args.lfq_temperature,
+            entropy_groups=args.lfq_entropy_groups,
+        )
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            positive = z.detach() > 0
+            codes = positive.float() * 2 - 1
+            loss = self.commitment_loss_weight * F.mse_loss(z, codes)
+            if self.entropy_loss_weight:
+                token_entropy, batch_entropy = self.entropies(z)
+                excess = token_entropy - self.diversity_gamma * batch_entropy
+                loss = loss + self.entropy_loss_weight * excess
+            return straight_through(z, codes), self._pack(positive), loss
+
+    def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """H_token and H_batch (scalars, nats) of `z` (B, dim, *positions): see the class."""
+        logits = (4 / self.temperature) * z.movedim(1, -1).reshape(-1, self.dim)  # (N, dim)
+        p = torch.sigmoid(logits)
+        # -log p = softplus(-logit) and -log(1-p) = softplus(logit) = softplus(-logit) + logit.
+        token_entropy = (F.softplus(-logits) + (1 - p) * logits).sum(1).mean()
+        batch_entropy = sum(self._batch_entropy(group) for group in p.chunk(self.entropy_groups, 1))
+        return token_entropy, batch_entropy
+
+    @staticmethod
+    def _batch_entropy(p: Tensor) -> Tensor:
+        """Entropy of the mean over tokens of the distribution over 2^d codes; `p` (N, d)."""
+        first, second = (
+            _distribution(p[:, : p.shape[1] // 2]),
+            _distribution(p[:, p.shape[1] // 2 :]),
+        )
+        mean = first.t() @ second / len(p)  # (2^(d/2), 2^(d - d/2))
+        # The value over all processes; the gradient of this process's part, as
+        # DistributedDataParallel averages gradients.
+        mean = straight_through(mean, mean_over_processes(mean))
+        return -torch.xlogy(mean, mean.clamp(min=1e-30)).sum()
+
+    @staticmethod
+    def _pack(positive: Tensor) -> Tensor:
+        """Index (B, *positions) of boolean `positive` (B, dim, *positions), channel i the bit i."""
+        index = torch.zeros_like(positive[:, 0], dtype=torch.int64)
+        for i, bit in enumerate(positive.unbind(1)):
+            index = index | (bit.to(torch.int64) << i)
+        return index
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions) to codes (B, dim, *positions) in {-1, 1}."""
+        self._check_indices(indices)
+        shifts = torch.arange(self.dim, device=indices.device)
+        bits = indices.unsqueeze(1) >> per_channel(shifts, indices.unsqueeze(1))
+        return (bits & 1).float() * 2 - 1
+
+
+def _distribution(p: Tensor) -> Tensor:
+    """Joint distribution (N, 2^d) of d independent bits with probabilities `p` (N, d)."""
+    joint = torch.ones_like(p[:, :1].sum(1, keepdim=True))
+    for bit in p.unbind(1):
+        joint = torch.cat([joint * (1 - bit[:, None]), joint * bit[:, None]], dim=1)
+    return joint

@@ -1,0 +1,234 @@
+"""Robust residual finite scalar quantization (Zhu et al., arXiv 2508.15860)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import Quantizer, mean_over_processes, per_channel, straight_through
+from .fsq import FSQ
+
+STRATEGIES = ("none", "scale", "layernorm")
+PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
+VAR_EPS = 1e-10
+
+
+class RFSQ(Quantizer):
+    """Residual FSQ: each stage quantizes what the stages before it left over.
+
+    ::
+
+        r_1 = z      q_k = A_k^-1( FSQ( A_k(r_k) ) )      r_{k+1} = r_k - q_k
+        quantized = q_1 + ... + q_K
+
+    A_k is an affine map per channel, `A_k(r) = a r + b`, so that the codes of a stage lie on a
+    grid, `q = n / (a floor(L/2)) - b/a`, of the integers n = round(bound(A_k(r))). The decoder
+    computes the same expression from the same integers.
+
+    strategy:
+        - `none`: a = 1, b = 0. The residual shrinks, and later stages use few of their codes.
+        - `scale`: a is a learned positive number for each stage, held as its logarithm.
+        - `layernorm`: a = gain/std, b = bias - a mean, gain and bias learned for each stage and
+          channel.
+
+    statistics (of `layernorm`):
+        - `global` (default): running averages of each stage and channel's mean and variance,
+          constants of the model once it is trained. The indices alone decode.
+        - `image`: mean and std over the positions of each image, as in the paper's public code.
+          The decoder needs these 2 * dim * stages numbers an image as well. `forward` returns
+          them, rounded to half precision, as its fourth value, `indices_to_codes` takes them, and
+          they are counted: `side_bits` = 32 * dim * stages bits an image.
+
+    The gradient (straight-through in every stage, the residual taken with its gradient) is
+    d quantized / dz = 1 - prod_k (1 - d_k), with d_k the slope of stage k's bound: at most 1.
+
+    Args:
+        stages: number of stages K.
+        strategy: one of `none`, `scale`, `layernorm`.
+        levels: levels of each channel, the same in every stage. Default: [8, 8, 8, 4] for 2 stages
+            (2 x 11 = 22.0 bits) and [4, 4, 4, 4, 4] for 4 stages (4 x 10 = 40.0 bits), the paper's
+            two configurations; other numbers of stages have no default.
+        initial_scale: `scale`: a of the first stage at the start.
+        statistics: `layernorm`: `global` or `image`.
+        momentum: `global`: weight of a new batch in the running averages (the first
+            1/momentum batches are averaged evenly).
+
+    Raises:
+        ValueError: for an unknown strategy or statistics, levels or a scale out of range, or an
+            input whose channels are not `len(levels)`.
+
+    Example:
+        >>> rfsq = RFSQ(stages=2, strategy="layernorm")             # 22.0 bits
+        >>> quantized, indices = rfsq(torch.randn(2, 4, 32, 32))    # indices: (2, 32, 32, 2)
+        >>> one_stage = rfsq.indices_to_codes(indices[..., :1])     # the first stage alone
+    """
+
+    stage_axis = True
+
+    def __init__(
+        self,
+        stages: int = 2,
+        strategy: str = "layernorm",
+        levels: Sequence[int] | None = None,
+        initial_scale: float = 1.0,
+        statistics: str = "global",
+        momentum: float = 0.01,
+    ):
+        super().__init__()
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}"
+            )
+        if statistics not in ("global", "image"):
+            raise ValueError(f"statistics {statistics!r} is unknown: choose from global, image")
+        if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"stages must be an integer of 1 or more, not {stages!r}")
+        if levels is None and stages not in PAPER_LEVELS:
+            raise ValueError(
+                f"{stages} stages have no default levels (2 and 4 do): give levels, one number a "
+                "channel, as in 8 8 8 4"
+            )
+        if not (math.isfinite(initial_scale) and initial_scale > 0):
+            raise ValueError(f"initial_scale must be a positive number, not {initial_scale}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], not {momentum}")
+        self.fsq = FSQ(PAPER_LEVELS[stages] if levels is None else levels)
+        self.levels = self.fsq.levels
+        self.dim = self.fsq.dim
+        self.codebook_sizes = self.fsq.codebook_sizes * stages
+        self.strategy = strategy
+        self.statistics = statistics if strategy == "layernorm" else None
+        self.momentum = momentum
+        self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
+        if strategy == "scale":
+            self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
+        elif strategy == "layernorm":
+            self.log_gain = nn.Parameter(torch.zeros(stages, self.dim))
+            self.bias = nn.Parameter(torch.zeros(stages, self.dim))
+            if statistics == "image":
+                self.name += "-image"
+                self.side_bits = 16.0 * 2 * self.dim * stages
+            else:
+                self.register_buffer("running_mean", torch.zeros(stages, self.dim))
+                self.register_buffer("running_var", torch.ones(stages, self.dim))
+                self.register_buffer("batches", torch.zeros(()))
+
+    @classmethod
+    def from_args(cls, args) -> RFSQ:
+        return cls(
+            stages=args.rfsq_stages,
+            strategy=args.rfsq_strategy,
+            levels=args.levels,
+            initial_scale=args.rfsq_initial_scale,
+            statistics=args.rfsq_statistics,
+        )
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`, indices (B, *positions, K).
+
+        With image statistics: `(quantized, indices, loss, statistics)`, the loss a zero and
+        statistics (B, K, 2, dim) the mean and std of each image, stage and channel.
+        """
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            residual = z.float()
+            quantized, indices, statistics = None, [], []
+            for stage in range(self.stages):
+                if self.statistics == "global" and self.training:
+                    self._track(stage, residual.detach())
+                elif self.statistics == "image":
+                    statistics.append(_image_statistics(residual))
+                affine = self._affine(stage, statistics[-1] if statistics else None, residual)
+                bounded = self.fsq.bound(
+                    residual if affine is None else residual * affine[0] + affine[1]
+                )
+                rounded = straight_through(bounded, bounded.round())
+                codes = self._codes(rounded, affine)
+                quantized = codes if quantized is None else quantized + codes
+                indices.append(self.fsq.pack(rounded))
+                if stage + 1 < self.stages:
+                    residual = residual - codes
+            if self.statistics == "global" and self.training:
+                self.batches += 1
+            indices = torch.stack(indices, dim=-1)
+            if self.statistics == "image":
+                return quantized, indices, quantized.new_zeros(()), torch.stack(statistics, dim=1)
+            return quantized, indices
+
+    def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions).
+
+        Args:
+            indices: int64, as `forward` returns them, or their first k stages.
+            statistics: (B, >= k, 2, dim), as `forward` returns them with image statistics; needed
+                then, and refused otherwise.
+        """
+        self._check_indices(indices)
+        k = indices.shape[-1]
+        if self.statistics == "image":
+            wanted = (len(indices), self.stages, 2, self.dim)
+            given = "none" if statistics is None else tuple(statistics.shape)
+            if (
+                statistics is None
+                or len(given) != 4
+                or not k <= given[1] <= self.stages
+                or ((given[0], *given[2:]) != (wanted[0], *wanted[2:]))
+            ):
+                raise ValueError(
+                    f"{self.name} decodes with the statistics {wanted} that forward returned, "
+                    f"but {given} were given"
+                )
+        elif statistics is not None:
+            raise ValueError(f"{self.name} decodes from indices alone, but statistics were given")
+        quantized = None
+        for stage, index in enumerate(indices.unbind(-1)):
+            rounded = self.fsq.unpack(index)
+            own = None if statistics is None else statistics[:, stage].float()
+            codes = self._codes(rounded, self._affine(stage, own, rounded))
+            quantized = codes if quantized is None else quantized + codes
+        return quantized
+
+    def _affine(self, stage: int, statistics: Tensor | None, like: Tensor) -> tuple | None:
+        """`(a, b)` of A(r) = a r + b in this stage, shaped to broadcast against `like`."""
+        if self.strategy == "none":
+            return None
+        if self.strategy == "scale":
+            return self.log_scale[stage].exp(), 0.0
+        if statistics is None:
+            # A copy, for autograd keeps it and a second forward would change it in place.
+            mean, std = self.running_mean[stage].clone(), (self.running_var[stage] + VAR_EPS).sqrt()
+        else:
+            mean, std = statistics.unbind(1)
+        a = self.log_gain[stage].exp() / std
+        return per_channel(a, like), per_channel(self.bias[stage] - a * mean, like)
+
+    def _codes(self, rounded: Tensor, affine: tuple | None) -> Tensor:
+        """The codes of one stage, A^-1(rounded / floor(L/2)); the encoder and decoder share it."""
+        half_levels = per_channel(self.fsq.half_levels, rounded)
+        if affine is None:
+            return rounded / half_levels
+        a, b = affine
+        return rounded / (half_levels * a) - b / a
+
+    @torch.no_grad()
+    def _track(self, stage: int, residual: Tensor) -> None:
+        """Take the moments of a batch, over all processes, into the running averages."""
+        axes = [axis for axis in range(residual.dim()) if axis != 1]
+        var, mean = torch.var_mean(residual, dim=axes, correction=0)
+        mean, square = mean_over_processes(torch.stack([mean, var + mean.square()])).unbind()
+        weight = (1 / (self.batches + 1)).clamp(min=self.momentum)
+        self.running_mean[stage].lerp_(mean, weight)
+        self.running_var[stage].lerp_(square - mean.square(), weight)
+
+
+def _image_statistics(residual: Tensor) -> Tensor:
+    """Mean and std (B, 2, C) over the positions of `residual` (B, C, *positions).
+
+    Rounded to half precision, which is what the decoder gets; the gradient passes straight through.
+    """
+    var, mean = torch.var_mean(residual.reshape(*residual.shape[:2], -1), dim=2, correction=0)
+    statistics = torch.stack([mean, var.sqrt().clamp(min=1e-3)], dim=1)
+    return straight_through(statistics, statistics.half().float())
