@@ -1,4 +1,4 @@
-"""Every flag of the project, in groups. `get_args()` reads the command line, `get_args(argv)` a list."""
+"""Every flag of the project, in groups: `get_args()` reads the command line or a list."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def get_parser() -> Parser:
 
     data = parser.add_argument_group("data")
     where = "a folder of images, nested or flat, or `synthetic`: generated images, no download"
-    data.add_argument("--train-data-path", default="./data/imagenet/train", metavar="DIR", help=where)
+    data.add_argument(
+        "--train-data-path", default="./data/imagenet/train", metavar="DIR", help=where
+    )
     data.add_argument("--val-data-path", default="./data/imagenet/val", metavar="DIR", help=where)
     data.add_argument(
         "--img-size",

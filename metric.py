@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset import denormalize, normalize
@@ -27,10 +26,6 @@ PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean mus
 RANGE_TOLERANCE = 0.02  # how far outside [0, 1] an original may lie
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
 COLUMNS = ("l1", "psnr", "lpips", "paper_l1", "paper_psnr", "paper_lpips")
-STAGE_COLUMNS = {  # with their formats in the table
-    **{"stage": "d", "codebook_size": "d", "used": "d", "share": ".2%"},
-    **{"perplexity": ".1f", "entropy_bits": ".3f", "tokens": "d"},
-}
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -62,18 +57,15 @@ class ImageMetrics:
         images too small for the LPIPS network.
         """
         if images.shape != reconstruction.shape:
-            got = f"{tuple(reconstruction.shape)} for images {tuple(images.shape)}"
-            raise ValueError(f"reconstruction has shape {got}; they must be equal")
+            got = f"images {tuple(images.shape)}, reconstruction {tuple(reconstruction.shape)}"
+            raise ValueError(f"shapes must be equal: {got}")
         if len(images) == 0:
             return
         images, reconstruction = images.float(), reconstruction.float()
         raw_a, raw_b = denormalize(images), denormalize(reconstruction)
         low, high = (value.item() for value in raw_a.aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also true of NaN
-            raise ValueError(
-                f"denormalised images range from {low:.3f} to {high:.3f}, not within [0, 1]: "
-                "pass them ImageNet-normalised, as dataset.normalize gives them"
-            )
+            raise ValueError(f"denormalised images are {low:.3f} to {high:.3f}, not within [0, 1]")
         a, b = raw_a.clamp(0, 1), raw_b.clamp(0, 1)
         lpips = paper_lpips = torch.zeros(len(images), device=images.device)
         if self.perceptual is not None:
@@ -104,10 +96,9 @@ def bicubic_floor(images: Tensor, f: int) -> Tensor:
 
     Normalised (B, 3, H, W) in and out; the resizing and the clamp happen in [0, 1].
     """
-    height, width = images.shape[2:]
-    small = (max(1, height // f), max(1, width // f))
-    small = interpolate(denormalize(images), size=small, mode="bicubic", antialias=True)
-    return normalize(interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1))
+    size = [max(1, side // f) for side in images.shape[2:]]
+    small = interpolate(denormalize(images), size=size, mode="bicubic", antialias=True)
+    return normalize(interpolate(small, size=images.shape[2:], mode="bicubic").clamp(0, 1))
 
 
 def mean_colour_floor(images: Tensor) -> Tensor:
@@ -125,8 +116,6 @@ class CodeUsage:
     def __init__(self, codebook_sizes: list[int], stage_axis: bool | None = None) -> None:
         self.codebook_sizes = list(codebook_sizes)
         self.stage_axis = len(self.codebook_sizes) > 1 if stage_axis is None else stage_axis
-        if not self.stage_axis and len(self.codebook_sizes) != 1:
-            raise ValueError(f"{len(self.codebook_sizes)} stages need a stage axis")
         self.counts = [_Counts(size) for size in self.codebook_sizes]
 
     def update(self, indices: Tensor) -> None:
@@ -134,14 +123,11 @@ class CodeUsage:
 
         Raises ValueError for another type or number of stages, or an index outside its codebook.
         """
-        if indices.dtype != torch.int64:
-            raise ValueError(f"indices are {indices.dtype}; they must be torch.int64")
         indices = (indices if self.stage_axis else indices.unsqueeze(-1)).detach().cpu()
-        if indices.shape[-1] != len(self.counts):
-            got = f"{tuple(indices.shape)} for {len(self.counts)} stages"
-            raise ValueError(f"indices have shape {got}; the last axis is one of stages")
-        if indices.numel() == 0:
-            return
+        if indices.dtype != torch.int64 or indices.shape[-1] != len(self.counts):
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}"
+            need = f"torch.int64 with a last axis of {len(self.counts)} stages"
+            raise ValueError(f"indices are {got}; they must be {need}")
         stages = indices.flatten(0, -2).unbind(-1)
         for k, size in enumerate(self.codebook_sizes):  # all of them before any is counted
             low, high = (value.item() for value in stages[k].aminmax())
@@ -160,14 +146,15 @@ class CodeUsage:
         """
         result = []
         for k, size in enumerate(self.codebook_sizes):
-            counts = self.counts[k].over_processes()
+            counts = _merge(_all(_merge(self.counts[k].parts)))[1]
             used, tokens = len(counts), int(counts.sum())
             if tokens == 0:
                 raise ValueError(f"there are no indices of stage {k + 1} to count")
             p = counts.double() / tokens
             entropy = (p * p.reciprocal().log2()).sum().item()
-            values = (k + 1, size, used, used / size, 2**entropy, entropy, tokens)
-            result.append(dict(zip(STAGE_COLUMNS, values, strict=True)))
+            row = {"stage": k + 1, "codebook_size": size, "used": used, "share": used / size}
+            row |= {"perplexity": 2**entropy, "entropy_bits": entropy, "tokens": tokens}
+            result.append(row)
         return result
 
 
@@ -181,18 +168,13 @@ class _Counts:
     def add(self, indices: Tensor) -> None:
         if self.dense:
             counts = torch.bincount(indices)
-            codes = counts.nonzero()[:, 0]
-            counts = counts[codes]
+            codes, counts = counts.nonzero()[:, 0], counts[counts > 0]
         else:
             codes, counts = indices.unique(return_counts=True)
         self.parts.append(torch.stack([codes, counts]))
         # Merging sorts everything; waiting until it has doubled keeps the total n log n.
         if sum(part.shape[1] for part in self.parts[1:]) > self.parts[0].shape[1] + DENSE_LIMIT:
             self.parts = [_merge(self.parts)]
-
-    def over_processes(self) -> Tensor:
-        """Counts of the codes seen in any process, (n,) int64, each above 0."""
-        return _merge(_all(_merge(self.parts)))[1]
 
 
 def _merge(parts: list[Tensor]) -> Tensor:
@@ -211,12 +193,12 @@ def evaluate(
     progress: bool = False,
     floors: bool = True,
 ) -> dict:
-    """Measure a model on every image of a loader; a collective if there are several processes.
+    """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
 
     Args:
-        model: returns (reconstruction, indices, loss) for normalised images; has `f` and a
-            `quantizer` with `bits`, `side_bits` (bits of side information an image),
-            `codebook_sizes` and `stage_axis`. Keeps its training mode.
+        model: not inside DistributedDataParallel, whose forward waits for all processes. Returns
+            (reconstruction, indices, loss) for normalised images; has `f` and a `quantizer` with
+            `bits`, `side_bits` (side information an image), `codebook_sizes` and `stage_axis`.
         loader: yields uint8 batches (B, 3, H, W) of one image size; this process's shard, which
             may be empty.
         perceptual: LPIPS on `device`, or None.
@@ -231,11 +213,9 @@ def evaluate(
 
     Raises ValueError without any image, and where `ImageMetrics` and `CodeUsage` do.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # its forward is a collective: uneven shards would wait for ever
     quantizer = model.quantizer
     usage = CodeUsage(quantizer.codebook_sizes, quantizer.stage_axis)
-    names = ("model", "bicubic", "mean_colour") if floors else ("model",)
+    names = ["model", "bicubic", "mean_colour"] if floors else ["model"]
     metrics = {name: ImageMetrics(perceptual) for name in names}
     shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
     modes = [(module, module.training) for module in model.modules()]
@@ -283,20 +263,18 @@ def format_results(result: dict) -> str:
     lpips = f"LPIPS-{network}" if network else "LPIPS"
     labels = {"bicubic": f"bicubic x{f}", "mean_colour": "mean colour"}
     rows = {"model": result, **{labels[name]: row for name, row in result["floors"].items()}}
-
     field = [["", "L1 [0,1]", "PSNR dB (peak 1)", lpips]]
     paper = [["", "L1 normalised", "PSNR dB (peak 2)", f"{lpips} of [0,1] inputs"]]
     for label, row in rows.items():
         for table, values in ((field, row), (paper, row["paper"])):
             distance = f"{values['lpips']:.4f}" if network else "missing"
             table.append([label, f"{values['l1']:.4f}", f"{values['psnr']:.2f}", distance])
-    stages = [[name.replace("_", " ") for name in STAGE_COLUMNS]]
+    stages = [[name.replace("_", " ") for name in result["stages"][0]]]
     for row in result["stages"]:
-        stages.append([format(row[name], spec) for name, spec in STAGE_COLUMNS.items()])
+        stages.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     parts = [
         f"{result['images']} images of {height}x{width}\n" + _aligned(field),
-        "the paper's units (arXiv 2508.15860; ImageNet-normalised, not clamped)\n"
-        + _aligned(paper),
+        "the paper's units (arXiv 2508.15860), not clamped\n" + _aligned(paper),
         _aligned(stages),
         f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
     ]

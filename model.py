@@ -1,8 +1,8 @@
 """The model: a convolutional encoder and decoder around any quantizer that keeps the contract.
 
-    images (B,3,H,W) --Encoder--> z (B,C,H/f,W/f) --quantizer--> indices --decode--> codes
-                                                                                       |
-    reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <--------------------+
+images (B,3,H,W) --Encoder--> z (B,C,H/f,W/f) --quantizer--> indices --decode--> codes
+                                                                                   |
+reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <--------------------+
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class LFQ(Quantizer):
             + commitment_loss_weight * mean((z - quantized)^2)
 
     With p(c|z) proportional to exp(-|z - c|^2 / temperature), H_token is the mean over tokens of
-    the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (of all
-    processes), both in nats and summed over codes. Given z the bits are independent, each 1 with
+    the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (in
+    training: of all processes), both in nats and summed over codes. Given z the bits are independent, each 1 with
     probability sigmoid(4 z / temperature), so that both are exact without a tokens x codes matrix:
 
         - H_token is a sum of `dim` binary entropies;
@@ -117,17 +117,18 @@ class LFQ(Quantizer):
         batch_entropy = sum(self._batch_entropy(group) for group in p.chunk(self.entropy_groups, 1))
         return token_entropy, batch_entropy
 
-    @staticmethod
-    def _batch_entropy(p: Tensor) -> Tensor:
+    def _batch_entropy(self, p: Tensor) -> Tensor:
         """Entropy of the mean over tokens of the distribution over 2^d codes; `p` (N, d)."""
         first, second = (
             _distribution(p[:, : p.shape[1] // 2]),
             _distribution(p[:, p.shape[1] // 2 :]),
         )
         mean = first.t() @ second / len(p)  # (2^(d/2), 2^(d - d/2))
-        # The value over all processes; the gradient of this process's part, as
-        # DistributedDataParallel averages gradients.
-        mean = straight_through(mean, mean_over_processes(mean))
+        if self.training:
+            # The value over all processes; the gradient of this process's part, as
+            # DistributedDataParallel averages gradients. Not in evaluation, where the processes'
+            # shards, and with them the calls, may be uneven.
+            mean = straight_through(mean, mean_over_processes(mean))
         return -torch.xlogy(mean, mean.clamp(min=1e-30)).sum()
 
     @staticmethod

@@ -1,0 +1,184 @@
+"""Processes, devices, seeds, checkpoints, and how a script ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+CHECKPOINT_FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------
+# Processes and devices
+# ---------------------------------------------------------------------------------------
+def setup_processes() -> torch.device:
+    """Join the process group if `torchrun` started this process, and return the device to use.
+
+    CUDA (the GPU of LOCAL_RANK) where there is one, else the CPU.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device(device)
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_main(value):
+    """The main process's `value`, in every process (plain types only)."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------
+def write_whole(path: Path, write: Callable) -> None:
+    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint (tensors and plain types alone), whole or not at all."""
+    write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Reading never executes anything from the file.
+
+    Raises:
+        ValueError: one line, if there is no such file or it is no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {path} {found}: give a file such as runs/NAME/last.pt")
+    wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+        OSError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(wrong) from error
+    if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
+        raise ValueError(wrong)
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {state['format']}, this version reads "
+            f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
+        )
+    return state
+
+
+def check_architecture(path: str | Path, saved: dict, args: Namespace, flags: tuple) -> None:
+    """Compare the `flags` that make the architecture: the checkpoint's own against `args`.
+
+    Raises:
+        ValueError: one line that names each flag that differs.
+    """
+    differ = [
+        f"--{flag.replace('_', '-')} {saved.get(flag)} there, {getattr(args, flag)} here"
+        for flag in flags
+        if saved.get(flag) != getattr(args, flag)
+    ]
+    if differ:
+        raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
+
+
+def environment(device: torch.device) -> dict:
+    """Where a run's numbers come from: command, commit, versions, hardware."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    )
+    cuda = device.type == "cuda"
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit.stdout.strip() + (" (changed)" if changed.stdout.strip() else ""),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "lpips", "numpy")},
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+    }
+
+
+# ---------------------------------------------------------------------------------------
+# How a script ends
+# ---------------------------------------------------------------------------------------
+def run_script(main: Callable) -> None:
+    """Run a script's `main`: bad input ends it with one line on standard error and code 2."""
+    try:
+        main()
+    except ValueError as error:
+        # A DataLoader raises a worker's error with the worker's traceback as its text.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[0] if len(lines) == 1 else lines[-1].split("Error: ")[-1]
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
