@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 import scheduler
 from quantizers import QUANTIZERS
 from quantizers.rfsq import STRATEGIES
+from util import cpu_cores
 
 # The flags that decide what the weights mean: a checkpoint fits a model if these are equal.
 ARCHITECTURE = (
@@ -81,7 +81,7 @@ def get_parser() -> Parser:
     data.add_argument(
         "--num-workers",
         type=number(int, 0),
-        default=min(4, os.cpu_count() or 1),
+        default=max(1, min(8, cpu_cores() // 2)),
         help="loading processes for each training process; 0 loads in the training process",
     )
 

@@ -182,6 +182,7 @@ class ImageFolderDataset(Dataset):
                 # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
                 warnings.simplefilter("ignore")
                 with Image.open(path) as file:
+                    file.load()  # before EXIF: reading that loads a PNG, and hides its errors
                     turn = _UPRIGHT.get(_orientation(file))
                     image = _to_rgb(file if turn is None else file.transpose(turn))
             pixels = np.array(_fit(image, self.img_size))

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = get_args(argv)
     device = util.setup_processes()
     main_process = util.rank() == 0
+    util.share_cores(args.num_workers)
     util.seed_everything(args.seed)
 
     # -----------------------------------------------------------------------------------
@@ -164,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
             record = {name: mean_over_run(total, count) for name, total in sums.items()}
             if not math.isfinite(record["loss"]):
                 raise ValueError(
-                    f"the loss is {record['loss']} before step {done}; the last good checkpoint, if "
-                    f"any, is in {run}: lower --lr (now {args.lr:g}) or --clip-grad"
+                    f"the loss is {record['loss']} at step {done}: lower --lr (now {args.lr:g}) or "
+                    f"--clip-grad; the last good checkpoint, if any, is in {run}"
                 )
             seconds = time.perf_counter() - interval_start
             record = {

@@ -40,6 +40,22 @@ def setup_processes() -> torch.device:
     return torch.device(device)
 
 
+def share_cores(num_workers: int) -> None:
+    """On a CPU, leave a core to each loading process.
+
+    Compute threads wait for each other in a loop: with more of them than free cores a step takes
+    several times as long.
+    """
+    if not torch.cuda.is_available():
+        cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores - num_workers))
+
+
+def cpu_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rank() -> int:
     """This process's number, 0 when alone."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -116,8 +116,9 @@ class Perceptual(nn.Module):
         for block in self.blocks:
             x = block(x)
             feature = x.float()  # squares of half-precision activations overflow
-            # The clamp changes no value, as 1e-10 is added to the length anyway; without it the
-            # square root's gradient at an all-zero position is infinite, and 0 * inf is NaN.
+            # The clamp changes no value, as 1e-10 is added to the length anyway. Without it the
+            # gradient at an all-zero position is 0 * inf = NaN, and only the ReLU before it hides
+            # that: anomaly detection, for one, would stop at it.
             length = feature.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
             features.append(feature / (length + 1e-10))
         return features

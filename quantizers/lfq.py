@@ -22,9 +22,10 @@ class LFQ(Quantizer):
             + commitment_loss_weight * mean((z - quantized)^2)
 
     With p(c|z) proportional to exp(-|z - c|^2 / temperature), H_token is the mean over tokens of
-    the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (in
-    training: of all processes), both in nats and summed over codes. Given z the bits are independent, each 1 with
-    probability sigmoid(4 z / temperature), so that both are exact without a tokens x codes matrix:
+    the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (of all
+    processes, in training), both in nats and summed over codes. Given z the bits are independent,
+    each 1 with probability sigmoid(4 z / temperature), so that both are exact without a
+    tokens x codes matrix:
 
         - H_token is a sum of `dim` binary entropies;
         - with A and B the tokens' distributions over the first and the second half of the bits

@@ -106,8 +106,11 @@ class RFSQ(Quantizer):
         if strategy == "scale":
             self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
         elif strategy == "layernorm":
-            self.log_gain = nn.Parameter(torch.zeros(stages, self.dim))
-            self.bias = nn.Parameter(torch.zeros(stages, self.dim))
+            levels = torch.tensor(self.levels)
+            gain = 1.1 / levels.sqrt()
+            bias = torch.where(levels % 2 == 0, -1 / levels, 0.0)
+            self.log_gain = nn.Parameter(gain.log().repeat(stages, 1))
+            self.bias = nn.Parameter(bias.repeat(stages, 1))
             if statistics == "image":
                 self.name += "-image"
                 self.side_bits = 16.0 * 2 * self.dim * stages

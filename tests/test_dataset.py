@@ -1,9 +1,9 @@
 """Images in: what the pixels are, what is refused, and which process sees which image when."""
 
 import hashlib
-import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,9 @@ def test_a_right_short_side_is_cropped_only(tmp_path):
     assert np.array_equal(load(tmp_path, 32), pixels[:, 8:40])
 
 
-@pytest.mark.parametrize("width, height", [(40, 40), (101, 77), (77, 101), (20, 35), (7, 150)])
+@pytest.mark.parametrize(
+    "width, height", [(40, 40), (101, 77), (77, 101), (20, 35), (7, 150), (650, 10)]
+)
 def test_resize_and_crop_are_those_of_torchvision(tmp_path, width, height):
     image = Image.fromarray(photo(width, height))
     image.save(tmp_path / "a.png")
@@ -94,13 +96,10 @@ def test_resize_and_crop_are_those_of_torchvision(tmp_path, width, height):
     assert np.array_equal(load(tmp_path, 32), np.asarray(expected))
 
 
-@pytest.mark.parametrize("width, height", [(20_000, 1), (1, 20_000)])
+@pytest.mark.parametrize("width, height", [(60_000, 1), (1, 60_000)])
 def test_a_strip_does_not_fill_the_memory(tmp_path, width, height):
-    pixels = np.zeros((height, width), np.uint8)
-    pixels[height // 2 - 1 if height > 1 else 0, width // 2 - 1 if width > 1 else 0] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    loaded = load(tmp_path, 64)  # in full: 20,000 x 64 x 64 pixels
-    assert loaded.max() > 200 and loaded.min() == 0
+    Image.new("L", (width, height), 77).save(tmp_path / "a.png")
+    assert (load(tmp_path, 128) == 77).all()  # enlarged in full, it has 3 GB
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -211,17 +210,8 @@ def test_an_animation_gives_its_first_frame(tmp_path):
 
 # ------------------------------------------------------------------ the list of files
 def test_nested_and_flat_in_a_fixed_order(tmp_path):
-    names = [
-        "z.png",
-        "b/2.JPEG",
-        "b/10.jpg",
-        "a/deep/er/x.WebP",
-        "m.bmp",
-        "n.gif",
-        "o.tiff",
-        "p.ppm",
-    ]
-    names += ["q.jp2", "r.jpeg", "s.tif", "t.pgm", "dir.png/y.png"]
+    names = ["z.png", "b/2.JPEG", "b/10.jpg", "a/deep/er/x.WebP", "m.bmp", "n.gif", "o.tiff"]
+    names += ["p.ppm", "q.jp2", "r.jpeg", "s.tif", "t.pgm", "dir.png/y.png"]
     for name in [*names, ".hidden.png", ".cache/h.png"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(tmp_path / name)
@@ -273,13 +263,13 @@ def damage(folder: Path, kind: str) -> Path:
             "empty": b"",
             "cut": whole[: len(whole) // 2],
             "cut jpeg": whole[: len(whole) // 2],
-            "flipped": whole[:60] + bytes(b ^ 0xFF for b in whole[60:90]) + whole[90:],
+            "garbled": whole.replace(b"IDAT\x78", b"IDAT\xff"),
         }[kind]
     )
     return path
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut", "cut jpeg", "flipped", "float"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "cut jpeg", "garbled", "float"])
 def test_a_damaged_file_is_named(tmp_path, kind):
     path = damage(tmp_path, kind)
     images = ImageFolderDataset(tmp_path, 8)
@@ -303,6 +293,8 @@ def test_a_damaged_file_is_named_through_a_loader(tmp_path, num_workers):
     loader = val_loader(ImageFolderDataset(tmp_path, 8), 1, num_workers)
     with pytest.raises(UnreadableImage) as caught:
         list(loader)
+    # Lets go of the loader here and not in some later test: garbage takes 5 s to stop its workers.
+    traceback.clear_frames(caught.tb)
     line = one_line(caught.value)
     assert line.startswith(f"cannot read image {path}: ") and "\n" not in line
 
@@ -329,16 +321,20 @@ def test_items_are_a_function_of_seed_and_index():
 
 def test_the_same_bytes_in_another_process():
     code = (
-        "import hashlib, dataset; images = dataset.SyntheticDataset(32, 5, 9)\n"
+        "import hashlib, dataset; assert dataset._textures.cache_info().currsize == 0\n"
+        "images = dataset.SyntheticDataset(32, 5, 9)\n"
         "print(hashlib.sha256(b''.join(images[i].numpy().tobytes() for i in (7, 2))).hexdigest())"
     )
-    root = Path(dataset.__file__).parent
     there = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.strip()
+        [sys.executable, "-c", code],
+        cwd=Path(dataset.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     images = SyntheticDataset(32, 5, 9)
     here = b"".join(images[i].numpy().tobytes() for i in (7, 2))
-    assert there == hashlib.sha256(here).hexdigest()
+    assert there.stdout.strip() == hashlib.sha256(here).hexdigest()
 
 
 def test_training_and_validation_share_no_image():
@@ -477,7 +473,7 @@ def folder(tmp_path_factory):
 def test_workers_change_nothing(folder, kind):
     images = folder if kind == "folder" else SyntheticDataset(16, 0, 7)
     drawn = [list(train_loader(images, 3, 5, 0, 1, workers)) for workers in (0, 2)]
-    assert len(drawn[0]) == 4 and drawn[0][0].shape == (3, 3, 8, 8)[:2] + images[0].shape[1:]
+    assert len(drawn[0]) == 4 and drawn[0][0].shape == (3, *images[0].shape)
     assert drawn[0][0].dtype == torch.uint8
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
     drawn = [list(val_loader(images, 3, workers)) for workers in (0, 2)]
@@ -498,11 +494,8 @@ def test_training_on_generated_images_never_repeats_one():
     assert torch.equal(drawn[20], images[20])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 0), (3, 0), (9, 0), (9, 1)])
 def test_validation_shares_hold_every_image_once(folder, world_size, num_workers):
-    if num_workers and world_size != 9:
-        pytest.skip("workers matter for the empty share")
     everything = torch.stack([folder[i] for i in range(7)])
     for rank in range(world_size):
         drawn = list(val_loader(folder, 2, num_workers, rank, world_size))
@@ -533,12 +526,3 @@ def test_loaders_leave_the_random_state_alone(folder):
 def test_only_a_gpu_needs_pinned_memory(folder):
     assert not train_loader(folder, 2, 3, 0, device="cpu").pin_memory
     assert val_loader(folder, 2, device=torch.device("cuda", 0)).pin_memory
-
-
-def test_nothing_happens_at_import():
-    code = "import dataset; print(dataset._textures.cache_info().currsize)"
-    root = Path(dataset.__file__).parent
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env=dict(os.environ)
-    )
-    assert out.stdout.strip() == "0"

@@ -1,0 +1,297 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate
+
+import metric
+from dataset import IMAGENET_STD, denormalize, normalize
+from loss import Perceptual
+from metric import CodeUsage, ImageMetrics, evaluate, format_results
+
+STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def squeeze(tmp_path_factory):
+    before, folder = torch.hub.get_dir(), tmp_path_factory.mktemp("hub")
+    torch.hub.set_dir(str(folder))
+    (folder / "checkpoints").mkdir()
+    state = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save(state, folder / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    yield Perceptual("squeeze")
+    torch.hub.set_dir(before)
+
+
+def flat(*levels, side=4):
+    """Grey images of the given [0, 1] levels, normalised."""
+    return normalize(torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, side, side))
+
+
+def pictures(n, side=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+class Fake(nn.Module):
+    """Keeps the mean of every f x f block; two stages of made-up indices, one of 2^40 codes."""
+
+    f = 4
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer = SimpleNamespace(
+            bits=44.0, side_bits=50.0, codebook_sizes=[16, 2**40], stage_axis=True
+        )
+        self.frozen = nn.Dropout().eval()
+        self.seen_training = None
+
+    def forward(self, images):
+        self.seen_training = self.training
+        small = avg_pool2d(images, self.f)
+        level = (denormalize(small) * 1e6).long()
+        indices = torch.stack([level[:, 0] % 16, level[:, 1] * 1_000_003], dim=-1)
+        return interpolate(small, scale_factor=self.f), indices, torch.zeros(())
+
+
+# ---------------------------------------------------------------------------- image metrics
+
+
+def test_per_image_values_by_hand():
+    a = torch.zeros(3, 3, 2, 2)
+    b = torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1).expand_as(a)
+    torch.testing.assert_close(metric.l1(a, b), torch.tensor([0.1, 0.01, 0.0]))
+    torch.testing.assert_close(metric.psnr(a, b), torch.tensor([20.0, 40.0, metric.PSNR_CAP]))
+    expected = 20 + 20 * math.log10(2)
+    assert metric.psnr(a, b, peak=2.0)[0].item() == pytest.approx(expected, abs=1e-4)
+    half = torch.zeros(1, 3, 2, 2)
+    half[:, :, 0] = 0.2  # half of the pixels: MSE 0.02, L1 0.1
+    assert metric.l1(a[:1], half).item() == pytest.approx(0.1)
+    assert metric.psnr(a[:1], half).item() == pytest.approx(-10 * math.log10(0.02), abs=1e-4)
+
+
+def test_field_and_paper_units_by_hand():
+    metrics = ImageMetrics(None)
+    metrics.update(flat(0.5, 0.5), flat(0.6, 0.51))
+    result = metrics.compute()
+    assert result["images"] == 2 and result["lpips"] is None and result["paper_lpips"] is None
+    assert result["l1"] == pytest.approx((0.1 + 0.01) / 2, rel=1e-5)
+    assert result["psnr"] == pytest.approx((20 + 40) / 2, abs=1e-3)  # not the PSNR of the mean MSE
+    assert result["paper_l1"] == pytest.approx(0.055 * (1 / STD).mean().item(), rel=1e-5)
+    mse = (1 / STD**2).mean().item()  # of a difference of 1 in [0, 1]
+    expected = [10 * math.log10(4 / (mse * d**2)) for d in (0.1, 0.01)]
+    assert result["paper_psnr"] == pytest.approx(sum(expected) / 2, abs=1e-3)
+
+
+def test_only_the_field_s_units_are_clamped():
+    metrics = ImageMetrics(None)
+    metrics.update(flat(1.0, 0.0), flat(1.3, -0.3))
+    result = metrics.compute()
+    assert result["l1"] == pytest.approx(0, abs=1e-6) and result["psnr"] > 99
+    assert result["paper_l1"] == pytest.approx(0.3 * (1 / STD).mean().item(), rel=1e-5)
+    assert result["paper_psnr"] < 20
+
+
+def test_lpips_columns_and_their_inputs(squeeze):
+    images = normalize(pictures(2))
+    reconstruction = images * 1.5  # leaves [0, 1]
+    metrics = ImageMetrics(squeeze)
+    metrics.update(images, reconstruction)
+    result = metrics.compute()
+    a, b = denormalize(images), denormalize(reconstruction)
+    field = squeeze(a.clamp(0, 1), b.clamp(0, 1)).mean().item()
+    paper = squeeze(a, b, paper_range=True).mean().item()
+    assert result["lpips"] == pytest.approx(field, rel=1e-5)
+    assert result["paper_lpips"] == pytest.approx(paper, rel=1e-5)
+    assert abs(field - paper) > 1e-4 and abs(field - squeeze(a, b).mean().item()) > 1e-4
+
+
+def test_partial_batch_weighs_its_images():
+    metrics = ImageMetrics(None)
+    metrics.update(flat(0.5, 0.5), flat(0.6, 0.6))
+    metrics.update(flat(0.5), flat(0.9))
+    assert metrics.compute()["l1"] == pytest.approx(0.2, rel=1e-5)  # the mean of means is 0.25
+
+
+def test_bad_images_are_refused(squeeze):
+    with pytest.raises(ValueError, match="no images"):
+        ImageMetrics(None).compute()
+    with pytest.raises(ValueError, match=r"-0\.030 to 0\.500"):
+        ImageMetrics(None).update(flat(0.5, -0.03), flat(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"0\.500 to 1\.030"):
+        ImageMetrics(None).update(flat(0.5, 1.03), flat(0.5, 0.5))
+    ImageMetrics(None).update(flat(-0.01, 1.01), flat(0.5, 0.5))
+    with pytest.raises(ValueError, match="nan"):
+        ImageMetrics(None).update(flat(float("nan")), flat(0.5))
+    with pytest.raises(ValueError, match="equal"):
+        ImageMetrics(None).update(flat(0.5, 0.5), flat(0.5))
+    with pytest.raises(ValueError, match="at least 17 pixels"):
+        ImageMetrics(squeeze).update(flat(0.5, side=16), flat(0.5, side=16))
+
+
+# ---------------------------------------------------------------------------- floors
+
+
+def test_floors_keep_constant_images():
+    images = flat(0.0, 0.3, 1.0, side=16)
+    torch.testing.assert_close(metric.bicubic_floor(images, 4), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(metric.mean_colour_floor(images), images, atol=1e-6, rtol=0)
+
+
+def test_mean_colour_is_the_mean_of_each_channel():
+    images = normalize(pictures(2))
+    floor = denormalize(metric.mean_colour_floor(images))
+    expected = pictures(2).double().mean(dim=(2, 3)) / 255
+    torch.testing.assert_close(floor[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
+    assert floor.shape == images.shape and floor.std(dim=(2, 3)).max() < 1e-6
+
+
+def test_bicubic_floor_is_antialiased_and_clamped():
+    checks = torch.zeros(1, 3, 16, 16)
+    checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = 1  # finer than any f = 4 image can show
+    floor = denormalize(metric.bicubic_floor(normalize(checks), 4))
+    assert (floor - 0.5).abs().max() < 0.05
+    edge = torch.zeros(1, 3, 16, 16)
+    edge[..., 8:] = 1  # bicubic rings at it
+    floor = denormalize(metric.bicubic_floor(normalize(edge), 4))
+    assert floor.min() >= -1e-6 and floor.max() <= 1 + 1e-6
+    assert 0.01 < (floor - edge).abs().mean() < 0.2
+
+
+# ---------------------------------------------------------------------------- code usage
+
+
+def test_usage_by_hand():
+    usage = CodeUsage([8, 4])
+    usage.update(torch.tensor([[[0, 3], [0, 3]], [[1, 3], [2, 3]]]))  # (B, positions, stages)
+    first, second = usage.compute()
+    assert first == {
+        "stage": 1,
+        "codebook_size": 8,
+        "used": 3,
+        "share": 3 / 8,
+        "perplexity": 2**1.5,
+        "entropy_bits": 1.5,  # 1/2 * 1 + 2 * 1/4 * 2
+        "tokens": 4,
+    }
+    assert (second["used"], second["perplexity"], second["entropy_bits"]) == (1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("merge_at", [0, 50, 10**6])
+def test_sparse_equals_dense(monkeypatch, merge_at):
+    indices = torch.randint(0, 40, (20, 3, 5), generator=torch.Generator().manual_seed(0)) ** 2
+    dense = CodeUsage([2000])
+    dense.update(indices)
+    monkeypatch.setattr(metric, "DENSE_LIMIT", 0)
+    sparse = CodeUsage([2000])
+    monkeypatch.setattr(metric, "DENSE_LIMIT", merge_at)
+    for batch in indices.split(3):
+        sparse.update(batch)
+    assert dense.counts[0].dense and not sparse.counts[0].dense
+    assert dense.compute() == sparse.compute()
+    assert dense.compute()[0]["used"] == len(indices.unique())
+    assert dense.compute()[0]["tokens"] == indices.numel()
+
+
+def test_codebook_of_2_to_the_40():
+    usage = CodeUsage([2**40])
+    usage.update(torch.tensor([[0, 2**40 - 1], [5, 5]]))
+    (stage,) = usage.compute()
+    assert (stage["used"], stage["entropy_bits"], stage["share"]) == (3, 1.5, 3 / 2**40)
+
+
+def test_stage_axis_of_a_single_stage():
+    usage = CodeUsage([8], stage_axis=True)
+    usage.update(torch.zeros(2, 3, 3, 1, dtype=torch.int64))
+    assert usage.compute()[0]["tokens"] == 18
+    with pytest.raises(ValueError, match="stages"):
+        usage.update(torch.zeros(2, 3, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([[0, 8]], "stage 1 range from 0 to 8"), ([[-1, 0]], "from -1 to 0"), ([[0.0, 1.0]], "float")],
+)
+def test_bad_indices_are_refused(indices, message):
+    usage = CodeUsage([8])
+    with pytest.raises(ValueError, match=message):
+        usage.update(torch.tensor(indices))
+    with pytest.raises(ValueError, match="no indices"):
+        usage.compute()
+
+
+# ---------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate(squeeze):
+    model, images = Fake().train(), pictures(5)
+    model.frozen.eval()
+    result = evaluate(model, images.split(2), squeeze, "cpu")
+    assert model.training and not model.frozen.training and model.seen_training is False
+    assert (result["images"], result["image_size"], result["f"]) == (5, [20, 20], 4)
+    assert result["bits"] == 44 + 50 / 25  # 5 x 5 positions
+    assert result["bpp"] == pytest.approx(46 / 16)
+    assert result["lpips_net"] == "squeeze"
+    expected = ImageMetrics(squeeze)
+    expected.update(normalize(images), model(normalize(images))[0])
+    expected = expected.compute()
+    for name in ("l1", "psnr", "lpips"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-5)
+        assert result["paper"][name] == pytest.approx(expected[f"paper_{name}"], rel=1e-5)
+    floors = result["floors"]
+    assert floors["bicubic"]["psnr"] > floors["mean_colour"]["psnr"] > 5
+    assert [stage["tokens"] for stage in result["stages"]] == [125, 125]
+
+    text = format_results(result)
+    for part in ("PSNR dB (peak 1)", "L1 [0,1]", "LPIPS-squeeze", "bicubic x4", "mean colour"):
+        assert part in text
+    assert f"{result['psnr']:.2f}" in text and f"{result['paper']['l1']:.4f}" in text
+    assert "46 bits per position, f = 4, 2.875 bpp" in text and "missing" not in text
+
+
+def test_evaluate_without_lpips_or_floors():
+    result = evaluate(Fake(), pictures(2).split(2), None, "cpu", floors=False)
+    assert result["lpips"] is None and result["lpips_net"] is None and result["floors"] == {}
+    text = format_results(result)
+    assert "missing" in text and "LPIPS is missing: " in text and "bicubic" not in text
+
+
+def test_evaluate_restores_the_mode_after_an_error():
+    model = Fake().train()
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, [], None, "cpu")
+    model.quantizer.codebook_sizes = [1, 1]
+    with pytest.raises(ValueError, match="stage 1"):
+        evaluate(model, [pictures(1)], None, "cpu")
+    assert model.training
+
+
+def one_process(rank, folder, shards):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = []
+    for sizes in shards:
+        mine = pictures(7).split(sizes)[rank]
+        results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu"))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    shards = [(5, 2), (7, 0)]  # uneven, and one that is empty
+    torch.multiprocessing.spawn(one_process, (str(tmp_path), shards), nprocs=2)
+    single = evaluate(Fake(), pictures(7).split(3), None, "cpu")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    for result in first:
+        assert result["stages"] == single["stages"]
+        for a, b in ((result, single), (result["floors"]["bicubic"], single["floors"]["bicubic"])):
+            for name in ("l1", "psnr"):
+                assert a[name] == pytest.approx(b[name], rel=1e-6)
+                assert a["paper"][name] == pytest.approx(b["paper"][name], rel=1e-6)
+        for name in ("images", "image_size", "bits", "bpp"):
+            assert result[name] == single[name]
