@@ -14,7 +14,6 @@ import functools
 import math
 import operator
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,15 +58,8 @@ class UnreadableImage(ValueError):
     """A file that is named like an image and cannot be decoded as one.
 
     Takes one string, because a DataLoader raises a worker's error again as `type(text)`, where the
-    text is the worker's whole traceback; `one_line` finds the message in it.
+    text is the worker's whole traceback; `util.one_line` finds the message in it.
     """
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line, also when it comes from a DataLoader's worker."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # The last line of a traceback is "package.TypeOfError: message".
-    return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
 
 
 _UPRIGHT = {  # EXIF orientation -> what puts the image upright

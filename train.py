@@ -25,7 +25,7 @@ from tqdm import tqdm
 import util
 from arguments import ARCHITECTURE, get_args
 from dataset import build_dataset, denormalize, normalize, train_loader, val_loader
-from loss import Perceptual, TrainingLoss, WeightsMissing
+from loss import TrainingLoss, lpips_network
 from metric import evaluate, format_results
 from model import VQVAE
 from scheduler import learning_rate
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.load:
         saved = util.load_checkpoint(args.load)
         util.check_architecture(args.load, saved["args"], args, ARCHITECTURE)
-        model.load_state_dict(saved["model"])
+        util.load_weights(model, saved, args.load)
     model.to(device)
-    perceptual = lpips_network(args.lpips_net, args.perceptual_weight > 0, device)
+    perceptual = lpips_network(args.lpips_net, device, needed=args.perceptual_weight > 0)
     criterion = TrainingLoss(
         args.l1_weight, args.perceptual_weight, args.codebook_weight, perceptual
     ).to(device)
@@ -212,28 +212,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
         (run / "results.txt").write_text(format_results(result) + "\n")
         print(f"\n{format_results(result)}\n\nresults, pictures and checkpoints: {run}", flush=True)
     return results
-
-
-def lpips_network(net: str, needed: bool, device: torch.device) -> Perceptual | None:
-    """The LPIPS network, fetched by one process at a time; None, said aloud, if not needed.
-
-    Raises:
-        WeightsMissing: if it is needed and its weights cannot be had.
-    """
-    network, problem = None, None
-    for turn in range(util.world_size()):
-        if turn == util.rank() and problem is None:
-            try:
-                network = Perceptual(net).to(device)
-            except WeightsMissing as error:
-                problem = str(error)
-        if util.world_size() > 1:
-            torch.distributed.barrier()
-    if problem and needed:
-        raise WeightsMissing(problem)
-    if problem and util.rank() == 0:
-        print(f"LPIPS will be missing from the evaluation: {problem}", flush=True)
-    return network
 
 
 def run_folder(args, model: VQVAE) -> Path | str:

@@ -6,15 +6,14 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -44,9 +43,9 @@ def share_cores(num_workers: int) -> None:
     """On a CPU, leave a core to each loading process.
 
     Compute threads wait for each other in a loop: with more of them than free cores a step takes
-    several times as long.
+    several times as long. OMP_NUM_THREADS, where it is set, decides instead.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, cores - num_workers))
 
@@ -126,14 +125,7 @@ def load_checkpoint(path: str | Path) -> dict:
     wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-        OSError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # unpickling garbage can raise nearly anything
         raise ValueError(wrong) from error
     if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
         raise ValueError(wrong)
@@ -160,6 +152,19 @@ def check_architecture(path: str | Path, saved: dict, args: Namespace, flags: tu
         raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
 
 
+def load_weights(model: torch.nn.Module, saved: dict, path: str | Path) -> None:
+    """Put a checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: one line, if they are of another architecture than the checkpoint's flags say.
+    """
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
+        raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
+
+
 def environment(device: torch.device) -> dict:
     """Where a run's numbers come from: command, commit, versions, hardware."""
     here = Path(__file__).parent
@@ -183,15 +188,19 @@ def environment(device: torch.device) -> dict:
 # ---------------------------------------------------------------------------------------
 # How a script ends
 # ---------------------------------------------------------------------------------------
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, also when it comes from a DataLoader's worker."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # The last line of a worker's traceback is "package.TypeOfError: message".
+    return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
+
+
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2."""
     try:
         main()
     except ValueError as error:
-        # A DataLoader raises a worker's error with the worker's traceback as its text.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        line = lines[0] if len(lines) == 1 else lines[-1].split("Error: ")[-1]
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,9 +5,9 @@ import math
 from torch import Tensor, nn
 
 from dataset import denormalize
-from loss.perceptual import Perceptual, WeightsMissing
+from loss.perceptual import Perceptual, WeightsMissing, lpips_network
 
-__all__ = ["Perceptual", "TrainingLoss", "WeightsMissing"]
+__all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_network"]
 
 
 class TrainingLoss(nn.Module):

@@ -11,6 +11,7 @@ Paper: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Percep
 arXiv 1801.03924.
 """
 
+import os
 import re
 import socket
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import lpips
 import torch
+import torch.distributed as dist
 from lpips import pretrained_networks
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
@@ -194,3 +196,33 @@ def _weights_file(net: str) -> Path:
     finally:
         socket.setdefaulttimeout(timeout)
     return path
+
+
+def lpips_network(net: str, device: torch.device, needed: bool) -> Perceptual | None:
+    """The LPIPS network on `device`, the same answer in all processes of a group.
+
+    One process of each machine goes first, so that the weights are fetched once. Where they cannot
+    be had and are not `needed`, the answer is None, and one line says so.
+
+    Raises:
+        WeightsMissing: they are needed and cannot be had.
+    """
+    group = dist.is_available() and dist.is_initialized()
+    network, problem = None, None
+    for turn in (0, 1):
+        if turn == min(1, int(os.environ.get("LOCAL_RANK", 0))):
+            try:
+                network = Perceptual(net).to(device)
+            except WeightsMissing as error:
+                problem = str(error)
+        if group:
+            problems = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            problem = next(filter(None, problems), None)
+        if problem:
+            break
+    if problem and needed:
+        raise WeightsMissing(problem)
+    if problem and not (group and dist.get_rank()):
+        print(f"LPIPS will be missing from the evaluation: {problem}", flush=True)
+    return None if problem else network

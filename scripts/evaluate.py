@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input.
     """
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--load", required=True, metavar="FILE", help="checkpoint: last.pt, best.pt")
+    parser.add_argument(
+        "--load", required=True, metavar="FILE", help="checkpoint: last.pt, best.pt"
+    )
     parser.add_argument(
         "--val-data-path",
         default="./data/imagenet/val",
@@ -40,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "--img-size", type=number(int, 16), help="pixels a side; default: as trained"
     )
     parser.add_argument(
-        "--batch-size", type=number(int, 1), default=64, help="images at a time; no effect on values"
+        "--batch-size",
+        type=number(int, 1),
+        default=64,
+        help="images at a time; no effect on values",
     )
     parser.add_argument("--num-workers", type=number(int, 0), default=1, help="loading processes")
     parser.add_argument(
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     images = build_dataset(flags.val_data_path, size, args.seed, train=False)
     place = dict(rank=util.rank(), world_size=util.world_size(), device=device)
     loader = val_loader(images, flags.batch_size, flags.num_workers, **place)
-    perceptual = lpips_network(flags.lpips_net or args.lpips_net, needed=False, device=device)
+    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, needed=False)
     main_process = util.rank() == 0
     bar = main_process and sys.stderr.isatty()
     result = {

@@ -24,10 +24,10 @@ from dataset import (
     build_dataset,
     denormalize,
     normalize,
-    one_line,
     train_loader,
     val_loader,
 )
+from util import one_line
 
 
 def photo(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:

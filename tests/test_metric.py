@@ -18,13 +18,16 @@ STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def squeeze(tmp_path_factory):
-    before, folder = torch.hub.get_dir(), tmp_path_factory.mktemp("hub")
+    threads, before = torch.get_num_threads(), torch.hub.get_dir()
+    torch.set_num_threads(1)  # several are slower for images this small
+    folder = tmp_path_factory.mktemp("hub")
     torch.hub.set_dir(str(folder))
     (folder / "checkpoints").mkdir()
     state = torchvision.models.squeezenet1_1(weights=None).state_dict()
     torch.save(state, folder / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     yield Perceptual("squeeze")
     torch.hub.set_dir(before)
+    torch.set_num_threads(threads)
 
 
 def flat(*levels, side=4):

@@ -1,0 +1,315 @@
+"""Training as a user runs it: every quantizer learns, every file is there, errors are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+import util
+from arguments import get_args
+from dataset import SyntheticDataset, normalize
+from model import VQVAE
+from scripts import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = ["--img-size=32", "--channel=32", "--batch-size=8", "--num-workers=0", "--lr=0.01"]
+TINY = [*SIZE, "--perceptual-weight=0", "--lpips-net=squeeze"]
+CONFIGURATIONS = {
+    "fsq": ["--quantizer", "fsq"],
+    "lfq": ["--quantizer", "lfq"],
+    "ema": ["--quantizer=ema", "--n-embed=64", "--embed-dim=16"],
+    "ema-residual": ["--quantizer=ema", "--n-embed=64", "--embed-dim=16", "--ema-stages=2"],
+    "layernorm-image": ["--rfsq-statistics=image"],
+    **{
+        f"{stages}-{strategy}": ["--rfsq-stages", str(stages), "--rfsq-strategy", strategy]
+        for stages in (2, 4)
+        for strategy in ("none", "scale", "layernorm")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two folders of PNGs: 24 for training, 10 for validation."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count, seed in (("train", 24, 1), ("val", 10, 2)):
+        folder = root / split / "class"
+        folder.mkdir(parents=True)
+        images = SyntheticDataset(32, seed, count)
+        for i in range(count):
+            pixels = images[i].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_lpips(monkeypatch, tmp_path):
+    # An empty cache and no way to fill it: these tests need no network and no weights.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+def paths(photographs):
+    return [f"--{split}-data-path={photographs / split}" for split in ("train", "val")]
+
+
+def close(a, b) -> bool:
+    """Whether two results are equal, numbers to 1e-6."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == b or (isinstance(a, float) and a == pytest.approx(b, rel=1e-6))
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("flags", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_twenty_steps_learn_and_evaluate_agrees(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.SYNTHETIC_VAL", 10)
+    run = tmp_path / "run"
+    synthetic = ["--train-data-path", "synthetic", "--val-data-path", "synthetic"]
+    results = train.main(
+        [*TINY, *flags, *synthetic, "--train-iters", "20", "--log-interval", "1", f"--save={run}"]
+    )
+    losses = [record["l1"] for record in records(run, "train")]
+    assert len(losses) == 20
+    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
+    assert len(records(run, "train")[-1]["codes_in_batch"]) == len(results["stages"])
+
+    again = evaluate.main([f"--load={run / 'last.pt'}", "--val-data-path=synthetic"])
+    for key in ("images", "bits", "f", "bpp", "l1", "psnr", "lpips", "paper", "floors", "stages"):
+        assert close(again[key], results[key]), (key, again[key], results[key])
+
+
+def test_run_folder_holds_everything(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, *paths(photographs), "--max-train-epochs", "2"]
+    results = train.main(flags)
+    out = capsys.readouterr().out
+    run = tmp_path / "runs" / "rfsq-2x2048-layernorm-f4-c32-s0"
+    assert str(run.relative_to(tmp_path)) in out
+    assert json.loads((run / "args.json").read_text()) == vars(get_args(flags))
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"command", "commit", "torch", "device", "processes"} <= environment.keys()
+    # 2 epochs of 24 images in batches of 8, evaluated once an epoch; ten images, all counted.
+    assert results["steps"] == 6 and results["images_seen"] == 48
+    assert [record["step"] for record in records(run, "val")] == [3, 6]
+    assert results["images"] == 10
+    assert json.loads((run / "results.json").read_text()) == results
+    assert (run / "results.txt").read_text().strip() in out
+    assert "LPIPS is missing" in out and "step 6/6" in out
+    best = max(records(run, "val"), key=lambda record: record["psnr"])
+    assert util.load_checkpoint(run / "best.pt")["step"] == best["step"]
+    assert util.load_checkpoint(run / "last.pt")["step"] == 6
+    pictures = sorted((run / "samples").iterdir())
+    assert [p.name for p in pictures] == ["step_0000003.png", "step_0000006.png"]
+    assert Image.open(pictures[0]).size == (8 * 34 + 2, 2 * 34 + 2)
+    assert not [p for p in run.rglob("*") if p.name.startswith(".")]
+
+    # The same command again takes a new folder; the first one is not touched.
+    before = (run / "results.json").read_bytes()
+    train.main(flags)
+    assert (run.parent / f"{run.name}-2" / "results.json").exists()
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_save_refuses_a_run_and_overwrite_replaces_it(photographs, tmp_path):
+    flags = [*TINY, *paths(photographs), "--train-iters", "2", f"--save={tmp_path / 'run'}"]
+    train.main(flags)
+    with pytest.raises(ValueError, match=r"already holds a run.*--overwrite"):
+        train.main(flags)
+    train.main([*flags, "--overwrite"])
+    assert len(records(tmp_path / "run", "val")) == 1
+
+
+def test_load_starts_from_the_checkpoint(photographs, tmp_path):
+    flags = [*TINY, *paths(photographs), "--train-iters", "3"]
+    train.main([*flags, f"--save={tmp_path / 'a'}"])
+    last = tmp_path / "a" / "last.pt"
+    train.main(
+        [*flags, f"--save={tmp_path / 'b'}", f"--load={last}", "--lr=1e-12", "--clip-grad=0"]
+    )
+    a, b = (util.load_checkpoint(tmp_path / run / "last.pt")["model"] for run in "ab")
+    weights = [name for name in a if "running" not in name and "batches" not in name]
+    assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in weights)
+
+
+def test_same_seed_same_weights_other_seed_other_weights(photographs, tmp_path):
+    def weights(name, *extra):
+        run = tmp_path / name
+        train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={run}", *extra])
+        return util.load_checkpoint(run / "last.pt")["model"]
+
+    first, workers, other = weights("a"), weights("b", "--num-workers=2"), weights("c", "--seed=1")
+    assert all(torch.equal(first[name], workers[name]) for name in first)
+    assert not torch.equal(first["encoder.layers.0.weight"], other["encoder.layers.0.weight"])
+
+
+@pytest.mark.parametrize(
+    "flags, term", [(["--l1-weight=2"], 2.0), (["--l1-weight=0", "--codebook-weight=3"], 3.0)]
+)
+def test_loss_weights_work(flags, term, photographs, tmp_path):
+    lfq = ["--quantizer=lfq", "--train-iters=1", f"--save={tmp_path / 'run'}"]
+    train.main([*TINY, *paths(photographs), *lfq, *flags])
+    record = records(tmp_path / "run", "train")[0]
+    weights = {"l1": 1.0, "codebook": 1.0, **{k: v for k, v in [_weight(f) for f in flags]}}
+    expected = sum(weights[name] * record[name] for name in weights)
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert term in weights.values()
+
+
+def _weight(flag: str) -> tuple[str, float]:
+    name, value = flag.removeprefix("--").split("=")
+    return name.removesuffix("-weight"), float(value)
+
+
+def test_clip_grad_and_weight_decay_work(photographs, tmp_path):
+    def weights(name, *extra):
+        flags = [*TINY, *paths(photographs), "--train-iters=2", f"--save={tmp_path / name}", *extra]
+        train.main(flags)
+        return util.load_checkpoint(tmp_path / name / "last.pt")["model"]["decoder.layers.0.weight"]
+
+    plain = weights("a", "--clip-grad=0")
+    assert not torch.equal(plain, weights("b", "--clip-grad=0", "--weight-decay=0.5"))
+    # Adam forgets the scale of the gradient, but not beside its epsilon.
+    assert not torch.equal(plain, weights("c", "--clip-grad=1e-9"))
+
+
+def test_perceptual_loss_without_weights_stops_before_training(photographs, tmp_path):
+    flags = [*TINY, *paths(photographs), "--perceptual-weight=1", f"--save={tmp_path / 'run'}"]
+    with pytest.raises(ValueError) as caught:
+        train.main(flags)
+    message = str(caught.value)
+    for part in ("squeezenet1_1-b8a52dc0.pth", str(tmp_path / "torch"), "--perceptual-weight 0"):
+        assert part in message
+    assert "\n" not in message and not (tmp_path / "run").exists()
+
+
+def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_path):
+    run = tmp_path / "run"
+    train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={run}"])
+    code = (
+        "import sys, torch, util; from arguments import get_args; from model import VQVAE\n"
+        "saved = util.load_checkpoint(sys.argv[1]); args = get_args([])\n"
+        "vars(args).update(saved['args']); model = VQVAE(args)\n"
+        "model.load_state_dict(saved['model']); model.eval()\n"
+        "indices = torch.load(sys.argv[2], weights_only=True)\n"
+        "torch.save(model.decode(indices), sys.argv[3])\n"
+    )
+    saved = util.load_checkpoint(run / "last.pt")
+    args = get_args([])
+    vars(args).update(saved["args"])
+    model = VQVAE(args)
+    model.load_state_dict(saved["model"])
+    model.eval()
+    images = normalize(torch.stack([SyntheticDataset(32, 5, 3)[i] for i in range(3)]))
+    with torch.no_grad():
+        reconstruction, indices, _ = model(images)
+    assert torch.equal(model.encode(images), indices)
+    torch.save(indices, tmp_path / "indices.pt")
+    files = [str(run / "last.pt"), str(tmp_path / "indices.pt"), str(tmp_path / "out.pt")]
+    subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), reconstruction)
+
+
+# ---------------------------------------------------------------------------------------
+# Bad input: exit code 2, one line that names the thing and the cure, nothing half-written
+# ---------------------------------------------------------------------------------------
+def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[str], str]]:
+    empty, text, broken = tmp_path / "empty", tmp_path / "text", tmp_path / "broken"
+    for folder in (empty, text, broken):
+        folder.mkdir()
+    (text / "notes.txt").write_text("hello")
+    (broken / "a.png").write_bytes(b"this is no picture")
+    (tmp_path / "fake.pt").write_bytes(b"this is no checkpoint")
+    args = vars(get_args(["--channel=32"]))
+    model = VQVAE(get_args(["--channel=32"]))
+    util.save_checkpoint(tmp_path / "real.pt", {"model": model.state_dict(), "args": args})
+    lie = {"model": model.state_dict(), "args": {**args, "channel": 64}}
+    util.save_checkpoint(tmp_path / "lie.pt", lie)
+    good, val = paths(photographs), f"--val-data-path={photographs / 'val'}"
+    real = f"--load={tmp_path / 'real.pt'}"
+    return {
+        "missing folder": ("train", ["--train-data-path=nowhere"], "nowhere"),
+        "default folder": ("train", [], "synthetic"),
+        "empty folder": ("train", [f"--train-data-path={empty}", val], str(empty)),
+        "no image": ("train", [f"--train-data-path={text}", val], "notes.txt"),
+        "broken image": ("train", [f"--train-data-path={broken}", val, "--batch-size=1"], "a.png"),
+        "broken validation image": ("train", [good[0], f"--val-data-path={broken}"], "a.png"),
+        "level 1": ("train", [*good, "--levels", "1"], "level"),
+        "level 0": ("train", [*good, "--levels", "0"], "level"),
+        "level x": ("train", [*good, "--levels", "x"], "--levels"),
+        "strategy": ("train", [*good, "--rfsq-strategy=batchnorm"], "layernorm"),
+        "quantizer": ("train", [*good, "--quantizer=vq"], "rfsq"),
+        "three stages": ("train", [*good, "--rfsq-stages=3"], "levels"),
+        "unknown flag": ("train", [*good, "--strategy=none"], "--strategy"),
+        "large batch": ("train", [*good, "--batch-size=25"], "24"),
+        "no checkpoint": ("train", [*good, "--load=nowhere.pt"], "nowhere.pt"),
+        "fake checkpoint": ("train", [*good, f"--load={tmp_path / 'fake.pt'}"], "fake.pt"),
+        "other architecture": ("train", [*good, real, "--channel=16"], "--channel 32 there"),
+        "other stages": ("train", [*good, real, "--rfsq-stages=4"], "--rfsq-stages 2 there"),
+        "image size": ("train", [*good, "--img-size=30"], "multiple"),
+        "learning rate": ("train", [*good, "--lr=-1"], "--lr"),
+        "nan weight": ("train", [*good, "--l1-weight=nan"], "--l1-weight"),
+        "evaluate nothing": ("evaluate", [val], "--load"),
+        "evaluate fake": ("evaluate", [val, f"--load={tmp_path / 'fake.pt'}"], "fake.pt"),
+        "evaluate lie": ("evaluate", [val, f"--load={tmp_path / 'lie.pt'}"], "lie.pt"),
+        "evaluate folder": ("evaluate", ["--val-data-path=nowhere", real], "nowhere"),
+        "evaluate size": ("evaluate", [val, real, "--img-size=30"], "30"),
+    }
+
+
+def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mains = {"train": train.main, "evaluate": evaluate.main}
+    for name, (script, flags, part) in bad_inputs(photographs, tmp_path).items():
+        base = [*TINY, "--train-iters=2", "--save=run"] if script == "train" else []
+        with pytest.raises(SystemExit) as caught:
+            util.run_script(lambda s=script, b=base, f=flags: mains[s]([*b, *f]))
+        captured = capfd.readouterr()
+        lines = captured.err.strip().splitlines()
+        assert caught.value.code == 2, name
+        assert len(lines) == 1 and part in lines[0], (name, captured.err)
+        if name not in ("broken image", "broken validation image"):  # found in training
+            assert not (tmp_path / "run").exists(), name
+        else:
+            assert not list((tmp_path / "run").glob("*.pt")), name
+            subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_image_in_a_real_process(workers, photographs, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    flags = [f"--train-data-path={folder}", f"--val-data-path={photographs / 'val'}"]
+    command = [sys.executable, ROOT / "train.py", *TINY, *flags, "--num-workers", workers]
+    done = subprocess.run(
+        [*command, "--train-iters=2", f"--save={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
+    )
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: cannot read image")
+    assert str(folder / "3.png") in lines[0]
