@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     def assess(step: int) -> dict:
         """Evaluate, draw the samples and save the checkpoint; the same result in all processes."""
         nonlocal best
-        result = evaluate(model, val_batches, perceptual, device, progress=bar_shown)
+        final = step == steps  # the floors depend on the images alone: once is enough
+        result = evaluate(model, val_batches, perceptual, device, progress=bar_shown, floors=final)
         improved, best = result["psnr"] > best, max(best, result["psnr"])
         if main_process:
             log({"kind": "val", "step": step, **result})

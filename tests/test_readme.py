@@ -1,0 +1,114 @@
+"""Every block of the README runs, as it stands but for flags that make it small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+# Appended to commands that train: the last flag wins.
+TINY = (
+    "--train-data-path synthetic --val-data-path images --train-iters 1 --batch-size 4 "
+    "--channel 16 --img-size 32 --perceptual-weight 0 --num-workers 0 --embed-dim 8"
+)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the project, with a few images and one finished run named as the README does."""
+    folder = tmp_path_factory.mktemp("clone") / "rfsq"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    code = (
+        "from PIL import Image; from dataset import SyntheticDataset; from pathlib import Path\n"
+        "for folder in ('images', 'data/imagenet/val'):\n"
+        "    Path(folder).mkdir(parents=True)\n"
+        "    for i, image in enumerate(SyntheticDataset(32, 0, 4)):\n"
+        "        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f'{folder}/{i}.png')\n"
+        f"import train; train.main('{TINY} --save runs/NAME'.split())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=environment(folder))
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """This interpreter's environment for the scripts, and no download of LPIPS weights."""
+    # `sys.prefix` is the virtual environment of the tests; the scripts find it complete.
+    (folder / ".venv").exists() or (folder / ".venv").symlink_to(sys.prefix)
+    shutil.copyfile(folder / "pyproject.toml", Path(sys.prefix, "pyproject.toml"))
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "TORCH_HOME": str(folder.parent / "torch"),
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def shrink(command: str) -> str:
+    """One shell command of the README, made small."""
+    if command.endswith("--help"):
+        return command
+    if "train.py" in command or re.search(r"scripts/(rfsq_|demo)", command):
+        return f"{command} {TINY}"
+    if "scripts/test.sh" in command:
+        return f"{command} --collect-only -q tests/test_scheduler.py"
+    return command
+
+
+def shell_blocks() -> list[str]:
+    return [text.strip() for language, text in BLOCKS if language == "bash"]
+
+
+@pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: block.splitlines()[0][:50])
+def test_shell_block(block, clone):
+    commands = [shrink(line) for line in block.replace("\\\n", " ").splitlines()]
+    script = "set -euo pipefail\n" + "\n".join(commands)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=clone, env=environment(clone), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "block", [text for language, text in BLOCKS if language == "python"], ids=lambda b: b[:30]
+)
+def test_python_block(block, clone):
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=clone,
+        env=environment(clone),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_blocks_say_what_they_are():
+    assert {language for language, _ in BLOCKS} <= {"bash", "python", "bibtex", ""}
+    assert len(shell_blocks()) >= 6
+
+
+def test_named_files_exist():
+    """Paths and flags that the README names exist."""
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"(?:scripts|quantizers|loss)/[\w]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+    known = (ROOT / "arguments.py").read_text() + (ROOT / "scripts" / "evaluate.py").read_text()
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {
+        "--help",
+        "--standalone",
+        "--nproc-per-node",
+    }:
+        assert f'"{flag}"' in known, flag

@@ -1,0 +1,367 @@
+"""RFSQ against a reference in double precision: values, gradients and running statistics."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from quantizers import FSQ, RFSQ
+
+STRATEGIES = ("none", "scale", "layernorm")
+
+
+def column(x, like):
+    """Lay numbers per channel along axis 1 of `like`."""
+    return np.asarray(x, dtype=np.float64).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def reference_stage(r, levels, a, b):
+    """One stage in NumPy: (codes, digits, slope of the bound, distance from a rounding edge)."""
+    level = np.array(levels)
+    h, offset = (level - 1) * 0.999 / 2, np.where(level % 2, 0.0, 0.5)
+    half = column(level // 2, r)
+    x = np.tanh(a * r + b + column(np.tan(offset / h), r))
+    y = column(h, r) * x - column(offset, r)
+    n = np.round(y)
+    slope = column(h, r) * (1 - x**2) / half
+    return (n / half - b) / a, (n + half).astype(np.int64), slope, np.abs(np.abs(y - n) - 0.5)
+
+
+def reference(z, levels, maps):
+    """The chain of `maps`, a list of (a, b) or functions of the residual that return them.
+
+    Returns quantized, digits of each stage, d quantized / dz, and where rounding is certain.
+    """
+    r, total, digits, product, edge = z, np.zeros_like(z), [], np.ones_like(z), np.inf
+    for affine in maps:
+        a, b = affine(r) if callable(affine) else affine
+        q, n, slope, distance = reference_stage(r, levels, a, b)
+        r, total, product = r - q, total + q, product * (1 - slope)
+        digits.append(n)
+        edge = np.minimum(edge, distance)
+    # A code next to an edge may round the other way in float32, in any channel or stage.
+    return total, digits, 1 - product, edge > 1e-4
+
+
+def weights(rfsq, stage, like):
+    """Gain and bias of a stage of layernorm as the reference takes them."""
+    gain = rfsq.log_gain[stage].detach().double().exp().numpy()
+    return column(gain, like), column(rfsq.bias[stage].detach().numpy(), like)
+
+
+def perturb(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def check_against(rfsq, z, maps):
+    """Values, digits and gradient of `rfsq(z)` against the reference."""
+    z = z.clone().requires_grad_()
+    upstream = torch.randn_like(z)
+    quantized, indices, *_ = rfsq(z)
+    (quantized * upstream).sum().backward()
+    value, digits, slope, certain = reference(z.detach().double().numpy(), rfsq.levels, maps)
+    assert certain.mean() > 0.9
+    assert (slope > 0).all() and (slope <= 1).all()
+    radix = column(np.cumprod([1, *rfsq.levels[:-1]]), value)
+    everywhere = certain.all(axis=1)
+    for stage, n in enumerate(digits):
+        wanted = (n * radix.astype(np.int64)).sum(axis=1)
+        assert np.array_equal(indices[..., stage].numpy()[everywhere], wanted[everywhere])
+    np.testing.assert_allclose(quantized.detach().numpy()[certain], value[certain], atol=2e-5)
+    gradient = (z.grad / upstream).double().numpy()
+    np.testing.assert_allclose(gradient[certain], slope[certain], rtol=1e-3, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------
+# Values and gradients of the chain
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("levels", [[8, 8, 8, 4], [5, 3, 2]])
+def test_none_is_the_plain_chain(stages, levels):
+    rfsq = RFSQ(stages, "none", levels)
+    check_against(rfsq, torch.randn(8, len(levels), 5, 5), [(1.0, 0.0)] * stages)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_scale_multiplies_before_and_divides_after(stages):
+    rfsq = RFSQ(stages, "scale", initial_scale=1.7)
+    perturb(rfsq)
+    scales = rfsq.log_scale.detach().double().exp().tolist()
+    z = torch.randn(8, rfsq.dim, 5, 5)
+    check_against(rfsq, z, [(scale, 0.0) for scale in scales])
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_layernorm_with_statistics_that_are_constants(stages):
+    rfsq = RFSQ(stages, "layernorm").eval()
+    perturb(rfsq)
+    rfsq.running_mean.normal_(std=0.3)
+    rfsq.running_var.uniform_(0.2, 2)
+    z = torch.randn(8, rfsq.dim, 5, 5)
+    maps = []
+    for stage in range(stages):
+        gain, bias = weights(rfsq, stage, z)
+        mean = column(rfsq.running_mean[stage].numpy(), z)
+        a = gain / column(rfsq.running_var[stage].sqrt().numpy(), z)
+        maps.append((a, bias - a * mean))
+    check_against(rfsq, z, maps)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_layernorm_in_training_normalises_by_the_first_batch(stages):
+    rfsq = RFSQ(stages, "layernorm")
+    perturb(rfsq)
+    z = 2 * torch.randn(16, rfsq.dim, 6, 6) + 0.5
+
+    def by_moments(stage):
+        def affine(r):
+            gain, bias = weights(rfsq, stage, r)
+            a = gain / column(r.std(axis=(0, 2, 3)), r)
+            return a, bias - a * column(r.mean(axis=(0, 2, 3)), r)
+
+        return affine
+
+    check_against(rfsq, z, [by_moments(stage) for stage in range(stages)])
+
+
+def test_image_statistics_are_each_images_mean_and_std():
+    rfsq = RFSQ(2, "layernorm", statistics="image").eval()
+    z = torch.randn(3, 4, 6, 5) * torch.tensor([0.5, 1, 3]).view(3, 1, 1, 1) + 2
+    quantized, _, loss, statistics = rfsq(z)
+    assert statistics.shape == (3, 2, 2, 4) and loss.item() == 0
+    # What the decoder gets are half-precision numbers, as `side_bits` counts them.
+    assert torch.equal(statistics, statistics.half().float())
+    torch.testing.assert_close(statistics[:, 0, 0], z.mean((2, 3)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        statistics[:, 0, 1], z.std((2, 3), correction=0), rtol=1e-3, atol=1e-3
+    )
+    for image in range(3):
+        maps = []
+        for stage in range(2):
+            gain, bias = weights(rfsq, stage, np.zeros((1, 4, 1, 1)))
+            mean, std = statistics[image, stage].double().numpy()
+            a = gain / column(std, gain)
+            maps.append((a, bias - a * column(mean, gain)))
+        value, _, _, certain = reference(z[image : image + 1].double().numpy(), rfsq.levels, maps)
+        np.testing.assert_allclose(
+            quantized[image : image + 1].numpy()[certain], value[certain], atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (2, 4), (2, 4, 1, 1)])
+def test_gradient_is_finite_for_a_constant_image(shape):
+    """A flat image has a std of exactly zero, where the square root has no derivative."""
+    z = torch.full(shape, 0.3, requires_grad=True)
+    RFSQ(2, "layernorm", statistics="image")(z)[0].sum().backward()
+    assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("strategy", ["scale", "layernorm"])
+@pytest.mark.parametrize("statistics", ["global", "image"])
+def test_every_parameter_learns(strategy, statistics):
+    rfsq = RFSQ(2, strategy, statistics=statistics)
+    z = torch.randn(8, 4, 5, 5)
+    (rfsq(z)[0] - z).square().mean().backward()
+    for name, parameter in rfsq.named_parameters():
+        assert torch.isfinite(parameter.grad).all() and (parameter.grad != 0).all(), name
+
+
+def test_one_stage_of_none_is_fsq():
+    levels = [8, 5, 3, 4]
+    z = torch.randn(4, 4, 7, 7)
+    one, two = z.clone().requires_grad_(), z.clone().requires_grad_()
+    quantized, indices = RFSQ(1, "none", levels)(one)
+    wanted, wanted_indices = FSQ(levels)(two)
+    assert torch.equal(quantized.view(torch.int32), wanted.view(torch.int32))
+    assert torch.equal(indices, wanted_indices.unsqueeze(-1))
+    quantized.sum().backward()
+    wanted.sum().backward()
+    assert torch.equal(one.grad, two.grad)
+
+
+# ---------------------------------------------------------------------------------------
+# Running statistics
+# ---------------------------------------------------------------------------------------
+def test_running_statistics_by_hand():
+    """The first 1/momentum = 4 batches weigh 1, 1/2, 1/3, 1/4; those after them 1/4 each."""
+    rfsq = RFSQ(2, "layernorm", momentum=0.25)
+    perturb(rfsq)
+    mean, var = np.zeros((2, 4)), np.ones((2, 4))
+    for weight in (1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4):
+        z = (torch.randn(6, 4, 5, 5) * torch.rand(1, 4, 1, 1) + torch.randn(1, 4, 1, 1)).float()
+        rfsq(z)
+        r = z.double().numpy()
+        for stage in range(2):
+            mean[stage] += weight * (r.mean(axis=(0, 2, 3)) - mean[stage])
+            var[stage] += weight * (r.var(axis=(0, 2, 3)) - var[stage])
+            np.testing.assert_allclose(rfsq.running_mean[stage], mean[stage], atol=2e-5)
+            np.testing.assert_allclose(rfsq.running_var[stage], var[stage], rtol=2e-4)
+            gain, bias = weights(rfsq, stage, r)
+            # From the statistics just checked, so that a rounding edge is the same in both.
+            a = gain / column((rfsq.running_var[stage].double()).sqrt().numpy(), r)
+            b = bias - a * column(rfsq.running_mean[stage].numpy(), r)
+            q, _, _, edge = reference_stage(r, rfsq.levels, a, b)
+            assert edge.min() > 1e-6
+            r = r - q
+
+
+def test_the_first_batches_are_averaged_evenly():
+    rfsq = RFSQ(1, "layernorm", levels=[4], momentum=0.01)
+    batches = [torch.randn(32, 1) * k + k for k in range(1, 8)]
+    for batch in batches:
+        rfsq(batch)
+    torch.testing.assert_close(rfsq.running_mean[0, 0], torch.stack(batches).mean())
+    variances = torch.stack([batch.var(correction=0) for batch in batches])
+    torch.testing.assert_close(rfsq.running_var[0, 0], variances.mean())
+
+
+def perplexity(indices):
+    counts = torch.bincount(indices.flatten()).double()
+    p = counts[counts > 0] / counts.sum()
+    return math.exp(-(p * p.log()).sum())
+
+
+@pytest.mark.parametrize(("stages", "most_of_none"), [(2, 200), (4, 40)])
+def test_the_last_stage_uses_its_codes_from_the_start(stages, most_of_none):
+    """What the paper's layernorm is for: without it the residual leaves most codes unused."""
+    used = {}
+    for strategy in ("none", "layernorm"):
+        rfsq = RFSQ(stages, strategy)
+        for _ in range(5):
+            rfsq(torch.randn(16, rfsq.dim, 16, 16))
+        _, indices = rfsq.eval()(torch.randn(64, rfsq.dim, 32, 32))
+        used[strategy] = perplexity(indices[..., -1])
+        size = rfsq.codebook_sizes[-1]
+    assert used["none"] < most_of_none
+    assert used["layernorm"] > 0.25 * size and used["layernorm"] > 4 * used["none"]
+
+
+# ---------------------------------------------------------------------------------------
+# Scale
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scale", [1.0, 0.693, 1e-4, 7, 1e4])
+def test_the_scale_asked_for_is_the_scale_there_is(scale):
+    rfsq = RFSQ(3, "scale", [4, 4], initial_scale=scale)
+    assert rfsq.log_scale.exp().tolist() == pytest.approx([scale] * 3, rel=1e-6)
+    # A code of one is 1/scale away.
+    quantized, _ = RFSQ(1, "scale", [3], initial_scale=scale)(torch.tensor([[1e9]]))
+    assert quantized.item() == pytest.approx(1 / scale, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------
+# Image statistics belong to the tokens
+# ---------------------------------------------------------------------------------------
+def image_quantizer():
+    rfsq = RFSQ(2, "layernorm", statistics="image").eval()
+    perturb(rfsq)
+    z = torch.randn(2, 4, 6, 6) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) + 1
+    return rfsq, z, *rfsq(z)
+
+
+def test_swapped_statistics_move_the_codes_as_the_equation_says():
+    rfsq, _, quantized, indices, _, statistics = image_quantizer()
+    swapped = rfsq.indices_to_codes(indices, statistics.flip(0))
+    wanted = 0.0
+    for stage in range(2):
+        code = FSQ(rfsq.levels).indices_to_codes(indices[..., stage])
+        gain, bias = weights(rfsq, stage, code.numpy())
+        mean, std = statistics.flip(0)[:, stage].double().unbind(1)
+        normal = (code.double() - torch.tensor(bias)) / torch.tensor(gain)
+        wanted = wanted + normal * std[..., None, None] + mean[..., None, None]
+    torch.testing.assert_close(swapped.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (swapped - quantized).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize("wrong", ["none", "one image", "channels", "rank", "too few stages"])
+def test_statistics_that_do_not_fit(wrong):
+    rfsq, _, _, indices, _, statistics = image_quantizer()
+    given = {
+        "none": None,
+        "one image": statistics[:1],
+        "channels": statistics[..., :3],
+        "rank": statistics[0],
+        "too few stages": statistics[:, :1],
+    }[wrong]
+    with pytest.raises(ValueError, match=r"statistics \(2, 2, 2, 4\)"):
+        rfsq.indices_to_codes(indices, given)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_statistics_where_the_indices_alone_decode(strategy):
+    rfsq = RFSQ(2, strategy)
+    with pytest.raises(ValueError, match="indices alone"):
+        rfsq.indices_to_codes(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 2, 4))
+
+
+def test_nothing_is_kept_between_calls():
+    rfsq, z, quantized, indices, _, statistics = image_quantizer()
+    before = copy.deepcopy(rfsq.__dict__.keys())
+    rfsq(100 * z.flip(0) - 7)
+    assert rfsq.__dict__.keys() == before
+    assert torch.equal(rfsq.indices_to_codes(indices, statistics), quantized)
+
+
+# ---------------------------------------------------------------------------------------
+# Bits and refusals
+# ---------------------------------------------------------------------------------------
+def test_side_information_is_counted():
+    assert RFSQ(2, "layernorm", statistics="image").side_bits == 2 * 4 * 2 * 16  # numbers x 16
+    assert RFSQ(4, "layernorm", statistics="image").side_bits == 2 * 5 * 4 * 16
+    for strategy in STRATEGIES:
+        assert RFSQ(2, strategy).side_bits == 0
+
+
+@pytest.mark.parametrize("stages", [1, 3, 5])
+def test_stages_without_default_levels(stages):
+    with pytest.raises(ValueError, match=f"{stages} stages.*levels"):
+        RFSQ(stages)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"strategy": "batchnorm"}, "'batchnorm'.*none, scale, layernorm"),
+        ({"statistics": "batch"}, "'batch'.*global, image"),
+        ({"stages": 0, "levels": [4]}, "stages.*0"),
+        ({"stages": 2.0}, "stages.*2.0"),
+        ({"strategy": "scale", "initial_scale": 0}, "initial_scale.*0"),
+        ({"strategy": "scale", "initial_scale": -1.0}, "initial_scale.*-1.0"),
+        ({"strategy": "scale", "initial_scale": math.nan}, "initial_scale.*nan"),
+        ({"strategy": "scale", "initial_scale": math.inf}, "initial_scale.*inf"),
+        ({"momentum": 0}, "momentum.*0"),
+        ({"momentum": 1.5}, "momentum.*1.5"),
+        ({"levels": [8, 1]}, "1 is among"),
+    ],
+)
+def test_arguments_that_cannot_be(kwargs, named):
+    with pytest.raises(ValueError, match=named):
+        RFSQ(**kwargs)
+
+
+def test_wrong_number_of_channels_names_both():
+    with pytest.raises(ValueError, match=r"4 channels.*has 5"):
+        RFSQ(2)(torch.randn(1, 5, 3))
+
+
+@pytest.mark.parametrize("stages", [0, 3])
+def test_indices_of_stages_that_there_are_not(stages):
+    with pytest.raises(ValueError, match=f"1 to 2 stages.*has {stages}"):
+        RFSQ(2).indices_to_codes(torch.zeros(1, 5, stages, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("index", [-1, 2048])
+def test_indices_out_of_range(stage, index):
+    indices = torch.zeros(1, 5, 2, dtype=torch.int64)
+    indices[0, 3, stage] = index
+    with pytest.raises(ValueError, match=rf"0 to 2047.*{index}"):
+        RFSQ(2).indices_to_codes(indices)
+
+
+def test_indices_without_a_batch():
+    with pytest.raises(ValueError):
+        RFSQ(2).indices_to_codes(torch.zeros(2, dtype=torch.int64))
