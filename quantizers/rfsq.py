@@ -32,15 +32,24 @@ class RFSQ(Quantizer):
         - `none`: a = 1, b = 0. The residual shrinks, and later stages use few of their codes.
         - `scale`: a is a learned positive number for each stage, held as its logarithm.
         - `layernorm`: a = gain/std, b = bias - a mean, gain and bias learned for each stage and
-          channel.
+          channel. At the start gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), close to
+          the least squared error of a unit Gaussian for L = 3 to 64: with gain 1 the tanh
+          saturates, and the codes of an even L lie around -1/L.
 
     statistics (of `layernorm`):
-        - `global` (default): running averages of each stage and channel's mean and variance,
-          constants of the model once it is trained. The indices alone decode.
+        - `global` (default): running averages of each stage and channel's mean and variance, used
+          in training and evaluation alike; constants of the model once it is trained. The indices
+          alone decode.
         - `image`: mean and std over the positions of each image, as in the paper's public code.
           The decoder needs these 2 * dim * stages numbers an image as well. `forward` returns
           them, rounded to half precision, as its fourth value, `indices_to_codes` takes them, and
           they are counted: `side_bits` = 32 * dim * stages bits an image.
+
+    Both choices were measured on photographs (128x128, f = 4, width 64, L1, 1,000 steps of 16; PSNR
+    of 490 others; two seeds, that differ by 0.1 to 0.25 dB). 2x2048: running averages and gain 1
+    25.2 dB, with the gain above 25.9; batch statistics in training, as batch normalisation has
+    them, 24.7 and 25.6; image statistics 24.6 and 25.5. 4x1024 (one seed): 25.3 and 26.6; 25.5 and
+    26.3; 26.0 and 26.4.
 
     The gradient (straight-through in every stage, the residual taken with its gradient) is
     d quantized / dz = 1 - prod_k (1 - d_k), with d_k the slope of stage k's bound: at most 1.

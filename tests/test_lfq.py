@@ -130,7 +130,7 @@ def test_groups_sum_their_entropies(dim, groups):
 
 
 def test_large_codebooks_need_groups():
-    with pytest.raises(ValueError, match="entropy_groups=1 leaves 40 bits.*24"):
+    with pytest.raises(ValueError, match=r"entropy_groups=1 leaves 40 bits.*24"):
         LFQ(40, entropy_groups=1)
     assert LFQ(24).entropy_groups == 1
     assert LFQ(40).entropy_groups == 2

@@ -1,0 +1,414 @@
+"""What every quantizer promises (base.py), asked of each of them in the same words."""
+
+import copy
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantizers
+from quantizers import QUANTIZERS, Quantizer
+
+ROOT = Path(__file__).parent.parent
+
+# name: (class, arguments, bits)
+CASES = {
+    "fsq": ("FSQ", {"levels": [8, 8, 8, 8]}, 12.0),
+    "fsq-odd": ("FSQ", {"levels": [3, 5, 2]}, math.log2(30)),
+    "fsq-40-bits": ("FSQ", {"levels": [4] * 20}, 40.0),
+    "rfsq-2-none": ("RFSQ", {"stages": 2, "strategy": "none"}, 22.0),
+    "rfsq-4-none": ("RFSQ", {"stages": 4, "strategy": "none"}, 40.0),
+    "rfsq-2-scale": ("RFSQ", {"stages": 2, "strategy": "scale", "initial_scale": 0.7}, 22.0),
+    "rfsq-4-scale": ("RFSQ", {"stages": 4, "strategy": "scale"}, 40.0),
+    "rfsq-2-layernorm": ("RFSQ", {"stages": 2, "strategy": "layernorm"}, 22.0),
+    "rfsq-4-layernorm": ("RFSQ", {"stages": 4, "strategy": "layernorm"}, 40.0),
+    "rfsq-odd": ("RFSQ", {"stages": 3, "levels": [5, 3, 7, 2, 4]}, 3 * math.log2(840)),
+    "rfsq-2-image": ("RFSQ", {"stages": 2, "statistics": "image"}, 22.0),
+    "rfsq-4-image": ("RFSQ", {"stages": 4, "statistics": "image"}, 40.0),
+    "lfq-12": ("LFQ", {"dim": 12}, 12.0),
+    "lfq-40": ("LFQ", {"dim": 40}, 40.0),
+    "ema": ("VectorQuantizeEMA", {"codebook_size": 4096, "dim": 8}, 12.0),
+    "ema-3": ("VectorQuantizeEMA", {"codebook_size": 64, "dim": 8, "stages": 3}, 18.0),
+}
+RESIDUAL = {"rfsq-odd": 3, "ema-3": 3} | {
+    name: int(name[5]) for name in CASES if name.startswith("rfsq-") and name[5].isdigit()
+}
+
+every = pytest.mark.parametrize("name", CASES)
+residual = pytest.mark.parametrize("name", RESIDUAL)
+
+
+def build(name):
+    kind, kwargs, _ = CASES[name]
+    return getattr(quantizers, kind)(**kwargs)
+
+
+def latent(module, batch=3, positions=(5, 4)):
+    """Channels of different mean and spread, images of different spread."""
+    like = [1] * len(positions)
+    spread = torch.linspace(0.3, 2, module.dim).view(1, -1, *like)
+    images = torch.linspace(0.7, 1.4, batch).view(-1, 1, *like)
+    return torch.randn(batch, module.dim, *positions) * spread * images + spread.flip(1) - 1
+
+
+def trained(name):
+    """A quantizer in evaluation mode whose weights and statistics are not those of the start."""
+    module = build(name)
+    with torch.no_grad():
+        for _ in range(3):
+            module(latent(module, 4))
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def run(module, z):
+    """`forward` as (quantized, indices, side), side the arguments that decoding needs as well."""
+    quantized, indices, *rest = module(z)
+    return quantized, indices, tuple(rest[1:])
+
+
+def same_bits(a, b):
+    """Equality that tells 0.0 from -0.0."""
+    assert a.dtype == b.dtype == torch.float32 and a.shape == b.shape
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def test_every_registered_quantizer_is_asked():
+    assert {CASES[name][0] for name in CASES} == {kind.__name__ for kind in QUANTIZERS.values()}
+    assert all(issubclass(kind, Quantizer) for kind in QUANTIZERS.values())
+
+
+# ---------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("positions", [(), (7,), (5, 4), (2, 3, 4)], ids=len)
+def test_indices_decode_to_the_same_bits(name, positions):
+    module = trained(name)
+    quantized, indices, side = run(module, latent(module, 3, positions))
+    assert quantized.shape == (3, module.dim, *positions)
+    stage_axis = (module.stages,) if module.stage_axis else ()
+    assert indices.shape == (3, *positions, *stage_axis) and indices.dtype == torch.int64
+    decoded = module.indices_to_codes(indices, *side)
+    assert torch.equal(decoded, quantized)
+    assert same_bits(decoded, quantized)
+
+
+CHILD = """
+import hashlib, sys, torch, quantizers
+torch.set_num_threads(1)
+for name, case in torch.load(sys.argv[1], weights_only=True).items():
+    module = getattr(quantizers, case["kind"])(**case["kwargs"]).eval()
+    module.load_state_dict(case["state"])
+    codes = module.indices_to_codes(case["indices"], *case["side"])
+    print(name, hashlib.sha256(codes.detach().contiguous().numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """name -> digest of the codes that this process has, and a fresh one has from files."""
+    torch.manual_seed(1)
+    here, cases = {}, {}
+    for name, (kind, kwargs, _) in CASES.items():
+        module = trained(name)
+        with torch.no_grad():
+            quantized, indices, side = run(module, latent(module))
+        here[name] = hashlib.sha256(quantized.contiguous().numpy().tobytes()).hexdigest()
+        cases[name] = {"kind": kind, "kwargs": kwargs, "state": module.state_dict()}
+        cases[name] |= {"indices": indices, "side": side}
+    path = tmp_path_factory.mktemp("fresh") / "cases.pt"
+    torch.save(cases, path)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.returncode == 0, child.stderr
+    return here, dict(line.split() for line in child.stdout.splitlines())
+
+
+@every
+def test_a_fresh_process_decodes_the_same_bits(fresh, name):
+    here, there = fresh
+    assert there[name] == here[name]
+
+
+@every
+def test_batch_one_equals_batch_n(name):
+    module = trained(name)
+    z = latent(module, 4)
+    quantized, indices, side = run(module, z)
+    for image in range(4):
+        alone, index, own = run(module, z[image : image + 1])
+        assert torch.equal(index, indices[image : image + 1])
+        assert torch.equal(alone, quantized[image : image + 1])
+        decoded = module.indices_to_codes(index, *own)
+        assert torch.equal(decoded, quantized[image : image + 1])
+        decoded = module.indices_to_codes(
+            indices[image : image + 1], *(x[image : image + 1] for x in side)
+        )
+        assert torch.equal(decoded, quantized[image : image + 1])
+
+
+@every
+def test_equal_indices_give_equal_output(name):
+    """Wherever a token stands and whatever it was before: its indices decide."""
+    module = trained(name)
+    z = latent(module, 4)
+    quantized, indices, side = run(module, z)
+    if side:
+        return  # the image's own numbers decide too: see test_rfsq.py
+    tokens = quantized.movedim(1, -1).reshape(-1, module.dim)
+    flat = indices.reshape(-1, *indices.shape[3:])
+    assert torch.equal(module.indices_to_codes(flat), tokens)
+    other, others, _ = run(module, z + 0.02 * torch.randn_like(z))
+    equal = others == indices
+    equal = equal.all(-1) if module.stage_axis else equal
+    assert equal.sum() > 5 and not equal.all()
+    assert torch.equal(other.movedim(1, -1)[equal], quantized.movedim(1, -1)[equal])
+
+
+@residual
+def test_the_first_stages_give_the_partial_sums(name):
+    module = trained(name)
+    z = latent(module)
+    quantized, indices, side = run(module, z)
+    errors = []
+    for k in range(1, module.stages + 1):
+        partial = module.indices_to_codes(indices[..., :k], *side)
+        if k == 1:
+            total = partial
+        else:
+            # A stage by itself is what its indices add, whatever the stages before it say.
+            zero = torch.zeros_like(indices)
+            zero[..., k - 1] = indices[..., k - 1]
+            before = module.indices_to_codes(torch.zeros_like(indices)[..., : k - 1], *side)
+            own = module.indices_to_codes(zero[..., :k], *side) - before
+            total = total + own
+        torch.testing.assert_close(partial, total, rtol=1e-5, atol=1e-5)
+        errors.append((partial - z).square().mean().item())
+    assert torch.equal(partial, quantized)
+    assert errors == sorted(errors, reverse=True)
+    if side:  # the statistics of the stages decoded are enough
+        first = module.indices_to_codes(indices[..., :1], side[0][:, :1])
+        assert torch.equal(first, module.indices_to_codes(indices[..., :1], *side))
+
+
+@residual
+def test_a_shorter_chain_is_the_start_of_a_longer_one(name):
+    """The k-stage result is what a quantizer of k stages with the same weights gives."""
+    kind, kwargs, _ = CASES[name]
+    module, k = trained(name), RESIDUAL[name] - 1
+    levels = {"levels": module.levels} if kind == "RFSQ" else {}
+    shorter = getattr(quantizers, kind)(**{**kwargs, **levels, "stages": k}).eval()
+    state = module.state_dict()
+    shorter.load_state_dict({key: v[:k] if v.dim() else v for key, v in state.items()})
+    z = latent(module)
+    _, indices, side = run(module, z)
+    quantized, first, _ = run(shorter, z)
+    if not shorter.stage_axis:
+        first = first.unsqueeze(-1)
+    assert torch.equal(first, indices[..., :k])
+    assert torch.equal(module.indices_to_codes(indices[..., :k], *side), quantized)
+
+
+# ---------------------------------------------------------------------------------------
+# Bits
+# ---------------------------------------------------------------------------------------
+@every
+def test_bits_are_the_bits_of_the_indices(name):
+    module = build(name)
+    wanted = CASES[name][2]
+    if wanted == int(wanted):
+        assert module.bits == wanted
+    assert module.bits == pytest.approx(wanted)
+    assert isinstance(module.bits, float) and len(module.codebook_sizes) == module.stages
+    top = torch.tensor([[size - 1 for size in module.codebook_sizes]])
+    top = top if module.stage_axis else top[:, 0]
+    side = (torch.ones(1, module.stages, 2, module.dim),) if module.side_bits else ()
+    module.indices_to_codes(top, *side)
+    for stage in range(module.stages):
+        beyond = top.clone()
+        beyond.view(1, -1)[0, stage] += 1
+        with pytest.raises(ValueError, match="run from 0 to"):
+            module.indices_to_codes(beyond, *side)
+
+
+@every
+def test_side_bits_are_the_numbers_that_forward_returns_beyond_the_indices(name):
+    module = trained(name)
+    *_, side = run(module, latent(module, 2))
+    numbers = sum(x[0].numel() for x in side)
+    assert module.side_bits == 16 * numbers
+    assert (module.side_bits > 0) == name.endswith("image")
+
+
+@every
+def test_name_and_description(name):
+    module = build(name)
+    assert module.name == module.name.lower() and "/" not in module.name and " " not in module.name
+    assert module.name in repr(module) and f"bits={module.bits:g}" in repr(module)
+
+
+def test_names_are_not_shared():
+    assert len({build(name).name for name in CASES}) == len(CASES)
+
+
+# ---------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_precision_in_is_float32_inside(name, dtype):
+    module = trained(name)
+    z = latent(module).to(dtype)
+    quantized, indices, _ = run(module, z)
+    wanted, wanted_indices, _ = run(module, z.float())
+    assert quantized.dtype == torch.float32
+    assert same_bits(quantized, wanted) and torch.equal(indices, wanted_indices)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(name, dtype):
+    module = trained(name)
+    z = latent(module)
+    wanted, wanted_indices, *rest = module(z)
+    with torch.autocast("cpu", dtype=dtype):
+        quantized, indices, *rest_autocast = module(z)
+        side = tuple(rest_autocast[1:])
+        decoded = module.indices_to_codes(indices, *side)
+    assert same_bits(quantized, wanted) and torch.equal(indices, wanted_indices)
+    assert torch.equal(decoded, wanted)
+    for one, two in zip(rest, rest_autocast, strict=True):
+        assert same_bits(one, two)
+
+
+@every
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_cast_of_the_module_leaves_it_float32(name, cast):
+    module = trained(name)
+    z = latent(module)
+    wanted, wanted_indices, _ = run(module, z)
+    before = copy.deepcopy(module.state_dict())
+    around = torch.nn.Sequential(torch.nn.Linear(2, 2), module)
+    getattr(around, cast)()
+    assert around[0].weight.dtype != torch.float32
+    for tensor in (*module.parameters(), *module.buffers()):
+        assert tensor.dtype == torch.float32 or not tensor.is_floating_point()
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+    quantized, indices, _ = run(module, z)
+    assert same_bits(quantized, wanted) and torch.equal(indices, wanted_indices)
+
+
+# ---------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------
+TRACKING = ["rfsq-2-layernorm", "rfsq-4-layernorm", "rfsq-odd", "ema", "ema-3"]
+
+
+@every
+def test_the_input_is_not_modified(name):
+    module = trained(name)
+    for mode in (False, True):
+        z = latent(module)
+        before = z.clone()
+        module.train(mode)(z)
+        assert torch.equal(z, before)
+
+
+@every
+def test_evaluation_changes_no_state_and_training_only_running_statistics(name):
+    module = trained(name)
+    before = copy.deepcopy(module.state_dict())
+    _, indices, side = run(module, latent(module))
+    module.indices_to_codes(indices, *side)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    module.train()(latent(module))
+    changed = [k for k, value in module.state_dict().items() if not torch.equal(value, before[k])]
+    assert bool(changed) == (name in TRACKING)
+    assert not set(changed) & {key for key, _ in module.named_parameters()}
+
+
+@every
+def test_two_forwards_of_one_input_are_equal(name):
+    module = trained(name)
+    z = latent(module)
+    for one, two in zip(module(z), module(z), strict=True):
+        assert torch.equal(one, two)
+
+
+@every
+def test_copies_after_a_forward(name, tmp_path):
+    module = build(name)
+    z = latent(module).requires_grad_()
+    module(z)[0].sum().backward()
+    module(z)
+    path = tmp_path / "state.pt"
+    torch.save(module.state_dict(), path)
+    loaded = build(name)
+    loaded.load_state_dict(torch.load(path, weights_only=True))
+    torch.save(module, path)
+    whole = torch.load(path, weights_only=False)
+    wanted, indices, *_ = module.eval()(z)
+    for twin in (copy.deepcopy(module), loaded, whole):
+        quantized, found, *_ = twin.eval()(z)
+        assert same_bits(quantized, wanted) and torch.equal(found, indices)
+
+
+@every
+def test_two_forwards_before_one_backward(name):
+    """Statistics that a second forward moves must not reach the first one's graph."""
+    module = build(name)
+    one, two = latent(module).requires_grad_(), latent(module).requires_grad_()
+    first, second = module(one), module(two)
+    (first[0].sum() + second[0].sum()).backward()
+    assert torch.isfinite(one.grad).all() and torch.isfinite(two.grad).all()
+
+
+@every
+def test_memory_layout_of_the_input_does_not_matter(name):
+    module = trained(name)
+    z = latent(module)
+    wanted, wanted_indices, _ = run(module, z)
+    quantized, indices, _ = run(module, z.to(memory_format=torch.channels_last))
+    assert torch.equal(indices, wanted_indices)
+    torch.testing.assert_close(quantized, wanted)
+
+
+# ---------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiled_equals_eager(name, training):
+    """One graph without a break; values, gradients and statistics."""
+    torch._dynamo.reset()
+    eager = trained(name).train(training)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    one = latent(eager).requires_grad_()
+    two = one.detach().clone().requires_grad_()
+    results = eager(one), compiled(two)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(one)
+    for result in results:
+        loss = result[2] if len(result) == 3 else 0.0
+        ((result[0] * upstream).sum() + loss).backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+    for a, b in zip(eager.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for a, b in zip(eager.buffers(), module.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
