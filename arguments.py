@@ -29,11 +29,17 @@ ARCHITECTURE = (
 )
 
 
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # Where the default is no value, the help says in words what happens.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line (exit code 2) and whose help shows defaults."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpWithDefaults)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
@@ -210,7 +216,7 @@ def get_parser() -> Parser:
         "--train-iters",
         type=number(int, 1),
         default=None,
-        help="at most this many steps, whatever the epochs",
+        help="at most this many steps, whatever the epochs; default: no such limit",
     )
     optimizer.add_argument(
         "--lr", type=number(float, 0, above=True), default=8e-4, help="peak learning rate"
@@ -252,7 +258,10 @@ def get_parser() -> Parser:
         "--overwrite", action="store_true", help="replace a run that --save already holds"
     )
     run.add_argument(
-        "--load", default=None, metavar="FILE", help="checkpoint to take the first weights from"
+        "--load",
+        default=None,
+        metavar="FILE",
+        help="checkpoint to start the weights from; default: random weights",
     )
     run.add_argument(
         "--log-interval", type=number(int, 1), default=50, help="steps between log lines"

@@ -119,12 +119,13 @@ class VQVAE(nn.Module):
         For a quantizer with side information: (indices, statistics), to be passed to `decode`
         together. The model's state does not change, whichever mode it is in.
         """
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             _, indices, *rest = self.quantizer(self._latent(images))
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
         return (indices, rest[1]) if len(rest) > 1 else indices
 
     @torch.no_grad()

@@ -104,7 +104,11 @@ class Quantizer(nn.Module):
     def _check_indices(self, indices: Tensor) -> None:
         if indices.dtype != torch.int64:
             raise ValueError(f"indices must be int64, not {indices.dtype}")
-        given = indices.shape[-1] if indices.dim() else 0
+        axes = 2 if self.stage_axis else 1
+        if indices.dim() < axes:
+            wanted = "(batch, *positions, stages)" if self.stage_axis else "(batch, *positions)"
+            raise ValueError(f"indices must be {wanted}, not of shape {tuple(indices.shape)}")
+        given = indices.shape[-1]
         if self.stage_axis and not 1 <= given <= self.stages:
             raise ValueError(
                 f"{self.name} decodes 1 to {self.stages} stages on the last axis of the indices, "
@@ -112,11 +116,8 @@ class Quantizer(nn.Module):
             )
         if not indices.numel():
             return
-        if self.stage_axis:
-            axes = tuple(range(indices.dim() - 1))
-            low, high = int(indices.min()), indices.amax(dim=axes).tolist()
-        else:
-            low, high = int(indices.min()), [int(indices.max())]
+        by_stage = indices.flatten(0, -2) if self.stage_axis else indices.reshape(-1, 1)
+        low, high = int(indices.min()), by_stage.amax(0).tolist()
         for stage, (top, size) in enumerate(zip(high, self.codebook_sizes, strict=False)):
             if low < 0 or top >= size:
                 raise ValueError(

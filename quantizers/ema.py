@@ -158,9 +158,10 @@ class VectorQuantizeEMA(Quantizer):
     def _restart(self, stage: int, tokens: Tensor) -> None:
         codes, n = len(self.codebook[stage]), len(tokens)
         total = n * _processes()
-        # Rows of the global batch, evenly spaced, from a start that moves with the batches.
+        # Rows of the global batch, evenly spaced, from a start that moves with batches and stages:
+        # a token that became a code of one stage leaves nothing over for the next.
         rows = torch.arange(codes, device=tokens.device) * total // codes
-        rows = (rows + self.batches * 7919) % total - n * _rank()
+        rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * _rank()
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
         candidates = mean_over_processes(candidates) * _processes()

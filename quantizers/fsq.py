@@ -47,6 +47,8 @@ class FSQ(Quantizer):
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
         shift = [math.tan(o / x) for o, x in zip(offset, h, strict=True)]
         half = [level // 2 for level in self.levels]
+        # The index of the code whose integers round(bound(z)) are all 0.
+        self.zero_index = sum(x * math.prod(self.levels[:i]) for i, x in enumerate(half))
         for key, value in (("h", h), ("offset", offset), ("shift", shift), ("half_levels", half)):
             # Derived from `levels`, so no part of the saved weights.
             self.register_buffer(key, torch.tensor(value, dtype=torch.float32), persistent=False)
@@ -65,18 +67,18 @@ class FSQ(Quantizer):
         self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z.float())
-            rounded = straight_through(bounded, bounded.round())
+            # Rounding gives -0.0 as well, which the indices do not keep: adding 0.0 makes it 0.0.
+            rounded = straight_through(bounded, bounded.round() + 0.0)
             return rounded / per_channel(self.half_levels, z), self.pack(rounded)
 
     def pack(self, rounded: Tensor) -> Tensor:
         """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
-        digits = (
-            (rounded.detach() + per_channel(self.half_levels, rounded)).to(torch.int64).unbind(1)
-        )
-        index = digits[-1]
+        wide = self.codebook_sizes[0] > 2**31
+        digits = rounded.detach().to(torch.int64 if wide else torch.int32).unbind(1)
+        index = digits[-1].clone()
         for digit, level in zip(digits[-2::-1], self.levels[-2::-1], strict=True):
-            index = index * level + digit
-        return index
+            index.mul_(level).add_(digit)
+        return index.to(torch.int64) + self.zero_index
 
     def unpack(self, indices: Tensor) -> Tensor:
         """Inverse of `pack`: float32 integers (B, C, *positions) of int64 (B, *positions)."""

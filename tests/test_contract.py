@@ -158,14 +158,12 @@ def test_batch_one_equals_batch_n(name):
         assert torch.equal(decoded, quantized[image : image + 1])
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in CASES if "image" not in name])
 def test_equal_indices_give_equal_output(name):
     """Wherever a token stands and whatever it was before: its indices decide."""
     module = trained(name)
     z = latent(module, 4)
-    quantized, indices, side = run(module, z)
-    if side:
-        return  # the image's own numbers decide too: see test_rfsq.py
+    quantized, indices, _ = run(module, z)
     tokens = quantized.movedim(1, -1).reshape(-1, module.dim)
     flat = indices.reshape(-1, *indices.shape[3:])
     assert torch.equal(module.indices_to_codes(flat), tokens)
@@ -389,9 +387,11 @@ def test_memory_layout_of_the_input_does_not_matter(name):
 # ---------------------------------------------------------------------------------------
 # Compilation
 # ---------------------------------------------------------------------------------------
-@every
+COMPILED = [(name, True) for name in CASES] + [(name, False) for name in TRACKING]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("name", "training"), COMPILED)
 def test_compiled_equals_eager(name, training):
     """One graph without a break; values, gradients and statistics."""
     torch._dynamo.reset()

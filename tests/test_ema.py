@@ -1,6 +1,7 @@
 """VQ by moving averages against a reference of plain loops."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ DECAY, BETA = 0.9, 0.25
 class Reference:
     """One stage, token by token, in double precision."""
 
-    def __init__(self, codebook, threshold):
+    def __init__(self, codebook, threshold, stage, stages):
         self.codebook = np.array(codebook, dtype=np.float64)
         self.counts = np.zeros(len(codebook))
         self.sums = np.zeros_like(self.codebook)
         self.threshold = threshold
-        self.batches = 0
+        self.shift, self.shift_by_batch = 7919 * stage, 7919 * stages
 
     def step(self, tokens):
         """Restart, assign, update; returns the codes of the tokens and their indices."""
@@ -27,7 +28,7 @@ class Reference:
         if self.threshold:
             for i in range(size):
                 if self.counts[i] < self.threshold * n / size:
-                    token = tokens[(i * n // size + 7919 * self.batches) % n]
+                    token = tokens[(i * n // size + self.shift) % n]
                     self.codebook[i] = token
                     self.counts[i] = n / size
                     self.sums[i] = token * n / size
@@ -42,7 +43,7 @@ class Reference:
             if self.counts[i] > 0:
                 smoothed = (self.counts[i] + 1e-5) / (total + size * 1e-5) * total
                 self.codebook[i] = self.sums[i] / smoothed
-        self.batches += 1
+        self.shift += self.shift_by_batch
         return codes, index
 
 
@@ -58,7 +59,10 @@ def clustered(batch, dim, side):
 def test_steps_equal_the_reference(stages, threshold):
     size, dim = 11, 3
     vq = VectorQuantizeEMA(size, dim, stages, DECAY, BETA, restart_threshold=threshold)
-    references = [Reference(codebook.tolist(), threshold) for codebook in vq.codebook]
+    references = [
+        Reference(codebook.tolist(), threshold, stage, stages)
+        for stage, codebook in enumerate(vq.codebook)
+    ]
     for _ in range(6):
         z = clustered(4, dim, 3)
         quantized, indices, loss = vq(z)
@@ -87,6 +91,21 @@ def test_the_first_batch_initialises_the_codebook():
     assert len(codes) == 16 == len(torch.unique(indices))
     assert all(tuple(code) in tokens for code in codes.tolist())
     assert (vq.codebook - 50).abs().max() < 1
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_every_stage_starts_with_a_codebook(stages):
+    """A token that a stage takes as a code leaves nothing over: the next one must take others."""
+    vq = VectorQuantizeEMA(16, 4, stages)
+    z = torch.randn(8, 4, 8, 8)
+    _, indices, _ = vq(z)
+    for stage in range(stages):
+        assert len(torch.unique(indices[..., stage])) >= 14
+    errors = [
+        (vq.indices_to_codes(indices[..., : k + 1]) - z).square().mean() for k in range(stages)
+    ]
+    for before, after in itertools.pairwise(errors):
+        assert after < 0.9 * before
 
 
 def test_fewer_tokens_than_codes():

@@ -1,0 +1,452 @@
+"""The model, the flags that describe it, and the files that hold it."""
+
+import copy
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import ARCHITECTURE, get_args, get_parser
+from model import VQVAE, Decoder, Encoder
+from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
+from util import check_architecture, load_checkpoint, load_weights, save_checkpoint, write_whole
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--channel", "32", "--img-size", "32"]
+
+CONFIGURATIONS = {
+    "default": [],
+    "fsq": ["--quantizer", "fsq"],
+    "none": ["--rfsq-stages", "4", "--rfsq-strategy", "none"],
+    "scale": ["--rfsq-strategy", "scale", "--rfsq-initial-scale", "0.5"],
+    "image": ["--rfsq-statistics", "image"],
+    "lfq": ["--quantizer", "lfq"],
+    "ema": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8"],
+    "ema-2": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8", "--ema-stages", "2"],
+}
+every = pytest.mark.parametrize("name", CONFIGURATIONS)
+
+
+def build(name="default", *flags):
+    return VQVAE(get_args([*SMALL, *CONFIGURATIONS[name], *flags]))
+
+
+def size(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def side(tokens):
+    return tokens if isinstance(tokens, tuple) else (tokens,)
+
+
+# ---------------------------------------------------------------------------------------
+# Shapes
+# ---------------------------------------------------------------------------------------
+def test_the_default_is_the_network_of_the_public_implementation():
+    model = VQVAE(get_args([]))
+    assert model.quantizer.dim == 4
+    assert size(model.encoder, model.decoder) == 1_063_687
+    # conv 4x4 3->128, conv 4x4 128->256, conv 1x1 256->4, and the way back
+    assert size(model.encoder) == (48 * 128 + 128) + (16 * 128 * 256 + 256) + (256 * 4 + 4)
+    assert size(model.decoder) == (4 * 256 + 256) + (16 * 256 * 128 + 128) + (48 * 128 + 3)
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16])
+@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize("channel", [8, 24])
+def test_shapes(factor, blocks, channel):
+    shape = {"channel": channel, "downsample": factor, "res_blocks": blocks}
+    encoder, decoder = Encoder(5, **shape), Decoder(5, **shape)
+    z = encoder(torch.randn(2, 3, 32, 48))
+    assert z.shape == (2, 5, 32 // factor, 48 // factor)
+    assert decoder(z).shape == (2, 3, 32, 48)
+    block = 9 * channel**2 + channel + channel**2 + channel
+    plain = {**shape, "res_blocks": 0}
+    assert size(encoder) - size(Encoder(5, **plain)) == blocks * block
+    assert size(decoder) - size(Decoder(5, **plain)) == blocks * block
+
+
+def test_channel_is_the_width_of_the_last_stage():
+    widths = [
+        layer.out_channels
+        for layer in Encoder(4, channel=64, downsample=16).layers
+        if isinstance(layer, torch.nn.Conv2d)
+    ]
+    assert widths == [8, 16, 32, 64, 4]
+
+
+@pytest.mark.parametrize("shape", [{"downsample": 2}, {"downsample": 5}, {"channel": 1}])
+def test_shapes_that_cannot_be(shape):
+    for kind in (Encoder, Decoder):
+        with pytest.raises(ValueError, match=r"downsample|channel"):
+            kind(4, **shape)
+
+
+@every
+def test_forward(name):
+    model = build(name)
+    images = 10 * torch.randn(2, 3, 32, 24)  # latents beyond the code of zero
+    reconstruction, indices, loss = model(images)
+    assert reconstruction.shape == images.shape
+    stages = (model.quantizer.stages,) if model.quantizer.stage_axis else ()
+    assert indices.shape == (2, 8, 6, *stages)
+    assert loss.shape == () and (loss.item() != 0) == (name in ("lfq", "ema", "ema-2"))
+    (reconstruction.square().mean() + loss).backward()
+    for key, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("height, width", [(30, 32), (32, 30), (33, 31)])
+def test_sides_that_are_no_multiple_name_the_sizes(height, width):
+    with pytest.raises(ValueError, match=f"{height}x{width}.*multiples of 4"):
+        build()(torch.randn(1, 3, height, width))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32)])
+def test_what_is_no_batch_of_images(shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        build().encode(torch.randn(shape))
+
+
+# ---------------------------------------------------------------------------------------
+# Encode and decode
+# ---------------------------------------------------------------------------------------
+@every
+def test_decode_of_encode_is_the_reconstruction(name):
+    model = build(name)
+    model(torch.randn(4, 3, 32, 32))
+    model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    reconstruction, indices, _ = model(images)
+    tokens = side(model.encode(images))
+    assert torch.equal(tokens[0], indices)
+    assert torch.equal(model.decode(*tokens), reconstruction)
+    assert isinstance(model.encode(images), tuple) == (name == "image")
+
+
+@every
+def test_a_model_from_a_checkpoint_decodes_the_same(name, tmp_path):
+    model = build(name)
+    model(torch.randn(4, 3, 32, 32))
+    tokens = side(model.encode(torch.randn(2, 3, 32, 32)))
+    state = {"model": model.state_dict(), "args": vars(get_args([*SMALL, *CONFIGURATIONS[name]]))}
+    save_checkpoint(tmp_path / "last.pt", state)
+    torch.manual_seed(99)
+    other = build(name)
+    load_weights(other, load_checkpoint(tmp_path / "last.pt"), "last.pt")
+    assert torch.equal(other.eval().decode(*tokens), model.decode(*tokens))
+
+
+@every
+def test_encode_leaves_state_and_modes_alone(name):
+    """In training mode too, and with parts of the model in another mode than the whole."""
+    model = build(name).train()
+    model(torch.randn(4, 3, 32, 32))
+    images = torch.randn(2, 3, 32, 32)
+    wanted = side(copy.deepcopy(model).eval().encode(images))
+    for frozen in (None, model.quantizer, model.decoder):
+        model.train()
+        if frozen is not None:
+            frozen.eval()
+        modes = [module.training for module in model.modules()]
+        before = copy.deepcopy(model.state_dict())
+        tokens = side(model.encode(images))
+        assert [module.training for module in model.modules()] == modes
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        for token, expected in zip(tokens, wanted, strict=True):
+            assert torch.equal(token, expected)
+    assert not any(token.requires_grad for token in tokens)
+
+
+def test_encode_gives_the_mode_back_after_an_error():
+    model = build().train()
+    with pytest.raises(ValueError):
+        model.encode(torch.randn(1, 3, 30, 30))
+    assert model.training and model.quantizer.training
+
+
+def test_the_first_stages_decode_to_a_coarser_image():
+    model = build("none").eval()
+    images = torch.randn(2, 3, 32, 32)
+    indices = model.encode(images)
+    for k in range(1, 5):
+        codes = model.quantizer.indices_to_codes(indices[..., :k])
+        assert torch.equal(model.decode(indices[..., :k]), model.decoder(codes))
+    assert torch.equal(model.decode(indices), model(images)[0])
+
+
+@every
+def test_a_model_cast_to_half_precision_still_decodes(name):
+    model = build(name).eval().bfloat16()
+    images = torch.randn(2, 3, 32, 32).bfloat16()
+    reconstruction, *_ = model(images)
+    assert reconstruction.dtype == torch.bfloat16
+    assert torch.equal(model.decode(*side(model.encode(images))), reconstruction)
+
+
+# ---------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------
+def flags():
+    return [action for action in get_parser()._actions if action.dest != "help"]
+
+
+def test_without_flags_it_is_rfsq_with_layernorm():
+    quantizer = VQVAE(get_args([])).quantizer
+    assert isinstance(quantizer, RFSQ)
+    assert (quantizer.strategy, quantizer.statistics) == ("layernorm", "global")
+    assert quantizer.levels == [8, 8, 8, 4] and quantizer.stages == 2 and quantizer.bits == 22.0
+
+
+def test_the_set_up_of_the_paper_is_the_default():
+    args = get_args([])
+    assert (args.lr, args.weight_decay, args.batch_size) == (8e-4, 5e-5, 128)
+    assert (args.max_train_epochs, args.warmup, args.clip_grad) == (50, 0.01, 1.0)
+    assert (args.img_size, args.downsample, args.channel) == (128, 4, 256)
+    assert (args.l1_weight, args.perceptual_weight, args.codebook_weight) == (1, 1, 1)
+    assert (args.lr_decay_style, args.lpips_net) == ("linear", "vgg")
+
+
+def parse(line):
+    return get_args(line.split())
+
+
+def test_flags_reach_the_quantizer():
+    rfsq = RFSQ.from_args(
+        parse("--rfsq-stages 3 --rfsq-strategy scale --levels 5 4 3 --rfsq-initial-scale 2.5")
+    )
+    assert (rfsq.stages, rfsq.strategy, rfsq.levels) == (3, "scale", [5, 4, 3])
+    assert rfsq.log_scale.exp().tolist() == pytest.approx([2.5] * 3)
+    assert RFSQ.from_args(parse("--rfsq-statistics image")).statistics == "image"
+    assert FSQ.from_args(parse("--quantizer fsq")).levels == [8, 8, 8, 8]
+    assert FSQ.from_args(parse("--quantizer fsq --levels 7 5")).levels == [7, 5]
+    lfq = LFQ.from_args(
+        parse(
+            "--lfq-dim 10 --entropy-loss-weight 0.2 --codebook-loss-weight 0.3 "
+            "--lfq-diversity-gamma 0.4 --lfq-temperature 0.5 --lfq-entropy-groups 2"
+        )
+    )
+    assert (lfq.dim, lfq.entropy_loss_weight, lfq.commitment_loss_weight) == (10, 0.2, 0.3)
+    assert (lfq.diversity_gamma, lfq.temperature, lfq.entropy_groups) == (0.4, 0.5, 2)
+    ema = VectorQuantizeEMA.from_args(
+        parse(
+            "--n-embed 32 --embed-dim 6 --ema-stages 2 --ema-decay 0.8 --codebook-loss-weight 0.7"
+        )
+    )
+    assert ema.codebook.shape == (2, 32, 6)
+    assert (ema.decay, ema.commitment_loss_weight) == (0.8, 0.7)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_is_a_flag_away(name):
+    model = VQVAE(get_args(["--quantizer", name]))
+    assert type(model.quantizer) is QUANTIZERS[name]
+
+
+def test_no_flag_is_dead():
+    """Every flag is read by the code that trains; `arguments.py` only declares and checks them."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("quantizers/*.py"), *ROOT.glob("loss/*.py")]
+    text = "\n".join(path.read_text() for path in sources if path.name != "arguments.py")
+    read = set(re.findall(r"\bargs\.(\w+)", text))
+    assert {action.dest for action in flags()} - read == set()
+
+
+def test_the_architecture_is_made_of_flags():
+    assert set(ARCHITECTURE) <= {action.dest for action in flags()}
+
+
+def test_every_flag_is_in_a_group_with_help():
+    for action in flags():
+        assert action.help and action.option_strings == ["--" + action.dest.replace("_", "-")]
+        assert action.container.title not in ("options", "optional arguments")
+
+
+def test_help_mentions_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        get_args(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in flags():
+        formatter = get_parser()._get_formatter()
+        formatter.add_argument(action)
+        entry = " ".join(formatter.format_help().split())
+        assert entry in text
+        # Without a default in the parser, the words say what happens.
+        default = "default" if action.default is None else f"(default: {action.default})"
+        assert default in entry or action.dest in ("load", "train_iters"), entry
+        assert "None" not in entry, entry
+
+
+BAD_FLAGS = {
+    "levels": (["--levels", "x"], "--levels.*'x'"),
+    "strategy": (["--rfsq-strategy", "batchnorm"], "--rfsq-strategy.*batchnorm"),
+    "quantizer": (["--quantizer", "vq"], "--quantizer.*vq"),
+    "lr": (["--lr", "-1"], "--lr.*'-1'.*above 0"),
+    "lr zero": (["--lr", "0"], "--lr.*'0'.*above 0"),
+    "lr nan": (["--lr", "nan"], "--lr.*'nan'"),
+    "lr inf": (["--lr=inf"], "--lr.*'inf'"),
+    "warmup": (["--warmup", "1.5"], "--warmup.*'1.5'.*at most 1"),
+    "batch": (["--batch-size", "0"], "--batch-size.*'0'.*1 or more"),
+    "float batch": (["--batch-size", "1.5"], "--batch-size.*'1.5'.*integer"),
+    "scale": (["--rfsq-initial-scale", "0"], "--rfsq-initial-scale.*'0'.*above 0"),
+    "stages": (["--rfsq-stages", "0"], "--rfsq-stages.*'0'"),
+    "dim": (["--lfq-dim", "63"], "--lfq-dim.*'63'.*at most 62"),
+    "downsample": (["--downsample", "5"], "--downsample.*5"),
+    "size": (["--img-size", "130"], "--img-size 130.*--downsample 4"),
+    "decay": (["--ema-decay", "1"], "--ema-decay"),
+    "ratio": (
+        ["--lr-decay-style", "exponential", "--lr-decay-ratio", "0"],
+        "exponential.*--lr-decay-ratio",
+    ),
+    "unknown": (["--no-such-flag"], "--no-such-flag"),
+    "abbreviated": (["--batch", "4"], "--batch"),
+    "no value": (["--lr"], "--lr"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_one_line_and_code_2(name, capsys):
+    argv, named = BAD_FLAGS[name]
+    with pytest.raises(SystemExit) as stop:
+        get_args(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1
+    assert re.search(named, err), err
+
+
+@pytest.mark.parametrize("argv", [["--levels", "1"], ["--rfsq-stages", "3"]])
+def test_what_the_quantizer_refuses_names_the_levels(argv):
+    with pytest.raises(ValueError, match="level"):
+        VQVAE(get_args(argv))
+
+
+def test_an_unknown_quantizer_names_the_known():
+    args = get_args([])
+    args.quantizer = "vq"
+    with pytest.raises(ValueError, match=r"'vq'.*fsq, rfsq, lfq, ema"):
+        VQVAE(args)
+
+
+# ---------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_write_that_fails_leaves_nothing_half(tmp_path, error, existing):
+    path = tmp_path / "last.pt"
+    if existing:
+        path.write_bytes(b"whole")
+
+    def write(file):
+        file.write(b"half")
+        raise error("disk")
+
+    with pytest.raises(error):
+        write_whole(path, write)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"] * existing
+
+
+def test_a_write_replaces_what_was_there(tmp_path):
+    path = tmp_path / "last.pt"
+    for content in (b"one", b"two"):
+        write_whole(path, lambda file, content=content: file.write(content))
+        assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+        assert path.read_bytes() == content
+    assert path.stat().st_mode & 0o044 == 0o044  # readable by others, as other files are
+
+
+class Executes:
+    """Unpickled with trust, it would make the folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def bad_checkpoint(kind, folder):
+    path = folder / "last.pt"
+    good = {"model": {"w": torch.randn(100)}, "args": {}}
+    state = {"format": 1, **good, "x": Executes(folder / "made")}
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("step,loss\n1,0.5\n")
+    elif kind == "text like a pickle":
+        path.write_text(".0 epochs\n")
+    elif kind == "bytes":
+        path.write_bytes(bytes(range(256)) * 8)
+    elif kind.startswith("truncated"):
+        save_checkpoint(path, good)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * int(kind.split()[1]) // 100])
+    elif kind == "executes":
+        torch.save(state, path)
+    elif kind == "executes, plain pickle":
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    elif kind == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "weights alone":
+        torch.save(good["model"], path)
+    elif kind == "another format":
+        torch.save({"format": 999, **good}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("missing", "does not exist"),
+        ("folder", "is a folder"),
+        *((kind, "not a checkpoint") for kind in ("empty", "text", "text like a pickle", "bytes")),
+        *((f"truncated {share}", "damaged") for share in (1, 50, 90, 99)),
+        ("executes", "not a checkpoint"),
+        ("executes, plain pickle", "not a checkpoint"),
+        ("a tensor", "not a checkpoint"),
+        ("weights alone", "not a checkpoint"),
+        ("another format", "format 999"),
+    ],
+)
+def test_what_is_no_checkpoint(kind, named, tmp_path):
+    path = bad_checkpoint(kind, tmp_path)
+    with pytest.raises(ValueError, match=named) as caught:
+        load_checkpoint(path)
+    assert type(caught.value) is ValueError
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = {"model": {"w": torch.randn(5)}, "args": {"levels": [8, 4], "save": None}, "step": 7}
+    save_checkpoint(tmp_path / "last.pt", state)
+    loaded = load_checkpoint(str(tmp_path / "last.pt"))
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+    assert loaded["args"] == state["args"] and loaded["step"] == 7
+
+
+def test_another_architecture_is_named_flag_by_flag():
+    here = get_args(["--channel", "64", "--rfsq-strategy", "none", "--lr", "1"])
+    there = vars(get_args([]))
+    with pytest.raises(ValueError) as caught:
+        check_architecture("last.pt", there, here, ARCHITECTURE)
+    message = str(caught.value)
+    assert "\n" not in message and "last.pt" in message
+    assert "--channel 256 there, 64 here" in message
+    assert "--rfsq-strategy layernorm there, none here" in message
+    assert "--lr" not in message and "--levels" not in message
+    check_architecture("last.pt", there, get_args(["--lr", "1", "--seed", "3"]), ARCHITECTURE)
+
+
+def test_weights_that_do_not_fit_are_one_line():
+    saved = {"model": build().state_dict()}
+    with pytest.raises(ValueError, match=r"last\.pt") as caught:
+        load_weights(build("fsq"), saved, "last.pt")
+    assert "\n" not in str(caught.value)

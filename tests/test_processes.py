@@ -1,0 +1,166 @@
+"""Two processes with half the batch each do what one does with the whole.
+
+Run as a script, this file is one of the processes: `test_processes.py RANK INIT_FILE RESULT`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import quantizers
+from arguments import get_args
+from model import VQVAE
+
+ROOT = Path(__file__).parent.parent
+STEPS, BATCH = 4, 8
+
+# name: (class, arguments); a decay of 0.5 and a threshold of 0.9 restart codes in every step.
+QUANTIZERS = {
+    "rfsq-none": ("RFSQ", {"strategy": "none"}),
+    "rfsq-scale": ("RFSQ", {"strategy": "scale"}),
+    "rfsq-layernorm": ("RFSQ", {"stages": 4, "momentum": 0.4}),
+    "rfsq-image": ("RFSQ", {"statistics": "image"}),
+    "lfq": ("LFQ", {"dim": 7, "entropy_loss_weight": 1.0}),
+    "lfq-groups": ("LFQ", {"dim": 6, "entropy_loss_weight": 1.0, "entropy_groups": 3}),
+    "ema": ("VectorQuantizeEMA", {"codebook_size": 16, "dim": 4, "decay": 0.5}),
+    "ema-restart": (
+        "VectorQuantizeEMA",
+        {"codebook_size": 40, "dim": 4, "decay": 0.5, "stages": 2, "restart_threshold": 0.9},
+    ),
+    "ema-no-restart": (
+        "VectorQuantizeEMA",
+        {"codebook_size": 16, "dim": 4, "stages": 2, "restart_threshold": 0},
+    ),
+}
+MODELS = {
+    "fsq": ["--quantizer", "fsq"],
+    "rfsq-layernorm": [],
+    "rfsq-image": ["--rfsq-statistics", "image"],
+    "rfsq-scale": ["--rfsq-strategy", "scale"],
+    "lfq": ["--quantizer", "lfq", "--lfq-dim", "6"],
+    "ema": ["--quantizer", "ema", "--n-embed", "24", "--embed-dim", "4", "--ema-stages", "2"],
+}
+
+
+def train_quantizer(name, rank, world):
+    """Steps of a linear layer before the quantizer: (losses, gradients, buffers)."""
+    torch.manual_seed(7)
+    kind, kwargs = QUANTIZERS[name]
+    quantizer = getattr(quantizers, kind)(**kwargs)
+    net = nn.Sequential(nn.Conv1d(3, quantizer.dim, 1), quantizer)
+    batches = [2 * torch.randn(BATCH, 3, 6) + 0.3 * step for step in range(STEPS)]
+    targets = torch.randn(STEPS, BATCH, quantizer.dim, 6)
+    model = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    losses, gradients = [], []
+    for batch, target in zip(batches, targets, strict=True):
+        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        quantized, _, *rest = model(batch[mine])
+        own = rest[0] if rest else quantized.new_zeros(())
+        net.zero_grad()
+        ((quantized - target[mine]).square().mean() + own).backward()
+        losses.append(own.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]).clone())
+    return {"loss": torch.stack(losses), "gradient": torch.stack(gradients)} | {
+        key: value.clone() for key, value in quantizer.named_buffers()
+    }
+
+
+def train_model(name, rank, world):
+    """Three steps of a small VQVAE; its parameters and buffers afterwards."""
+    torch.manual_seed(11)
+    model = VQVAE(get_args(["--channel", "8", "--img-size", "16", *MODELS[name]]))
+    images = torch.randn(3, BATCH, 3, 16, 16)
+    step_model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for batch in images:
+        mine = batch[rank * BATCH // world : (rank + 1) * BATCH // world]
+        reconstruction, _, loss = step_model(mine)
+        optimizer.zero_grad()
+        ((reconstruction - mine).abs().mean() + loss).backward()
+        optimizer.step()
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def everything(rank=0, world=1):
+    return {
+        "quantizers": {name: train_quantizer(name, rank, world) for name in QUANTIZERS},
+        "models": {name: train_model(name, rank, world) for name in MODELS},
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of one process, and of each of two."""
+    folder = tmp_path_factory.mktemp("processes")
+    paths = [folder / f"{rank}.pt" for rank in range(2)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder / "init"), str(path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, path in enumerate(paths)
+    ]
+    try:
+        one = everything()
+        for child in children:
+            _, err = child.communicate(timeout=120)
+            assert child.returncode == 0, err
+    finally:
+        for child in children:
+            child.kill()
+    return one, [torch.load(path, weights_only=True) for path in paths]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_statistics_and_gradients_of_two_processes(results, name):
+    one, two = results
+    wanted, (first, second) = one["quantizers"][name], (r["quantizers"][name] for r in two)
+    for key, value in wanted.items():
+        if key == "loss":  # each process's own part: their mean is the loss of the whole batch
+            torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-5, atol=1e-5)
+            continue
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    assert wanted["gradient"].abs().max() > 1e-2
+
+
+def test_the_statistics_compared_are_not_those_of_the_start(results):
+    wanted = results[0]["quantizers"]
+    assert wanted["rfsq-layernorm"]["running_mean"].abs().min() > 0
+    assert wanted["rfsq-layernorm"]["batches"] == STEPS
+    for name in ("ema", "ema-restart", "ema-no-restart"):
+        assert wanted[name]["sums"].abs().max() > 0.1
+        assert wanted[name]["batches"] == STEPS
+    # Each process sees tokens of the other's codes only through the sums.
+    first, second = (result["quantizers"]["lfq"]["loss"] for result in results[1])
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trained_by_two_processes(results, name):
+    one, two = results
+    wanted, (first, second) = one["models"][name], (r["models"][name] for r in two)
+    torch.manual_seed(11)
+    start = VQVAE(get_args(["--channel", "8", "--img-size", "16", *MODELS[name]])).state_dict()
+    for key, value in wanted.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    assert not torch.equal(wanted["encoder.layers.0.weight"], start["encoder.layers.0.weight"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    torch.save(everything(rank, 2), sys.argv[3])
+    dist.barrier()
+    dist.destroy_process_group()
