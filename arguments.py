@@ -240,6 +240,19 @@ def get_parser() -> Parser:
         "--weight-decay", type=number(float, 0), default=5e-5, help="Adam's L2 penalty"
     )
     optimizer.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default=None,
+        help="of encoder, decoder and LPIPS in training; the quantizer and the evaluation are "
+        "float32; default: bf16 on a GPU, fp32 on a CPU",
+    )
+    optimizer.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile the forward and the loss (torch.compile); default: on a GPU",
+    )
+    optimizer.add_argument(
         "--clip-grad",
         type=number(float, 0),
         default=1.0,

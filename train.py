@@ -74,17 +74,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
         saved = util.load_checkpoint(args.load)
         util.check_architecture(args.load, saved["args"], args, ARCHITECTURE)
         util.load_weights(model, saved, args.load)
-    model.to(device)
+    cuda = device.type == "cuda"
+    precision = args.precision or ("bf16" if cuda else "fp32")
+    compiled = cuda if args.compile is None else args.compile
+    util.set_float32_precision("tf32" if precision == "bf16" else "ieee")
+    model.to(device, memory_format=torch.channels_last)
     perceptual = lpips_network(args.lpips_net, device, needed=args.perceptual_weight > 0)
     criterion = TrainingLoss(
         args.l1_weight, args.perceptual_weight, args.codebook_weight, perceptual
     ).to(device)
     parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    step_model: nn.Module = model
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    training_step: nn.Module = TrainingStep(model, criterion, bf16=precision == "bf16")
+    if compiled:
+        training_step.compile(fullgraph=True)
     if processes > 1:
         # The quantizers keep their own statistics equal in all processes.
-        step_model = DistributedDataParallel(model, broadcast_buffers=False)
+        training_step = DistributedDataParallel(training_step, broadcast_buffers=False)
 
     # -----------------------------------------------------------------------------------
     # Run folder
@@ -99,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(
             f"{model.quantizer.name}: {model.quantizer.bits:.4g} bits per position, f = {model.f}, "
             f"{weights:,} parameters\n{len(train_set):,} training images, {len(val_set):,} for "
-            f"validation; {steps:,} steps of {args.batch_size} on {device}; run folder {run}",
+            f"validation; {steps:,} steps of {args.batch_size} on {device} in {precision}"
+            f"{', compiled' if compiled else ''}; run folder {run}",
             flush=True,
         )
 
@@ -149,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images = normalize(batch.to(device, non_blocking=True))
-        reconstruction, indices, quantizer_loss = step_model(images)
-        terms = criterion(images, reconstruction, quantizer_loss)
+        terms, indices = training_step(batch.to(device, non_blocking=True))
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
@@ -177,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 "lr": lr,
                 **record,
                 "images_per_s": round(count * args.batch_size / seconds, 1),
+                "peak_memory_mib": util.peak_memory_mib(device),
                 "codes_in_batch": codes_in_batch(indices, model.quantizer.stage_axis),
             }
             if main_process:
@@ -202,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "train_images": len(train_set),
         "seconds": round(time.perf_counter() - started, 1),
         "seed": args.seed,
+        "precision": precision,
         "train_data": args.train_data_path,
         "val_data": args.val_data_path,
         "checkpoint": "last.pt",
@@ -213,6 +220,24 @@ def main(argv: Sequence[str] | None = None) -> dict:
         (run / "results.txt").write_text(format_results(result) + "\n")
         print(f"\n{format_results(result)}\n\nresults, pictures and checkpoints: {run}", flush=True)
     return results
+
+
+class TrainingStep(nn.Module):
+    """uint8 images (B, 3, H, W) -> the loss by its terms, and the indices: what is compiled.
+
+    With `bf16`, encoder, decoder and LPIPS run under autocast; the quantizer turns it off for
+    itself, and the loss adds up in float32.
+    """
+
+    def __init__(self, model: VQVAE, criterion: TrainingLoss, bf16: bool):
+        super().__init__()
+        self.model, self.criterion, self.bf16 = model, criterion, bf16
+
+    def forward(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        images = normalize(batch).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
+            reconstruction, indices, quantizer_loss = self.model(images)
+            return self.criterion(images, reconstruction, quantizer_loss), indices
 
 
 def run_folder(args, model: VQVAE) -> Path | str:

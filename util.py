@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,20 @@ def share_cores(num_workers: int) -> None:
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, cores - num_workers))
+
+
+def set_float32_precision(precision: str) -> None:
+    """How GPUs multiply float32 matrices: `ieee`, or `tf32`, faster with a 10-bit mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """The most memory that this process has held: on the GPU, or in all on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def cpu_cores() -> int:
