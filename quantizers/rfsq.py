@@ -258,31 +258,41 @@ class _Stage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, residual, total, a, b, h, offset, shift, half_levels):
-        bounded = residual + shift if a is None else _add(residual * a, b).add_(shift)
+        if a is None:
+            bounded = residual + shift
+        else:
+            bounded = (residual * a).add_(shift if b is None else b + shift)
         tanh = bounded.tanh_()
         rounded = (tanh * h).sub_(offset).round_()
         codes = _dequantize(rounded, a, b, half_levels)
         rest = residual - codes
         learned = a is not None and a.requires_grad
-        ctx.save_for_backward(tanh, h / half_levels, a, *((residual, rest) if learned else ()))
-        ctx.has_total, ctx.has_bias = total is not None, b is not None
+        ctx.save_for_backward(
+            tanh, h / half_levels, a, b, half_levels, *((residual, rounded) if learned else ())
+        )
+        ctx.has_total = total is not None
         ctx.mark_non_differentiable(rounded)
+        ctx.set_materialize_grads(False)
         # Rounding gives -0.0 as well, which the indices do not keep: adding 0.0 makes it 0.0.
         return codes + (0.0 if total is None else total), rest, rounded
 
     @staticmethod
     def backward(ctx, g_total, g_rest, _):
-        tanh, steepest, a, *learned = ctx.saved_tensors
-        d = (tanh * tanh).sub_(1).mul_(-steepest)
-        g_residual = torch.lerp(g_rest, g_total, d)
+        tanh, steepest, a, b, half_levels, *learned = ctx.saved_tensors
+        g_codes = g_total if g_rest is None else g_total - g_rest
+        through = torch.ops.aten.tanh_backward(g_codes, tanh).mul_(steepest)  # d times g_codes
         g_a = g_b = None
         if learned:
-            residual, rest = learned
-            g_codes = g_total - g_rest
-            slope = d.sub_(1).mul_(g_codes)
-            # d r - q = (d - 1) r + (r - q)
-            g_a = (slope * residual).add_(g_codes.mul_(rest)).sum_to_size(a.shape) / a
-            g_b = slope.sum_to_size(a.shape) / a if ctx.has_bias else None
+            residual, rounded = learned
+            sums = [
+                x.sum_to_size(a.shape) for x in (g_codes, g_codes * rounded, through * residual)
+            ]
+            g_codes_sum, g_rounded_sum, g_residual_sum = sums
+            # q = (n / floor(L/2) - b) / a, per channel.
+            q_sum = g_rounded_sum / half_levels - (0 if b is None else b * g_codes_sum)
+            g_a = (g_residual_sum - q_sum / a) / a
+            g_b = None if b is None else (through.sum_to_size(a.shape) - g_codes_sum) / a
+        g_residual = through if g_rest is None else through.add_(g_rest)
         return g_residual, g_total if ctx.has_total else None, g_a, g_b, None, None, None, None
 
 
@@ -292,10 +302,6 @@ def _affine(gain, bias, mean, std) -> tuple[Tensor | None, Tensor | None]:
         return gain, bias
     a = gain / std
     return a, bias - a * mean
-
-
-def _add(x: Tensor, b: Tensor | None) -> Tensor:
-    return x if b is None else x.add_(b)
 
 
 def _dequantize(rounded: Tensor, a: Tensor | None, b: Tensor | None, half_levels: Tensor) -> Tensor:
