@@ -284,14 +284,15 @@ class _Stage(torch.autograd.Function):
         g_a = g_b = None
         if learned:
             residual, rounded = learned
-            sums = [
-                x.sum_to_size(a.shape) for x in (g_codes, g_codes * rounded, through * residual)
-            ]
-            g_codes_sum, g_rounded_sum, g_residual_sum = sums
-            # q = (n / floor(L/2) - b) / a, per channel.
-            q_sum = g_rounded_sum / half_levels - (0 if b is None else b * g_codes_sum)
-            g_a = (g_residual_sum - q_sum / a) / a
-            g_b = None if b is None else (through.sum_to_size(a.shape) - g_codes_sum) / a
+            shape = torch.broadcast_shapes(a.shape, half_levels.shape)  # (1 or B, C, 1, ...)
+            g_sum, g_rounded, g_through, g_scaled = (
+                x.sum_to_size(shape)
+                for x in (g_codes, g_codes * rounded, through, through * residual)
+            )
+            # q = (n / floor(L/2) - b) / a
+            g_q = (g_rounded / half_levels - (0 if b is None else b * g_sum)) / a
+            g_a = ((g_scaled - g_q) / a).sum_to_size(a.shape)
+            g_b = None if b is None else (g_through - g_sum) / a
         g_residual = through if g_rest is None else through.add_(g_rest)
         return g_residual, g_total if ctx.has_total else None, g_a, g_b, None, None, None, None
 
