@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     perceptual = lpips_network(args.lpips_net, device, needed=args.perceptual_weight > 0)
     criterion = TrainingLoss(
         args.l1_weight, args.perceptual_weight, args.codebook_weight, perceptual
-    ).to(device)
+    ).to(device, memory_format=torch.channels_last)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     training_step: nn.Module = TrainingStep(model, criterion, bf16=precision == "bf16")

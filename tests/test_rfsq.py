@@ -1,5 +1,6 @@
 """RFSQ against a reference in double precision: values, gradients and running statistics."""
 
+import copy
 import math
 
 import numpy as np
@@ -150,6 +151,78 @@ def test_image_statistics_are_each_images_mean_and_std():
         np.testing.assert_allclose(
             quantized[image : image + 1].numpy()[certain], value[certain], atol=2e-5
         )
+
+
+def composed(rfsq, z, statistics):
+    """The chain by autograd in double precision: (quantized, gains, biases, distance to an edge).
+
+    `statistics` maps (stage, residual) to mean and std, None where the strategy has none.
+    """
+    level = torch.tensor(rfsq.levels).double()
+    h, offset = (level - 1) * 0.999 / 2, 0.5 * (1 - level % 2)
+    half = level.div(2, rounding_mode="floor")
+    names = [name for name, _ in rfsq.named_parameters()]
+    logs = rfsq.get_parameter(names[0]).detach().double().requires_grad_()
+    biases = torch.zeros(rfsq.stages, 1).double()
+    if "bias" in names:
+        biases = rfsq.bias.detach().double().requires_grad_()
+    lay = [1, -1] + [1] * (z.dim() - 2)
+    h, offset, half = h.view(lay), offset.view(lay), half.view(lay)
+    r, total, edge = z, 0.0, []
+    for stage in range(rfsq.stages):
+        mean, std = statistics(stage, r)
+        gain, bias = logs[stage].exp().view(lay), biases[stage].view(lay)
+        y = h * torch.tanh((r - mean) / std * gain + bias + torch.tan(offset / h)) - offset
+        edge.append(((y - y.round()).abs() - 0.5).abs().min().item())
+        n = y + (y.round() - y).detach()
+        q = ((n / half - bias) / gain) * std + mean
+        r, total = r - q, total + q
+    return total, logs, biases, min(edge)
+
+
+@pytest.mark.parametrize("kind", ["scale", "eval", "train", "image"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_gradients_of_all_parameters_equal_plain_autograd(kind, stages):
+    strategy = "scale" if kind == "scale" else "layernorm"
+    statistics = "image" if kind == "image" else "global"
+    rfsq = RFSQ(stages, strategy, [8, 5, 4, 2], initial_scale=1.3, statistics=statistics)
+    perturb(rfsq)
+    if kind == "eval":
+        rfsq(torch.randn(64, 4) * 1.5 + 0.2)
+        rfsq.eval()
+    for attempt in range(50):  # an input that is near no rounding edge
+        z = torch.randn(5, 4, 16, generator=torch.Generator().manual_seed(attempt))
+        z = (1.4 * z + 0.3).requires_grad_()
+        found = rfsq if kind == "eval" else copy.deepcopy(rfsq)
+        quantized, _, *rest = found(z)
+
+        def moments(stage, r, found=found, rest=rest):
+            if kind == "scale":
+                return 0.0, 1.0
+            if kind == "image":  # the values that the decoder gets, the gradient of their formula
+                own = torch.stack([r.mean(2), r.std(2, correction=0)], dim=1)
+                own = own + (rest[1][:, stage].double() - own).detach()
+                return own[:, 0, :, None], own[:, 1, :, None]
+            mean = found.running_mean[stage].double().view(1, -1, 1)
+            return mean, found.running_var[stage].double().sqrt().view(1, -1, 1)
+
+        exact = z.detach().double().requires_grad_()
+        wanted, logs, biases, edge = composed(found, exact, moments)
+        if edge > 2e-5:
+            break
+    else:
+        raise AssertionError("every input was near an edge")
+    torch.testing.assert_close(quantized.double(), wanted, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn_like(quantized)
+    (quantized * upstream).sum().backward()
+    (wanted * upstream).sum().backward()
+    pairs = [(z.grad, exact.grad)]
+    pairs.append(((found.log_scale if kind == "scale" else found.log_gain).grad, logs.grad))
+    if kind != "scale":
+        pairs.append((found.bias.grad, biases.grad))
+    for gradient, expected in pairs:
+        slack = 1e-4 * expected.abs().max().item()
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=slack)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 3), (2, 4), (2, 4, 1, 1)])

@@ -1,0 +1,168 @@
+"""The training step: one graph, no wait for the device, the same numbers however it is run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from arguments import get_args
+from dataset import SyntheticDataset
+from loss import TrainingLoss
+from model import VQVAE
+
+QUANTIZERS = {
+    "fsq": ["--quantizer=fsq"],
+    "none": ["--rfsq-strategy=none"],
+    "scale": ["--rfsq-strategy=scale"],
+    "layernorm": ["--rfsq-stages=4"],
+    "image": ["--rfsq-statistics=image"],
+    "lfq": ["--quantizer=lfq"],
+    "ema": ["--quantizer=ema", "--n-embed=32", "--embed-dim=8", "--ema-stages=2"],
+}
+every = pytest.mark.parametrize("flags", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+
+
+class PerceptualStandIn(torch.nn.Module):
+    """A frozen network with the interface of LPIPS, for there are no weights in a test."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, stride=2).requires_grad_(False)
+
+    def forward(self, images, reconstruction):
+        with torch.no_grad():
+            target = self.conv(images)
+        return (self.conv(reconstruction) - target).float().square().mean((1, 2, 3))
+
+
+def build(flags, bf16=False):
+    torch.manual_seed(0)
+    model = VQVAE(get_args(["--channel=16", *flags]))
+    step = train.TrainingStep(model, TrainingLoss(1, 1, 1, PerceptualStandIn()), bf16)
+    return step.to(memory_format=torch.channels_last).train()
+
+
+def batch(count=4):
+    return torch.stack([SyntheticDataset(32, 0, count)[i] for i in range(count)])
+
+
+def run(step):
+    terms, indices = step(batch())
+    terms["loss"].backward()
+    return terms, indices, [p.grad for p in step.model.parameters()]
+
+
+@every
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_graph_break(flags, bf16):
+    report = torch._dynamo.explain(build(flags, bf16))(batch())
+    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
+
+
+@every
+def test_compiled_step_equals_eager(flags):
+    eager, compiled = build(flags), build(flags)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        (terms, indices, grads), (c_terms, c_indices, c_grads) = run(eager), run(compiled)
+        assert torch.equal(indices, c_indices)
+        for name, value in terms.items():
+            torch.testing.assert_close(c_terms[name], value, rtol=1e-5, atol=1e-6)
+        for grad, c_grad in zip(grads, c_grads, strict=True):
+            torch.testing.assert_close(c_grad, grad, rtol=1e-4, atol=1e-6)
+    state, c_state = eager.model.state_dict(), compiled.model.state_dict()
+    for name in state:
+        torch.testing.assert_close(c_state[name], state[name], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_by_the_real_compiler_equals_eager():
+    """Inductor, which the default on a GPU runs, on the main configuration."""
+    eager, compiled = build([]), build([])
+    compiled.compile(fullgraph=True)
+    (terms, indices, grads), (c_terms, c_indices, c_grads) = run(eager), run(compiled)
+    assert (indices != c_indices).float().mean() < 1e-3  # a rounding error may cross a boundary
+    torch.testing.assert_close(c_terms["loss"], terms["loss"], rtol=1e-4, atol=1e-5)
+    for grad, c_grad in zip(grads, c_grads, strict=True):
+        torch.testing.assert_close(c_grad, grad, rtol=1e-2, atol=1e-4)
+
+
+@every
+def test_bf16_is_close_to_float32_and_quantizes_in_float32(flags):
+    full, half = build(flags), build(flags, bf16=True)
+    seen = []
+    quantizer = half.model.quantizer
+    quantizer.register_forward_hook(
+        lambda m, given, out: seen.append((given[0].dtype, out[0].dtype))
+    )
+    (terms, *_), (b_terms, *_) = run(full), run(half)
+    assert seen == [(torch.bfloat16, torch.float32)]
+    assert all(term.dtype == torch.float32 for term in b_terms.values())
+    torch.testing.assert_close(b_terms["l1"], terms["l1"], rtol=0.02, atol=0)
+    assert not torch.equal(b_terms["l1"], terms["l1"])
+
+
+def test_channels_last_all_the_way_and_equal_to_contiguous():
+    step = build([])
+    layouts = []
+
+    def look(module, given, out):
+        layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+
+    for module in step.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.register_forward_hook(look)
+    _, indices, grads = run(step)
+    assert len(layouts) >= 6 and all(layouts)
+    plain = build([])
+    plain.to(memory_format=torch.contiguous_format)
+    _, plain_indices, plain_grads = run(plain)
+    assert (indices != plain_indices).float().mean() < 1e-3
+    for grad, other in zip(grads, plain_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that read a value of a tensor, for which a GPU's host must wait."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "equal.", "masked_select", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in str(func) for name in self.WAITS)
+        return func(*args, **(kwargs or {}))
+
+
+@every
+def test_no_wait_between_log_lines(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
+    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
+
+    def reads(steps: int) -> int:
+        # However many steps, there is one log line, one checkpoint and one evaluation.
+        fixed = ["--log-interval=100", "--save-interval=100", f"--save={tmp_path / str(steps)}"]
+        small = ["--img-size=32", "--channel=16", "--batch-size=4", "--num-workers=0"]
+        data = ["--train-data-path=synthetic", "--val-data-path=synthetic", "--perceptual-weight=0"]
+        with Reads() as mode:
+            train.main([*small, *data, *fixed, *flags, f"--train-iters={steps}"])
+        return mode.count
+
+    few, many = reads(2), reads(6)
+    assert 0 < few == many
+
+
+def test_precision_and_compile_flags_are_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
+    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
+    flags = ["--img-size=32", "--channel=16", "--batch-size=4", "--num-workers=0"]
+    flags += ["--train-data-path=synthetic", "--val-data-path=synthetic", "--perceptual-weight=0"]
+    flags += ["--train-iters=1", f"--save={tmp_path / 'run'}"]
+    assert train.main([*flags, "--precision=bf16"])["precision"] == "bf16"
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["peak_memory_mib"] > 100
