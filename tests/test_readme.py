@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from arguments import get_parser
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 # Appended to commands that train: the last flag wins.
@@ -72,6 +74,9 @@ def shell_blocks() -> list[str]:
 @pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: block.splitlines()[0][:50])
 def test_shell_block(block, clone):
     commands = [shrink(line) for line in block.replace("\\\n", " ").splitlines()]
+    if "--nnodes 2" in block:  # the same command on two machines; here, two agents on one
+        (command,) = commands
+        commands = [f"{command} & first=$!", command, "wait $first"]
     script = "set -euo pipefail\n" + "\n".join(commands)
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=environment(clone), capture_output=True, text=True
@@ -105,10 +110,9 @@ def test_named_files_exist():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"(?:scripts|quantizers|loss)/[\w]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    known = (ROOT / "arguments.py").read_text() + (ROOT / "scripts" / "evaluate.py").read_text()
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {
-        "--help",
-        "--standalone",
-        "--nproc-per-node",
-    }:
-        assert f'"{flag}"' in known, flag
+    known = {flag for action in get_parser()._actions for flag in action.option_strings}
+    known |= {"--standalone", "--nproc-per-node", "--nnodes"}  # torchrun's
+    known |= {"--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"}
+    for script in (ROOT / "scripts").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z][\w-]+)"', script.read_text()))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known
