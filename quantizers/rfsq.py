@@ -208,6 +208,22 @@ class RFSQ(Quantizer):
             quantized = codes if quantized is None else quantized + codes
         return quantized
 
+    @torch.no_grad()
+    def stage_input(self, stage: int, residual: Tensor) -> Tensor:
+        """A_k(r): what enters the FSQ of `stage` (from 0) for its `residual` (B, dim, *positions).
+
+        For looking into a trained quantizer; changes nothing.
+        """
+        self._check_input(residual)
+        residual = residual.float()
+        mean, std = None, None
+        if self.statistics == "image":
+            mean, std = (per_channel(x, residual) for x in _image_statistics(residual).unbind(1))
+        elif self.statistics == "global":
+            mean, std = self._global_statistics(stage, residual)
+        a, b = _affine(*self._maps(residual)[stage], mean, std)
+        return residual * (1 if a is None else a) + (0 if b is None else b)
+
     def _maps(self, like: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
         """The learned gain and bias of each stage, shaped to broadcast against `like`."""
         if self.strategy == "none":
@@ -279,6 +295,8 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_total, g_rest, _):
         tanh, steepest, a, b, half_levels, *learned = ctx.saved_tensors
+        if g_total is None:
+            g_total = torch.zeros_like(tanh)
         g_codes = g_total if g_rest is None else g_total - g_rest
         through = torch.ops.aten.tanh_backward(g_codes, tanh).mul_(steepest)  # d times g_codes
         g_a = g_b = None

@@ -233,6 +233,13 @@ def test_gradient_is_finite_for_a_constant_image(shape):
     assert torch.isfinite(z.grad).all()
 
 
+def test_a_loss_on_the_statistics_alone():
+    """Those of the second stage depend on the codes of the first, and on nothing after them."""
+    z = torch.randn(2, 4, 5, requires_grad=True)
+    RFSQ(2, "layernorm", statistics="image")(z)[3][:, 1].sum().backward()
+    assert torch.isfinite(z.grad).all() and z.grad.any()
+
+
 @pytest.mark.parametrize("strategy", ["scale", "layernorm"])
 @pytest.mark.parametrize("statistics", ["global", "image"])
 def test_every_parameter_learns(strategy, statistics):
@@ -440,3 +447,21 @@ def test_indices_out_of_range(stage, index):
 def test_indices_without_a_batch():
     with pytest.raises(ValueError):
         RFSQ(2).indices_to_codes(torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("strategy", ["none", "scale", "layernorm", "image"])
+def test_stage_input_is_what_enters_the_fsq(strategy):
+    if strategy == "image":
+        rfsq = RFSQ(4, statistics="image")
+    else:
+        rfsq = RFSQ(4, strategy, initial_scale=1.7)
+    z = 2 * torch.randn(3, 5, 6, 6) + 1
+    for _ in range(3):
+        rfsq(z)
+    rfsq.eval()
+    _, indices, *rest = rfsq(z)
+    residual = z
+    for stage in range(4):
+        _, index = rfsq.fsq(rfsq.stage_input(stage, residual))
+        assert torch.equal(index, indices[..., stage])
+        residual = z - rfsq.indices_to_codes(indices[..., : stage + 1], *rest[1:])
