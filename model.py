@@ -7,9 +7,14 @@ reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <-----------------
 
 from __future__ import annotations
 
+from argparse import Namespace
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+import util
+from arguments import ARCHITECTURE, get_args
 from quantizers import build_quantizer
 
 DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions
@@ -147,3 +152,40 @@ class VQVAE(nn.Module):
     def _images(self, quantized: Tensor) -> Tensor:
         # float32 from the quantizer; the decoder may have been cast.
         return self.decoder(quantized.to(self.decoder.layers[0].weight.dtype))
+
+
+def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
+    """The model of a checkpoint, which knows its own architecture: (model, its flags, checkpoint).
+
+    The model is on the CPU and in evaluation mode.
+
+    Raises:
+        ValueError: one line, if the file is no checkpoint, or its weights are not of its flags.
+    """
+    saved = util.load_checkpoint(path)
+    args = get_args([])
+    vars(args).update(saved["args"])
+    model = VQVAE(args)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
+        raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
+    return model.eval(), args, saved
+
+
+def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:
+    """Put a checkpoint's weights into `model`, which `args` describe.
+
+    Raises:
+        ValueError: one line that names each flag of the architecture that differs.
+    """
+    other, flags, saved = load_model(path)
+    if repr(other) != repr(model):
+        differ = [
+            f"--{name.replace('_', '-')} {getattr(flags, name)} there, {getattr(args, name)} here"
+            for name in ARCHITECTURE
+            if getattr(flags, name) != getattr(args, name)
+        ]
+        raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
+    model.load_state_dict(saved["model"])

@@ -27,7 +27,7 @@ def learning_rate(
     if not 0 <= decay_ratio <= 1 or (style == "exponential" and decay_ratio == 0):
         least = "above 0 (exponential)" if style == "exponential" else "0"
         raise ValueError(f"lr decay ratio must be from {least} to 1, not {decay_ratio}")
-    warmup_steps = math.ceil(warmup * steps)
+    warmup_steps = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))

@@ -23,11 +23,11 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import util
-from arguments import ARCHITECTURE, get_args
+from arguments import get_args
 from dataset import build_dataset, denormalize, normalize, train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from metric import evaluate, format_results
-from model import VQVAE
+from model import VQVAE, load_weights
 from scheduler import learning_rate
 
 SAMPLES = 8  # validation images in the pictures
@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # -----------------------------------------------------------------------------------
     model = VQVAE(args)
     if args.load:
-        saved = util.load_checkpoint(args.load)
-        util.check_architecture(args.load, saved["args"], args, ARCHITECTURE)
-        util.load_weights(model, saved, args.load)
+        load_weights(model, args, args.load)
     cuda = device.type == "cuda"
     precision = args.precision or ("bf16" if cuda else "fp32")
     compiled = cuda if args.compile is None else args.compile

@@ -11,7 +11,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -150,34 +149,6 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
         )
     return state
-
-
-def check_architecture(path: str | Path, saved: dict, args: Namespace, flags: tuple) -> None:
-    """Compare the `flags` that make the architecture: the checkpoint's own against `args`.
-
-    Raises:
-        ValueError: one line that names each flag that differs.
-    """
-    differ = [
-        f"--{flag.replace('_', '-')} {saved.get(flag)} there, {getattr(args, flag)} here"
-        for flag in flags
-        if saved.get(flag) != getattr(args, flag)
-    ]
-    if differ:
-        raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
-
-
-def load_weights(model: torch.nn.Module, saved: dict, path: str | Path) -> None:
-    """Put a checkpoint's weights into `model`.
-
-    Raises:
-        ValueError: one line, if they are of another architecture than the checkpoint's flags say.
-    """
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
-        raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
 
 
 def environment(device: torch.device) -> dict:

@@ -60,7 +60,7 @@ class RFSQ(Quantizer):
         levels: levels of each channel, the same in every stage. Default: [8, 8, 8, 4] for 2 stages
             (2 x 11 = 22.0 bits) and [4, 4, 4, 4, 4] for 4 stages (4 x 10 = 40.0 bits), the paper's
             two configurations; other numbers of stages have no default.
-        initial_scale: `scale`: a of the first stage at the start.
+        initial_scale: `scale`: a of every stage at the start.
         statistics: `layernorm`: `global` or `image`.
         momentum: `global`: weight of a new batch in the running averages (the first
             1/momentum batches are averaged evenly).
@@ -296,7 +296,7 @@ class _Stage(torch.autograd.Function):
     def backward(ctx, g_total, g_rest, _):
         tanh, steepest, a, b, half_levels, *learned = ctx.saved_tensors
         if g_total is None:
-            g_total = torch.zeros_like(tanh)
+            g_total = torch.zeros_like(tanh)  # a loss on the image statistics alone
         g_codes = g_total if g_rest is None else g_total - g_rest
         through = torch.ops.aten.tanh_backward(g_codes, tanh).mul_(steepest)  # d times g_codes
         g_a = g_b = None

@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, get_args, number
+from arguments import Parser, number
 from dataset import build_dataset, val_loader
 from loss import lpips_network
 from metric import evaluate, format_results
-from model import VQVAE
+from model import load_model
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -54,14 +54,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
     flags = parser.parse_args(argv)
 
-    saved = util.load_checkpoint(flags.load)
-    args = get_args([])
-    vars(args).update(saved["args"])
+    model, args, saved = load_model(flags.load)
     device = util.setup_processes()
     util.share_cores(flags.num_workers)
-    model = VQVAE(args)
-    util.load_weights(model, saved, flags.load)
-    model.to(device).eval()
+    model.to(device)
 
     size = flags.img_size or args.img_size
     images = build_dataset(flags.val_data_path, size, args.seed, train=False)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,7 @@ settings.load_profile("reproducible")
 
 # The tensors are small: a second thread costs more than it saves.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from arguments import ARCHITECTURE, get_args, get_parser
-from model import VQVAE, Decoder, Encoder
+from model import VQVAE, Decoder, Encoder, load_model, load_weights
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
-from util import check_architecture, load_checkpoint, load_weights, save_checkpoint, write_whole
+from util import load_checkpoint, save_checkpoint, write_whole
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--channel", "32", "--img-size", "32"]
@@ -136,7 +136,7 @@ def test_a_model_from_a_checkpoint_decodes_the_same(name, tmp_path):
     save_checkpoint(tmp_path / "last.pt", state)
     torch.manual_seed(99)
     other = build(name)
-    load_weights(other, load_checkpoint(tmp_path / "last.pt"), "last.pt")
+    load_weights(other, get_args([*SMALL, *CONFIGURATIONS[name]]), tmp_path / "last.pt")
     assert torch.equal(other.eval().decode(*tokens), model.decode(*tokens))
 
 
@@ -432,21 +432,41 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert loaded["args"] == state["args"] and loaded["step"] == 7
 
 
-def test_another_architecture_is_named_flag_by_flag():
+def saved(tmp_path, *flags) -> str:
+    """The path of a checkpoint of the model that the flags describe."""
+    args = get_args([*SMALL, *flags])
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": VQVAE(args).state_dict(), "args": vars(args)})
+    return str(path)
+
+
+def test_another_architecture_is_named_flag_by_flag(tmp_path):
     here = get_args(["--channel", "64", "--rfsq-strategy", "none", "--lr", "1"])
-    there = vars(get_args([]))
     with pytest.raises(ValueError) as caught:
-        check_architecture("last.pt", there, here, ARCHITECTURE)
+        load_weights(VQVAE(here), here, saved(tmp_path))
     message = str(caught.value)
     assert "\n" not in message and "last.pt" in message
-    assert "--channel 256 there, 64 here" in message
+    assert "--channel 32 there, 64 here" in message
     assert "--rfsq-strategy layernorm there, none here" in message
     assert "--lr" not in message and "--levels" not in message
-    check_architecture("last.pt", there, get_args(["--lr", "1", "--seed", "3"]), ARCHITECTURE)
 
 
-def test_weights_that_do_not_fit_are_one_line():
-    saved = {"model": build().state_dict()}
+def test_flags_that_make_the_same_model_fit(tmp_path):
+    path = saved(tmp_path)
+    written_out = ["--levels", "8", "8", "8", "4", "--n-embed", "7", "--lr", "1", "--seed", "3"]
+    args = get_args([*SMALL, *written_out])
+    model = VQVAE(args)
+    load_weights(model, args, path)
+    other, flags, _ = load_model(path)
+    assert flags.channel == 32 and not other.training
+    for name, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    path = tmp_path / "last.pt"
+    state = {"model": build("fsq").state_dict(), "args": vars(get_args(SMALL))}
+    save_checkpoint(path, state)
     with pytest.raises(ValueError, match=r"last\.pt") as caught:
-        load_weights(build("fsq"), saved, "last.pt")
+        load_model(path)
     assert "\n" not in str(caught.value)

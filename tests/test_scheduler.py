@@ -45,6 +45,13 @@ def test_warm_up_by_hand():
     assert rates[5] == pytest.approx(8e-4 * (1 - 0.99 / 396))
 
 
+@pytest.mark.parametrize(("warmup", "wanted"), [(0.07, 7), (0.14, 14), (0.55, 55), (0.071, 8)])
+def test_the_share_is_exact(warmup, wanted):
+    """In floating point 0.07 * 100 is a little more than 7: no eighth step comes of that."""
+    rates = [learning_rate(step, 100, 1.0, warmup, "linear", 0.01) for step in range(100)]
+    assert rates.index(1.0) == wanted - 1
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_without_warm_up_the_first_step_is_the_peak(style):
     assert learning_rate(0, 10, 0.3, 0.0, style, 0.1) == 0.3

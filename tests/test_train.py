@@ -17,7 +17,7 @@ import train
 import util
 from arguments import get_args
 from dataset import SyntheticDataset, normalize
-from model import VQVAE
+from model import VQVAE, load_model
 from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,19 +206,11 @@ def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_pat
     run = tmp_path / "run"
     train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={run}"])
     code = (
-        "import sys, torch, util; from arguments import get_args; from model import VQVAE\n"
-        "saved = util.load_checkpoint(sys.argv[1]); args = get_args([])\n"
-        "vars(args).update(saved['args']); model = VQVAE(args)\n"
-        "model.load_state_dict(saved['model']); model.eval()\n"
+        "import sys, torch; from model import load_model\n"
         "indices = torch.load(sys.argv[2], weights_only=True)\n"
-        "torch.save(model.decode(indices), sys.argv[3])\n"
+        "torch.save(load_model(sys.argv[1])[0].decode(indices), sys.argv[3])\n"
     )
-    saved = util.load_checkpoint(run / "last.pt")
-    args = get_args([])
-    vars(args).update(saved["args"])
-    model = VQVAE(args)
-    model.load_state_dict(saved["model"])
-    model.eval()
+    model, _, _ = load_model(run / "last.pt")
     images = normalize(torch.stack([SyntheticDataset(32, 5, 3)[i] for i in range(3)]))
     with torch.no_grad():
         reconstruction, indices, _ = model(images)
