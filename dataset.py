@@ -1,4 +1,4 @@
-"""Images in: folders of pictures, generated pictures, and the order in which training sees them.
+"""Images in: folders, packed arrays, generated pictures, and the order in which training sees them.
 
     build_dataset(path) -> dataset[i]: uint8 (3, S, S)
                                |
@@ -11,17 +11,18 @@ Datasets return bytes: a quarter of the traffic of float32 between workers, host
 """
 
 import functools
+import json
 import math
 import operator
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -163,9 +164,13 @@ class ImageFolderDataset(Dataset):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def name(self, index: int) -> str:
+        """The path of item `index` below the folder."""
+        return os.fsdecode(self._paths[index])
+
     def path(self, index: int) -> Path:
         """The file behind item `index`."""
-        return self.root / os.fsdecode(self._paths[index])
+        return self.root / self.name(index)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.path(index)
@@ -184,6 +189,126 @@ class ImageFolderDataset(Dataset):
                 f"cannot read image {path}: {reason}; remove it or repair it"
             ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+# --------------------------------------------------------------------------------------
+# Packed arrays
+# --------------------------------------------------------------------------------------
+PACK_FORMAT, PACK_VERSION = "rfsq packed images", 1
+PACK_INDEX, PACK_UNFINISHED = "index.json", "unfinished.json"
+PACK_SHARD = "shard-{:05d}.npy"
+MAX_MAPPED = 512
+
+
+def is_packed(root: str | os.PathLike) -> bool:
+    """Whether `scripts/pack_images.py` wrote into this folder: finished, cut off or damaged."""
+    root = Path(root)
+    if any((root / name).is_file() for name in (PACK_UNFINISHED, PACK_SHARD.format(0))):
+        return True
+    try:  # folders of images may have an index.json of their own
+        return json.loads((root / PACK_INDEX).read_bytes()).get("format") == PACK_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_pack(root: str | os.PathLike, name: str = PACK_INDEX) -> dict:
+    """The index of a packed folder, once its shards are seen to be there in full.
+
+    Raises ValueError if it is unfinished, damaged, or of a newer version of the format.
+    """
+    path = Path(root) / name
+    if not is_packed(root):
+        raise ValueError(f"'{root}' is no packed folder: scripts/pack_images.py SRC OUT makes one")
+    if not path.is_file():
+        raise ValueError(
+            f"'{root}' is not packed to its end ({name} is missing): run the same "
+            "scripts/pack_images.py command again, it continues where it was"
+        )
+    again = f"copy the folder again, or remove '{root}' and pack again"
+    try:
+        index = json.loads(path.read_bytes())
+        if index["format"] == PACK_FORMAT and index["version"] > PACK_VERSION:
+            raise ValueError(
+                f"{path} has version {index['version']} of the format, this code reads up to "
+                f"{PACK_VERSION}: use the version of the project that wrote it"
+            )
+        counts = [shard["count"] for shard in index["shards"]]
+        full, sound = index["images_per_shard"], index["format"] == PACK_FORMAT
+        sound &= isinstance(index["img_size"], int) and sum(counts) == index["count"]
+        sound &= all(n == full for n in counts[:-1]) and all(0 < n <= full for n in counts[-1:])
+        sizes = [(Path(root) / shard["file"], shard["bytes"]) for shard in index["shards"]]
+    except (OSError, json.JSONDecodeError, UnicodeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is no index of packed images, or is damaged: {again}")
+    for shard, size in sizes:
+        found = shard.stat().st_size if shard.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
+            raise ValueError(f"shard {shard} {what}: {again}")
+    return index
+
+
+class PackedDataset(Dataset):
+    """What `scripts/pack_images.py` made of a folder: the same images in the same order.
+
+    Item i is uint8 (3, img_size, img_size), the very bytes that `ImageFolderDataset` gives.
+
+    Raises ValueError for another img_size than packed, and where `read_pack` does.
+    """
+
+    def __init__(self, root: str | os.PathLike, img_size: int) -> None:
+        index = read_pack(root)
+        packed = index["img_size"]
+        if packed != img_size:
+            raise ValueError(
+                f"'{root}' holds images of {packed}x{packed} pixels, asked is {img_size}x"
+                f"{img_size}: use --img-size {packed}, or pack again into another folder with "
+                f"`scripts/pack_images.py --img-size {img_size}`"
+            )
+        self.root, self.img_size = Path(root), img_size
+        self._full, self._count = index["images_per_shard"], index["count"]
+        self._shards = [(shard["file"], shard["count"]) for shard in index["shards"]]
+        self._mapped: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        # Pickled, a map is a copy of its data: each process maps the files itself.
+        return {**self.__dict__, "_mapped": {}}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _shard(self, number: int) -> np.ndarray:
+        if number not in self._mapped:
+            file, count = self._shards[number]
+            if len(self._mapped) >= MAX_MAPPED:  # each holds a file open, and 1,024 may be
+                self._mapped.clear()
+            try:
+                shard = np.load(self.root / file, mmap_mode="r", allow_pickle=False)
+                wanted = (count, 3, self.img_size, self.img_size)
+                if shard.dtype != np.uint8 or shard.shape != wanted:
+                    raise ValueError(f"{shard.dtype} {shard.shape} is not what the index says")
+            except Exception as error:  # a damaged header can raise nearly anything
+                raise ValueError(
+                    f"cannot read shard {self.root / file}: {' '.join(str(error).split())}; copy "
+                    f"the folder again, or remove '{self.root}' and pack again"
+                ) from error
+            self._mapped[number] = np.asarray(shard)  # views of a np.memmap are slow to make
+        return self._mapped[number]
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """A batch, uint8 (B, 3, S, S). A DataLoader asks for it in place of B single items."""
+        batch = np.empty((len(indices), 3, self.img_size, self.img_size), np.uint8)
+        for image, index in zip(batch, indices, strict=True):
+            index = operator.index(index)
+            if not -self._count <= index < self._count:
+                raise IndexError(f"index {index}: '{self.root}' holds {self._count} images")
+            shard, row = divmod(index % self._count, self._full)
+            image[:] = self._shard(shard)[row]
+        return torch.from_numpy(batch)
 
 
 # --------------------------------------------------------------------------------------
@@ -381,11 +506,14 @@ class SyntheticDataset(Dataset):
 
 
 def build_dataset(path: str | os.PathLike, img_size: int, seed: int, train: bool) -> Dataset:
-    """The dataset that a path names: 'synthetic', or a folder of images (`seed` is then unused)."""
+    """The dataset that a path names: 'synthetic', or a folder of images, packed or not.
+
+    `seed` is for generated images alone.
+    """
     if os.fspath(path) == "synthetic":
         length = SYNTHETIC_TRAIN if train else SYNTHETIC_VAL
         return SyntheticDataset(img_size, seed, length, stream=0 if train else 1)
-    return ImageFolderDataset(path, img_size)
+    return (PackedDataset if is_packed(path) else ImageFolderDataset)(path, img_size)
 
 
 # --------------------------------------------------------------------------------------
@@ -459,6 +587,11 @@ class StreamSampler(Sampler[list[int]]):
             yield batch
 
 
+def _collate(batch: torch.Tensor | list) -> torch.Tensor:
+    """Items to a batch; a dataset with `__getitems__` has made it already."""
+    return batch if isinstance(batch, torch.Tensor) else default_collate(batch)
+
+
 def _loader(
     dataset: Dataset, num_workers: int, device: torch.device | str, **options: object
 ) -> DataLoader:
@@ -468,6 +601,7 @@ def _loader(
     return DataLoader(
         dataset,
         num_workers=num_workers,
+        collate_fn=_collate,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(0),
         **options,

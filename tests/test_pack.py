@@ -257,7 +257,7 @@ def test_a_shard_of_another_shape_is_refused(copy):
     shard = np.load(copy / "shard-00001.npy")
     np.save(copy / "shard-00001.npy", shard.transpose(0, 2, 3, 1).copy())
     images = PackedDataset(copy, SIZE)
-    with pytest.raises(ValueError, match=r"00001\.npy is uint8 \(4, 16, 16, 3\)"):
+    with pytest.raises(ValueError, match=r"00001\.npy: uint8 \(4, 16, 16, 3\)"):
         images[5]
 
 
@@ -267,13 +267,19 @@ def test_nothing_of_a_file_is_executed(copy, tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     shard = copy / "shard-00000.npy"
-    size = shard.stat().st_size
-    np.save(shard, np.array([Trap()], dtype=object), allow_pickle=True)
-    with open(shard, "ab") as file:
-        file.write(bytes(size - shard.stat().st_size))
-    with pytest.raises(ValueError):
+    shard.write_bytes(pickle.dumps(Trap()).ljust(shard.stat().st_size, b"\0"))
+    with pytest.raises(ValueError, match=r"cannot read shard .*00000\.npy: .*pickle.*; copy"):
         PackedDataset(copy, SIZE)[0]
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_header_is_refused(copy):
+    shard = copy / "shard-00000.npy"
+    whole = shard.read_bytes()
+    for data in (bytes(len(whole)), whole[:20] + b"\xff" + whole[21:], b"PK\3\4" + whole[4:]):
+        shard.write_bytes(data)
+        with pytest.raises(ValueError, match=r"^cannot read shard .*00000\.npy: .*pack again$"):
+            PackedDataset(copy, SIZE)[0]
 
 
 @pytest.mark.parametrize(
