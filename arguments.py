@@ -29,6 +29,25 @@ ARCHITECTURE = (
 )
 
 
+# The flags that may change when a run is resumed; any other would make it another run.
+MAY_CHANGE = (
+    "train_data_path",
+    "val_data_path",
+    "num_workers",
+    "max_train_epochs",
+    "train_iters",
+    "compile",
+    "save",
+    "overwrite",
+    "load",
+    "resume",
+    "keep",
+    "max_skipped_steps",
+    "log_interval",
+    "save_interval",
+)
+
+
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # Where the default is no value, the help says in words what happens.
@@ -73,7 +92,7 @@ def get_parser() -> Parser:
     )
 
     data = parser.add_argument_group("data")
-    where = "a folder of images, nested or flat, or `synthetic`: generated images, no download"
+    where = "a folder of images, nested or flat, or packed (scripts/pack_images.py), or `synthetic`"
     data.add_argument(
         "--train-data-path", default="./data/imagenet/train", metavar="DIR", help=where
     )
@@ -275,6 +294,22 @@ def get_parser() -> Parser:
         default=None,
         metavar="FILE",
         help="checkpoint to start the weights from; default: random weights",
+    )
+    run.add_argument(
+        "--resume",
+        default=None,
+        metavar="auto|PATH",
+        help="continue a run: `auto` from the newest whole checkpoint of its folder (a new run if "
+        "there is none), or a checkpoint or run folder; default: a new run",
+    )
+    run.add_argument(
+        "--keep", type=number(int, 1), default=2, help="newest checkpoints kept (beside best.pt)"
+    )
+    run.add_argument(
+        "--max-skipped-steps",
+        type=number(int, 1),
+        default=10,
+        help="steps in a row whose loss or gradient is not finite, skipped, before the run stops",
     )
     run.add_argument(
         "--log-interval", type=number(int, 1), default=50, help="steps between log lines"

@@ -8,22 +8,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import util
-from arguments import get_args
+from arguments import MAY_CHANGE, get_args
 from dataset import build_dataset, denormalize, normalize, train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from metric import evaluate, format_results
@@ -39,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     Raises:
         ValueError: for bad input, before anything is written.
     """
-    args = get_args(argv)
+    with contextlib.ExitStack() as resources:
+        return train(get_args(argv), resources)
+
+
+def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
+    """`main` with its flags read; `resources` are given back at the end, whatever the end is."""
     device = util.setup_processes()
     main_process = util.rank() == 0
     util.share_cores(args.num_workers)
@@ -58,13 +66,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     val_set = build_dataset(args.val_data_path, args.img_size, args.seed, train=False)
     steps = max(1, args.max_train_epochs * len(train_set) // args.batch_size)
     steps = min(steps, args.train_iters or steps)
-    share = dict(
-        num_workers=args.num_workers, rank=util.rank(), world_size=processes, device=device
-    )
-    batches = train_loader(
-        train_set, args.batch_size // processes, steps=steps, seed=args.seed, **share
-    )
-    val_batches = val_loader(val_set, min(args.batch_size, 64), **share)
 
     # -----------------------------------------------------------------------------------
     # Model, loss, optimizer
@@ -72,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model = VQVAE(args)
     if args.load:
         load_weights(model, args, args.load)
+    resumed = util.from_main(find_resumed(args, model) if main_process else None)
+    if isinstance(resumed, str):  # the main process's complaint
+        raise ValueError(resumed)
+    first_step = resumed["step"] if resumed else 0
+    if first_step > steps:
+        raise ValueError(
+            f"the checkpoint is at step {first_step}, but these flags end the run at step {steps}: "
+            "give more --max-train-epochs or --train-iters"
+        )
     cuda = device.type == "cuda"
     precision = args.precision or ("bf16" if cuda else "fp32")
     compiled = cuda if args.compile is None else args.compile
@@ -83,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     ).to(device, memory_format=torch.channels_last)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        util.restore_random_states(resumed["random"])
+        if not cuda:
+            torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
     training_step: nn.Module = TrainingStep(model, criterion, bf16=precision == "bf16")
     if compiled:
         training_step.compile(fullgraph=True)
@@ -90,23 +106,60 @@ def main(argv: Sequence[str] | None = None) -> dict:
         # The quantizers keep their own statistics equal in all processes.
         training_step = DistributedDataParallel(training_step, broadcast_buffers=False)
 
+    share = dict(num_workers=args.num_workers, rank=util.rank(), world_size=processes)
+    batches = train_loader(
+        train_set,
+        args.batch_size // processes,
+        steps=steps,
+        seed=args.seed,
+        start_step=first_step,
+        device=device,
+        **share,
+    )
+    val_batches = val_loader(val_set, min(args.batch_size, 64), device=device, **share)
+
     # -----------------------------------------------------------------------------------
     # Run folder
     # -----------------------------------------------------------------------------------
-    run = util.from_main(run_folder(args, model) if main_process else None)
-    if isinstance(run, str):  # the main process's complaint
+    run = resumed["run"] if resumed else run_folder(args, model) if main_process else None
+    run = util.from_main(run)
+    if isinstance(run, str):
         raise ValueError(run)
+    if main_process:
+        resources.enter_context(util.lock_folder(run))
     weights = sum(p.numel() for p in parameters)
     if main_process:
         util.write_json(run / "args.json", vars(args))
         util.write_json(run / "environment.json", util.environment(device))
+        trim_log(run / "metrics.jsonl", first_step)
         print(
             f"{model.quantizer.name}: {model.quantizer.bits:.4g} bits per position, f = {model.f}, "
             f"{weights:,} parameters\n{len(train_set):,} training images, {len(val_set):,} for "
             f"validation; {steps:,} steps of {args.batch_size} on {device} in {precision}"
-            f"{', compiled' if compiled else ''}; run folder {run}",
+            f"{', compiled' if compiled else ''}; run folder {run}"
+            + (f"\nresumed after step {first_step} from {resumed['path']}" if resumed else ""),
             flush=True,
         )
+
+    def log(record: dict) -> None:
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def save(step: int, improved: bool = False) -> None:
+        if main_process:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "args": vars(args),
+                "step": step,
+                "best_psnr": best,
+                "skipped": skipped,
+                "interval": {"sums": sums, "count": count},
+                "seconds": seconds_before + time.perf_counter() - started,
+                "random": util.random_states(),
+                "threads": torch.get_num_threads(),
+            }
+            util.save_run_checkpoint(run, state, args.keep, improved)
 
     def assess(step: int) -> dict:
         """Evaluate, draw the samples and save the checkpoint; the same result in all processes."""
@@ -121,77 +174,80 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 f"L1 {result['l1']:.4f}" + (f"  LPIPS {result['lpips']:.4f}" if perceptual else "")
             )
             draw_samples(model, val_set, device, run / "samples" / f"step_{step:07d}.png")
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "args": vars(args),
-                "step": step,
-                "best_psnr": best,
-            }
-            util.save_checkpoint(run / "last.pt", state)
-            if improved:
-                shutil.copyfile(run / "last.pt", run / ".best.pt")
-                (run / ".best.pt").replace(run / "best.pt")
+        save(step, improved)
         return result
-
-    def log(record: dict) -> None:
-        with open(run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
 
     # -----------------------------------------------------------------------------------
     # Training
     # -----------------------------------------------------------------------------------
     bar_shown = main_process and sys.stderr.isatty()
     save_interval = args.save_interval or math.ceil(len(train_set) / args.batch_size)
-    best, result = -math.inf, {}
-    sums: dict[str, Tensor] = {}
+    best, seconds_before, result = -math.inf, 0.0, {}
+    # Sums since the last log line, and the skipped steps (in all, in a row): on the device, since
+    # reading them would wait for it.
+    sums, count, skipped = {}, 0, torch.zeros(2, device=device)
+    if resumed:
+        best, seconds_before = resumed["best_psnr"], resumed["seconds"]
+        interval = resumed["interval"]
+        sums = {name: total.to(device) for name, total in interval["sums"].items()}
+        count, skipped = interval["count"], resumed["skipped"].to(device)
     started = interval_start = time.perf_counter()
-    bar = tqdm(batches, total=steps, desc=model.quantizer.name, unit="step", disable=not bar_shown)
+    progress = dict(total=steps, initial=first_step, unit="step", disable=not bar_shown)
+    bar = tqdm(batches, desc=model.quantizer.name, **progress)
     model.train()
-    for step, batch in enumerate(bar):
-        lr = learning_rate(
-            step, steps, args.lr, args.warmup, args.lr_decay_style, args.lr_decay_ratio
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        terms, indices = training_step(batch.to(device, non_blocking=True))
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-        optimizer.step()
+    stop = util.StopSignals()
+    with stop:
+        for done, batch in enumerate(bar, start=first_step + 1):
+            lr = learning_rate(
+                done - 1, steps, args.lr, args.warmup, args.lr_decay_style, args.lr_decay_ratio
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms, indices = training_step(batch.to(device, non_blocking=True))
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            optimizer.found_inf = bad = not_finite(terms["loss"], norm)  # 1: Adam skips the step
+            optimizer.step()
 
-        # Sums stay on the device between log lines: reading one would wait for the GPU.
-        for name, term in {**terms, "grad_norm": norm}.items():
-            sums[name] = sums.get(name, 0) + term.detach()
-        done = step + 1
-        if done % args.log_interval == 0 or done == steps:
-            count = done % args.log_interval or args.log_interval
-            record = {name: mean_over_run(total, count) for name, total in sums.items()}
-            if not math.isfinite(record["loss"]):
-                raise ValueError(
-                    f"the loss is {record['loss']} at step {done}: lower --lr (now {args.lr:g}) or "
-                    f"--clip-grad; the last good checkpoint, if any, is in {run}"
+            skipped = torch.stack([skipped[0] + bad, (skipped[1] + bad) * bad])
+            for name, term in {**terms, "grad_norm": norm}.items():
+                # A term that is not finite is left out here, and counted.
+                sums[name] = sums.get(name, 0) + torch.where(bad > 0, 0, term.detach())
+                sums[f"bad {name}"] = sums.get(f"bad {name}", 0) + ~term.detach().isfinite()
+            sums["good steps"] = sums.get("good steps", 0) + 1 - bad
+            count += 1
+            if done % args.log_interval == 0 or done == steps:
+                seconds = time.perf_counter() - interval_start
+                record = {
+                    "kind": "train",
+                    "step": done,
+                    "epoch": round(done * args.batch_size / len(train_set), 4),
+                    "lr": lr,
+                    **means(sums, skipped, run, args),
+                    "images_per_s": round(count * args.batch_size / seconds, 1),
+                    "peak_memory_mib": util.peak_memory_mib(device),
+                    "codes_in_batch": codes_in_batch(indices, model.quantizer.stage_axis),
+                }
+                if main_process:
+                    log(record)
+                    report(record, bar, bar_shown, steps)
+                sums, count, interval_start = {}, 0, time.perf_counter()
+            stopping = stop_agreed(stop, done)
+            if done % save_interval == 0 or done == steps:
+                paused = time.perf_counter()
+                result = assess(done)
+                interval_start += time.perf_counter() - paused
+            elif stopping:
+                save(done)
+            if stopping and done < steps:
+                raise util.Interrupted(
+                    f"stopped by {stop.received or 'another process'} after step {done}; to go on: "
+                    f"the same command with --resume {run}"
                 )
-            seconds = time.perf_counter() - interval_start
-            record = {
-                "kind": "train",
-                "step": done,
-                "epoch": round(done * args.batch_size / len(train_set), 4),
-                "lr": lr,
-                **record,
-                "images_per_s": round(count * args.batch_size / seconds, 1),
-                "peak_memory_mib": util.peak_memory_mib(device),
-                "codes_in_batch": codes_in_batch(indices, model.quantizer.stage_axis),
-            }
-            if main_process:
-                log(record)
-                report(record, bar, bar_shown, steps)
-            sums, interval_start = {}, time.perf_counter()
-        if done % save_interval == 0 or done == steps:
-            paused = time.perf_counter()
-            result = assess(done)
-            interval_start += time.perf_counter() - paused
     bar.close()
+    if not result:  # resumed at its end
+        result = assess(steps)
 
     # -----------------------------------------------------------------------------------
     # Results
@@ -204,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "batch_size": args.batch_size,
         "images_seen": steps * args.batch_size,
         "train_images": len(train_set),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(seconds_before + time.perf_counter() - started, 1),
+        "skipped_steps": int(skipped[0]),
         "seed": args.seed,
         "precision": precision,
         "train_data": args.train_data_path,
@@ -238,27 +295,104 @@ class TrainingStep(nn.Module):
             return self.criterion(images, reconstruction, quantizer_loss), indices
 
 
+def default_name(args, model: VQVAE) -> str:
+    """The name of a run folder that is not named by --save."""
+    return f"{model.quantizer.name}-f{model.f}-c{args.channel}-s{args.seed}"
+
+
 def run_folder(args, model: VQVAE) -> Path | str:
-    """Make the run folder and return it, or the reason why it cannot be used."""
+    """Make the folder of a new run and return it, or the reason why it cannot be used."""
     if args.save is None:
-        name = f"{model.quantizer.name}-f{model.f}-c{args.channel}-s{args.seed}"
+        name = default_name(args, model)
         names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
         folder = next(p for p in (Path("runs", n) for n in names) if not p.exists())
     else:
         folder = Path(args.save)
         if folder.exists() and not folder.is_dir():
             return f"--save {folder} is a file: give a folder"
-        if (folder / "args.json").exists():
+        if (folder / "args.json").exists() and args.resume != "auto":
             if not args.overwrite:
-                return f"{folder} already holds a run: give another --save, or --overwrite it"
-            for name in ("metrics.jsonl", "results.json", "results.txt", "best.pt", "last.pt"):
-                (folder / name).unlink(missing_ok=True)
+                return (
+                    f"{folder} already holds a run: give another --save, --resume it, or "
+                    "--overwrite it"
+                )
+            util.lock_folder(folder).close()
+            for path in [*folder.glob("*.pt"), *folder.glob("results.*")]:
+                path.unlink()
             shutil.rmtree(folder / "samples", ignore_errors=True)
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"run folder {folder} cannot be made ({error.strerror}): give another --save"
     return folder
+
+
+def find_resumed(args, model: VQVAE) -> dict | str | None:
+    """What --resume continues: a checkpoint with its `path` and `run` folder added.
+
+    None for a new run; a string is the reason why it cannot be resumed.
+    """
+    if args.resume is None:
+        return None
+    if args.resume == "auto":
+        folder = Path(args.save or Path("runs", default_name(args, model)))
+    else:
+        folder = Path(args.resume)
+    try:
+        if folder.is_file():
+            found, folder = (folder, util.load_checkpoint(folder)), folder.parent
+        else:
+            found = util.newest_checkpoint(folder)
+        if found is None:
+            if args.resume == "auto":
+                args.save = str(folder)
+                return None
+            return f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
+        path, saved = found
+        if "random" not in saved:
+            return f"{path} holds no training state: give a last.pt or step_*.pt of a run"
+        differ = [
+            f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} here"
+            for name, value in vars(args).items()
+            if name not in MAY_CHANGE and saved["args"].get(name) != value
+        ]
+        if differ:
+            return (
+                f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
+            )
+    except ValueError as error:
+        return str(error)
+    for newer in folder.glob("step_*.pt"):
+        if newer.name > f"step_{saved['step']:07d}.pt":
+            newer.unlink()  # of the course that is left here
+    return {**saved, "path": str(path), "run": folder}
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop what the log says of steps after `step`, which are to come (again), or half a line."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    util.write_whole(path, lambda file: file.write("".join(kept).encode()))
+
+
+def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    """1.0 if the loss or the gradient of any process is not finite, else 0.0; on the device."""
+    bad = (~(loss.detach().isfinite() & norm.isfinite())).float()
+    if util.world_size() > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return bad
+
+
+def stop_agreed(stop: util.StopSignals, step: int) -> bool:
+    """Whether to stop after `step`: asked of one process; of several, every 16 steps of any."""
+    if util.world_size() == 1:
+        return stop.received is not None
+    return step % 16 == 0 and any(util.from_all(stop.received is not None))
 
 
 def draw_samples(model: VQVAE, images, device: torch.device, path: Path) -> None:
@@ -270,12 +404,29 @@ def draw_samples(model: VQVAE, images, device: torch.device, path: Path) -> None
     save_image(denormalize(pictures).clamp(0, 1), path, nrow=len(originals))
 
 
-def mean_over_run(total: Tensor, count: int) -> float:
-    """The mean over `count` steps and all processes of a term whose sum is `total`."""
-    total = total.clone()
+def means(sums: dict[str, Tensor], skipped: Tensor, run: Path, args) -> dict:
+    """The mean of each term over the good steps of an interval and all processes.
+
+    Raises:
+        ValueError: the last --max-skipped-steps steps were all skipped.
+    """
+    names = list(sums)
+    values = torch.stack([sums[name].float() for name in names])
     if util.world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total.item() / count / util.world_size()
+        dist.all_reduce(values)
+    *values, in_all, in_a_row = torch.cat([values / util.world_size(), skipped]).tolist()
+    sums = dict(zip(names, values, strict=True))
+    if in_a_row >= args.max_skipped_steps:
+        terms = [
+            name.removeprefix("bad ") for name in names if name.startswith("bad ") and sums[name]
+        ]
+        raise ValueError(
+            f"{in_a_row:.0f} steps in a row were not finite in {', '.join(terms)}: lower --lr (now "
+            f"{args.lr:g}) or --clip-grad, and --resume {run}, whose checkpoints are good"
+        )
+    good = sums.pop("good steps")
+    record = {n: total / good if good else None for n, total in sums.items() if " " not in n}
+    return record | ({"skipped_steps": int(in_all)} if in_all else {})
 
 
 def codes_in_batch(indices: Tensor, stage_axis: bool) -> list[int]:
@@ -288,13 +439,16 @@ def report(record: dict, bar: tqdm, bar_shown: bool, steps: int) -> None:
     """Show a log record: in the bar on a terminal, else as a line."""
     speed = f"{record['images_per_s']:.0f}"
     if bar_shown:
-        bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.2e}", images_s=speed)
+        loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+        bar.set_postfix(loss=loss, lr=f"{record['lr']:.2e}", images_s=speed)
         return
     terms = "  ".join(
         f"{name} {record[name]:.4f}"
         for name in ("loss", "l1", "perceptual", "codebook", "grad_norm")
-        if name in record
+        if record.get(name) is not None
     )
+    if "skipped_steps" in record:
+        terms += f"  {record['skipped_steps']} steps skipped"
     print(
         f"step {record['step']}/{steps}  epoch {record['epoch']:.2f}  {terms}  "
         f"lr {record['lr']:.2e}  {speed} images/s",

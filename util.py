@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 CHECKPOINT_FORMAT = 1
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
 
 # ---------------------------------------------------------------------------------------
@@ -88,6 +94,15 @@ def from_main(value):
     return values[0]
 
 
+def from_all(value) -> list:
+    """Every process's `value` in the order of ranks (plain types only)."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch, all devices."""
     random.seed(seed)
@@ -101,18 +116,31 @@ def seed_everything(seed: int) -> None:
 def write_whole(path: Path, write: Callable) -> None:
     """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    try:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        )
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    with file:
         try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _unwritable(path, error) from error
             raise
+
+
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
+        "was there before is untouched"
+    )
 
 
 def write_json(path: Path, value) -> None:
@@ -122,8 +150,103 @@ def write_json(path: Path, value) -> None:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint (tensors and plain types alone), whole or not at all."""
-    write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
+    """Write a checkpoint (tensors and plain types alone) with its checksum, whole or not at all."""
+    state = {"format": CHECKPOINT_FORMAT, **state}
+    state["checksum"] = _checksum(state)
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def _checksum(state: dict) -> str:
+    """SHA-256 of everything in a checkpoint but its checksum."""
+    digest = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                digest.update(f"{key!r}:".encode())
+                add(entry)
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)}[".encode())
+            for entry in value:
+                add(entry)
+        else:
+            digest.update(f"{value!r},".encode())
+
+    add({key: value for key, value in state.items() if key != "checksum"})
+    return digest.hexdigest()
+
+
+def save_run_checkpoint(run: Path, state: dict, keep: int, best: bool) -> None:
+    """Write `step_*.pt` of a run, name it `last.pt` too, and `best.pt` if it is; keep `keep`.
+
+    The older ones go only after the new one is whole.
+    """
+    path = run / f"step_{state['step']:07d}.pt"
+    save_checkpoint(path, state)
+    for name in ("last.pt", "best.pt") if best else ("last.pt",):
+        link = run / f".{name}.link"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, run / name)
+    for old in sorted(run.glob("step_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint of a run folder; says aloud which newer ones are damaged."""
+    for path in [*sorted(run.glob("step_*.pt"), reverse=True), run / "last.pt"]:
+        if path.is_file():
+            try:
+                return path, load_checkpoint(path)
+            except ValueError as error:
+                print(f"skipped: {error}", flush=True)
+    return None
+
+
+def lock_folder(folder: Path):
+    """Hold a run folder until the returned file is closed, or this process ends in any way.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = open(folder / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(
+            f"another process is training in {folder}: wait for it, or give another --save"
+        ) from error
+    return file
+
+
+def random_states() -> dict:
+    """The states of all random number generators, in plain types and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Put back what `random_states` gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -148,6 +271,8 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} has checkpoint format {state['format']}, this version reads "
             f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
         )
+    if state.get("checksum") != _checksum(state):
+        raise ValueError(f"{path} is damaged (its checksum is wrong): use an older checkpoint")
     return state
 
 
@@ -174,6 +299,33 @@ def environment(device: torch.device) -> dict:
 # ---------------------------------------------------------------------------------------
 # How a script ends
 # ---------------------------------------------------------------------------------------
+class Interrupted(Exception):
+    """A run that stopped because a signal asked it to, with its checkpoint saved."""
+
+
+class StopSignals:
+    """Within `with`, the signals that ask a run to stop are noted instead of obeyed.
+
+    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, a scheduler's warning.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> StopSignals:
+        self.received: str | None = None
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.received = signal.Signals(number).name
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, also when it comes from a DataLoader's worker."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -182,12 +334,18 @@ def one_line(error: BaseException) -> str:
 
 
 def run_script(main: Callable) -> None:
-    """Run a script's `main`: bad input ends it with one line on standard error and code 2."""
+    """Run a script's `main`: bad input ends it with one line on standard error and code 2.
+
+    A signal that asked a training run to stop ends it with code 75, when its checkpoint is saved.
+    """
     try:
         main()
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -144,8 +144,11 @@ class VectorQuantizeEMA(Quantizer):
         processes = _processes()
         counts = mean_over_processes(counts) * processes
         sums = mean_over_processes(sums) * processes
-        self.counts[stage].lerp_(counts, 1 - self.decay)
-        self.sums[stage].lerp_(sums, 1 - self.decay)
+        # A batch that is not finite, whose step the training loop skips, leaves no trace here.
+        finite = sums.isfinite().all()
+        weight = (1 - self.decay) * finite
+        self.counts[stage].lerp_(torch.where(finite, counts, 0.0), weight)
+        self.sums[stage].lerp_(torch.where(finite, sums, 0.0), weight)
         counts, total = self.counts[stage], self.counts[stage].sum()
         smoothed = (counts + EPS) / (total + len(counts) * EPS) * total
         # A code that no token has ever reached has no mean to go to.
@@ -167,6 +170,7 @@ class VectorQuantizeEMA(Quantizer):
         candidates = mean_over_processes(candidates) * _processes()
         mean_count = total / codes
         dead = self.counts[stage] < self.restart_threshold * mean_count
+        dead = dead & candidates.isfinite().all()
         self.codebook[stage].copy_(torch.where(dead[:, None], candidates, self.codebook[stage]))
         self.sums[stage].copy_(
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])

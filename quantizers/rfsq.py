@@ -253,8 +253,11 @@ class RFSQ(Quantizer):
         # an operation: `torch.var_mean` takes ten times as long on a CPU.
         centred = residual - per_channel(self.running_mean[stage], residual)
         moments = torch.stack([centred.mean(axes), (centred * centred).mean(axes)])
-        mean, square = mean_over_processes(moments).unbind()
-        weight = (1 / (self.batches + 1)).clamp(min=self.momentum)
+        moments = mean_over_processes(moments)
+        # A batch that is not finite, whose step the training loop skips, leaves no trace here.
+        finite = moments.isfinite().all()
+        mean, square = torch.where(finite, moments, 0.0).unbind()
+        weight = (1 / (self.batches + 1)).clamp(min=self.momentum) * finite
         self.running_mean[stage].add_(weight * mean)
         self.running_var[stage].lerp_(square - mean * mean, weight)
 

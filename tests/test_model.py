@@ -346,7 +346,8 @@ def test_a_write_that_fails_leaves_nothing_half(tmp_path, error, existing):
         file.write(b"half")
         raise error("disk")
 
-    with pytest.raises(error):
+    # What the file system refuses is told as bad input: one line that names the file.
+    with pytest.raises(ValueError if error is OSError else error):
         write_whole(path, write)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"] * existing
 

@@ -1,0 +1,342 @@
+"""Runs survive: kills, signals, damage and bad numbers, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import util
+from dataset import SyntheticDataset
+from loss import TrainingLoss
+from quantizers import RFSQ, VectorQuantizeEMA
+
+SMALL = ["--img-size=16", "--channel=16", "--batch-size=4", "--perceptual-weight=0", "--lr=0.01"]
+DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic"]
+STEPS = 14
+FLAGS = [*SMALL, *DATA, f"--train-iters={STEPS}", "--log-interval=3", "--save-interval=5"]
+QUANTIZERS = {
+    "layernorm": [],
+    "scale": ["--rfsq-strategy=scale"],
+    "lfq": ["--quantizer=lfq"],
+    "ema": ["--quantizer=ema", "--n-embed=16", "--embed-dim=4", "--ema-stages=2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
+    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
+
+
+def run(folder: Path, *flags: str) -> dict:
+    return train.main([*FLAGS, "--num-workers=0", f"--save={folder}", *flags])
+
+
+def interrupt_after(monkeypatch, step: int, number=signal.SIGTERM):
+    """Send this process a signal in step `step`, once."""
+    forward, calls = train.TrainingStep.forward, iter(range(1, 10**6))
+
+    def forward_and_signal(self, batch):
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    monkeypatch.setattr(train.TrainingStep, "forward", forward_and_signal)
+
+
+def same(a, b) -> bool:
+    """Whether two parts of a checkpoint are equal, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, random states and logs of two finished runs, but for times and paths."""
+    one, two = (util.load_checkpoint(folder / "last.pt") for folder in (a, b))
+    for part in ("model", "optimizer", "step", "best_psnr", "skipped", "interval", "random"):
+        assert same(one[part], two[part]), part
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (a, b)]
+    timing = ("images_per_s", "peak_memory_mib")
+    records = [[json.loads(line) for line in log] for log in logs]
+    bare = [[{k: v for k, v in r.items() if k not in timing} for r in log] for log in records]
+    assert bare[0] == bare[1]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+    for key in ("psnr", "l1", "stages", "steps", "images_seen"):
+        assert results[0][key] == results[1][key]
+
+
+@pytest.mark.parametrize("flags", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+@pytest.mark.parametrize("step", [1, 7, 10])
+def test_interrupted_and_resumed_is_uninterrupted(step, flags, tmp_path, monkeypatch):
+    run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, step)
+        with pytest.raises(util.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
+            run(tmp_path / "cut", *flags)
+    assert util.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
+    run(tmp_path / "cut", *flags, "--resume=auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_workers_and_many_interruptions(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    for step, number in ((2, signal.SIGUSR1), (1, signal.SIGINT), (4, signal.SIGTERM)):
+        with monkeypatch.context() as patched:
+            interrupt_after(patched, step, number)
+            with pytest.raises(util.Interrupted):
+                run(tmp_path / "cut", "--resume=auto", "--num-workers=1")
+    run(tmp_path / "cut", "--resume=auto", "--num-workers=2")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
+    from torchvision.utils import save_image
+
+    for i in range(11):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        save_image(SyntheticDataset(16, 0, 11)[i] / 255, tmp_path / "images" / f"{i}.png")
+    data = f"--train-data-path={tmp_path / 'images'}"
+    run(tmp_path / "whole", data)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 4)
+        with pytest.raises(util.Interrupted):
+            run(tmp_path / "cut", data)
+    run(tmp_path / "cut", data, "--resume", str(tmp_path / "cut" / "last.pt"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def child(work) -> int:
+    """Run `work` in a forked process and return its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_twenty_kills(tmp_path):
+    """SIGKILL at random moments, every third one inside the write of a checkpoint."""
+    flags = ["--save-interval=2", "--keep=3"]
+    started = time.perf_counter()
+    run(tmp_path / "whole", *flags)
+    duration = time.perf_counter() - started
+    chance, kills, tries = random.Random(0), 0, 0
+    folder = tmp_path / "killed"
+    save = torch.save
+
+    def die_in_the_write(state, file):
+        if chance.random() < 0.6:
+            return save(state, file)
+        file.write(b"half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(inside: bool) -> None:
+        chance.seed(tries)
+        if inside:
+            torch.save = die_in_the_write
+        run(folder, *flags, "--resume=auto")
+
+    while kills < 20:
+        assert tries < 200
+        tries += 1
+        inside = tries % 3 == 0
+        pid = child(lambda inside=inside: work(inside))
+        if not inside:
+            time.sleep(chance.random() * duration)
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:  # it had finished before the kill: begin anew
+            assert os.waitstatus_to_exitcode(status) == 0
+            assert_same_run(tmp_path / "whole", folder)
+            folder.rename(tmp_path / f"finished-{tries}")
+    run(folder, *flags, "--resume=auto")
+    assert_same_run(tmp_path / "whole", folder)
+    assert len(list(folder.glob("step_*.pt"))) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "executes"])
+def test_damage_is_seen_and_the_checkpoint_before_is_used(damage, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 12)
+        with pytest.raises(util.Interrupted):
+            run(tmp_path / "cut")
+    newest = sorted((tmp_path / "cut").glob("step_*.pt"))[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped bit":
+        bias = util.load_checkpoint(newest)["model"]["decoder.layers.0.bias"]
+        content[content.index(bias.numpy().tobytes()) + 5] ^= 1
+    elif damage == "executes":
+        content = b"cos\nsystem\n(S'touch " + str(tmp_path / "made").encode() + b"'\ntR."
+    else:
+        content = content[: len(content) // 2] if damage == "truncated" else b""
+    newest.write_bytes(content)  # last.pt is the same file
+    with pytest.raises(ValueError, match=r"damaged|not a checkpoint"):
+        util.load_checkpoint(newest)
+    capsys.readouterr()
+    run(tmp_path / "cut", "--resume=auto")
+    out = capsys.readouterr().out
+    assert "skipped:" in out and str(newest) in out and "resumed after step 10" in out
+    assert not (tmp_path / "made").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_flags_that_make_another_run_are_refused(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(util.Interrupted):
+        run(tmp_path / "run")
+    for flag, value in (("--lr", "0.02"), ("--seed", "1"), ("--channel", "32"), ("--warmup", "0")):
+        with pytest.raises(ValueError, match=rf"{flag} .* there, .* here") as caught:
+            run(tmp_path / "run", "--resume=auto", f"{flag}={value}")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="end the run at step 2"):
+        run(tmp_path / "run", "--resume=auto", "--train-iters=2")
+    allowed = ["--train-iters=16", "--log-interval=4", "--num-workers=1", "--keep=1"]
+    assert run(tmp_path / "run", "--resume=auto", *allowed)["steps"] == 16
+    assert len(list((tmp_path / "run").glob("step_*.pt"))) == 1
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello")
+    for path, says in (("empty", "holds no checkpoint"), ("text.pt", "not a checkpoint")):
+        with pytest.raises(ValueError, match=says):
+            run(tmp_path / "new", f"--resume={tmp_path / path}")
+    assert not (tmp_path / "new").exists()
+    assert run(tmp_path / "new", "--resume=auto", "--train-iters=2")["steps"] == 2
+
+
+def test_a_finished_run_resumed_gives_its_results_again(tmp_path):
+    first = run(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    again = run(tmp_path / "run", "--resume=auto")
+    assert again["psnr"] == first["psnr"] and again["steps"] == first["steps"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    flags = [f"--save={tmp_path / 'run'}", "--num-workers=0", "--train-iters=3"]
+    train.main([*FLAGS, *flags])
+    with (
+        util.lock_folder(tmp_path / "run"),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train.main([*FLAGS, *flags, "--resume=auto"])
+    train.main([*FLAGS, *flags, "--resume=auto"])  # the lock was left behind by nobody
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save, calls = torch.save, iter(range(10))
+
+    def full(state, file):
+        if next(calls) == 1:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(ValueError, match=r"step_0000010\.pt cannot be written \(No space left"):
+            run(tmp_path / "run")
+    assert util.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    assert not list((tmp_path / "run").glob(".*"))
+    run(tmp_path / "whole")
+    run(tmp_path / "run", "--resume=auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------
+# Numbers that are not finite
+# ---------------------------------------------------------------------------------------
+def poison(monkeypatch, steps, what: str):
+    """Make the loss, or only the gradient, infinite or NaN in these steps."""
+    forward, calls = TrainingLoss.forward, iter(range(1, 10**6))
+
+    def poisoned(self, images, reconstruction, quantizer_loss):
+        bad = next(calls) in steps
+        if bad and what == "gradient":
+            reconstruction = reconstruction + 0 * (reconstruction - reconstruction.detach()).sqrt()
+        terms = forward(self, images, reconstruction, quantizer_loss)
+        if bad and what == "loss":
+            terms["loss"], terms["l1"] = terms["loss"] * torch.inf, terms["l1"] * torch.inf
+        return terms
+
+    monkeypatch.setattr(TrainingLoss, "forward", poisoned)
+
+
+def finite(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    return True
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_bad_step_is_skipped_and_counted(what, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {1, 4, 5}, what)
+    results = run(tmp_path / "run")
+    assert results["skipped_steps"] == 3
+    assert "3 steps skipped" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(record.get("loss", 0) < 10 for record in map(json.loads, lines))
+    checkpoint = util.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert finite(checkpoint["model"]) and finite(checkpoint["optimizer"])
+
+
+def test_a_skipped_step_leaves_the_weights_alone(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(2, 10**6)), "loss")
+    flags = ["--max-skipped-steps=100", "--save-interval=1", "--keep=9", "--train-iters=3"]
+    run(tmp_path / "run", *flags)
+    one, two = (util.load_checkpoint(tmp_path / "run" / f"step_000000{i}.pt") for i in (1, 3))
+    weights = [name for name in one["model"] if not name.startswith("quantizer")]
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in weights)
+    state = [list(c["optimizer"]["state"].values()) for c in (one, two)]
+    assert same(*state)
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(8, 10**6)), "loss")
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path / "run", "--max-skipped-steps=4")
+    message = str(caught.value)
+    assert "5 steps in a row" in message and "loss" in message and "\n" not in message
+    assert str(tmp_path / "run") in message
+    for path in (tmp_path / "run").glob("*.pt"):
+        checkpoint = util.load_checkpoint(path)
+        assert finite(checkpoint["model"]) and finite(checkpoint["optimizer"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_and_codebooks_stay_finite(value):
+    for quantizer in (RFSQ(2), VectorQuantizeEMA(16, 4, stages=2)):
+        good = torch.randn(4, 4, 4, 4)
+        quantizer(good)
+        before = {name: b.clone() for name, b in quantizer.named_buffers() if name != "batches"}
+        quantizer(torch.where(good > 1, value, good))
+        for name, buffer in quantizer.named_buffers():
+            assert buffer.isfinite().all(), name
+            if "running" in name:
+                assert torch.equal(buffer, before[name])
