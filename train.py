@@ -131,7 +131,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     if main_process:
         util.write_json(run / "args.json", vars(args))
         util.write_json(run / "environment.json", util.environment(device))
-        trim_log(run / "metrics.jsonl", first_step)
+        trim_log(run / "metrics.jsonl", first_step, steps)
         print(
             f"{model.quantizer.name}: {model.quantizer.bits:.4g} bits per position, f = {model.f}, "
             f"{weights:,} parameters\n{len(train_set):,} training images, {len(val_set):,} for "
@@ -368,15 +368,18 @@ def find_resumed(args, model: VQVAE) -> dict | str | None:
     return {**saved, "path": str(path), "run": folder}
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Drop what the log says of steps after `step`, which are to come (again), or half a line."""
+def trim_log(path: Path, step: int, steps: int) -> None:
+    """Drop from the log what is to come (again) after `step`, and half a line."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            record = json.loads(line)
         except ValueError:
             continue
+        # A run that is resumed at its end evaluates once more.
+        again = step == steps and record["kind"] == "val"
+        if record["step"] < step or (record["step"] == step and not again):
+            kept.append(line + "\n")
     util.write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
