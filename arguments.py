@@ -104,6 +104,11 @@ def get_parser() -> Parser:
         help="pixels a side: the short side is resized to it, the centre is cropped",
     )
     data.add_argument(
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out images that cannot be read, and report them, instead of stopping",
+    )
+    data.add_argument(
         "--num-workers",
         type=number(int, 0),
         default=max(1, min(8, cpu_cores() // 2)),

@@ -15,6 +15,7 @@ import json
 import math
 import operator
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -505,15 +506,50 @@ class SyntheticDataset(Dataset):
         return torch.from_numpy(_dead_leaves(np.random.default_rng(key), self.img_size))
 
 
-def build_dataset(path: str | os.PathLike, img_size: int, seed: int, train: bool) -> Dataset:
+class SkipCorrupt(Dataset):
+    """A folder's images without those that cannot be read, which are counted.
+
+    In training, the next readable image takes the place of one that is not, so that batches stay
+    whole; in validation it is None, which the loader leaves out.
+    """
+
+    def __init__(self, images: ImageFolderDataset, train: bool) -> None:
+        self.images, self.train = images, train
+        self.bad = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # set by workers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        for i in range(index, index + (len(self) if self.train else 1)):
+            try:
+                return self.images[i % len(self)]
+            except UnreadableImage:
+                self.bad[i % len(self)] = True
+        if self.train:
+            raise ValueError("none of the training images can be read: give another folder")
+        return None
+
+    def skipped(self) -> list[str]:
+        """The files that could not be read so far."""
+        return [str(self.images.path(i)) for i in self.bad.nonzero()[:, 0].tolist()]
+
+
+def build_dataset(
+    path: str | os.PathLike, img_size: int, seed: int, train: bool, skip_corrupt: bool = False
+) -> Dataset:
     """The dataset that a path names: 'synthetic', or a folder of images, packed or not.
 
-    `seed` is for generated images alone.
+    `seed` is for generated images alone, `skip_corrupt` for folders that are not packed.
     """
     if os.fspath(path) == "synthetic":
         length = SYNTHETIC_TRAIN if train else SYNTHETIC_VAL
-        return SyntheticDataset(img_size, seed, length, stream=0 if train else 1)
-    return (PackedDataset if is_packed(path) else ImageFolderDataset)(path, img_size)
+        # One validation set for all seeds: the spread over seeds is the training's.
+        return SyntheticDataset(img_size, seed if train else 0, length, stream=0 if train else 1)
+    if is_packed(path):
+        return PackedDataset(path, img_size)
+    images = ImageFolderDataset(path, img_size)
+    return SkipCorrupt(images, train) if skip_corrupt else images
 
 
 # --------------------------------------------------------------------------------------
@@ -587,9 +623,23 @@ class StreamSampler(Sampler[list[int]]):
             yield batch
 
 
-def _collate(batch: torch.Tensor | list) -> torch.Tensor:
-    """Items to a batch; a dataset with `__getitems__` has made it already."""
-    return batch if isinstance(batch, torch.Tensor) else default_collate(batch)
+def _collate(batch: torch.Tensor | list) -> torch.Tensor | None:
+    """Items to a batch, or None; a dataset with `__getitems__` has made the batch already."""
+    if isinstance(batch, torch.Tensor):
+        return batch
+    batch = [image for image in batch if image is not None]
+    return default_collate(batch) if batch else None
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    # A scheduler sends its signals to all processes; the training process finishes its step, for
+    # which it needs its workers, and ends them itself.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The first SIGTERM is the scheduler's, a second one is from the training process.
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    )
 
 
 def _loader(
@@ -602,6 +652,7 @@ def _loader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_main,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(0),
         **options,

@@ -222,6 +222,8 @@ def evaluate(
     model.eval()
     try:
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
+            if batch is None:  # not one image of it could be read
+                continue
             images = normalize(batch.to(device))
             reconstruction, indices, _ = model(images)
             metrics["model"].update(images, reconstruction)

@@ -62,8 +62,10 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
             f"--batch-size {args.batch_size} does not divide among {processes} processes: "
             f"give a multiple of {processes}"
         )
-    train_set = build_dataset(args.train_data_path, args.img_size, args.seed, train=True)
-    val_set = build_dataset(args.val_data_path, args.img_size, args.seed, train=False)
+    train_set = build_dataset(
+        args.train_data_path, args.img_size, args.seed, True, args.skip_corrupt
+    )
+    val_set = build_dataset(args.val_data_path, args.img_size, args.seed, False, args.skip_corrupt)
     steps = max(1, args.max_train_epochs * len(train_set) // args.batch_size)
     steps = min(steps, args.train_iters or steps)
 
@@ -85,7 +87,8 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     cuda = device.type == "cuda"
     precision = args.precision or ("bf16" if cuda else "fp32")
     compiled = cuda if args.compile is None else args.compile
-    util.set_float32_precision("tf32" if precision == "bf16" else "ieee")
+    float32 = "tf32" if precision == "bf16" else "ieee"
+    util.set_float32_precision(float32)
     model.to(device, memory_format=torch.channels_last)
     perceptual = lpips_network(args.lpips_net, device, needed=args.perceptual_weight > 0)
     criterion = TrainingLoss(
@@ -165,7 +168,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         """Evaluate, draw the samples and save the checkpoint; the same result in all processes."""
         nonlocal best
         final = step == steps  # the floors depend on the images alone: once is enough
+        util.set_float32_precision("ieee")
         result = evaluate(model, val_batches, perceptual, device, progress=bar_shown, floors=final)
+        util.set_float32_precision(float32)
         improved, best = result["psnr"] > best, max(best, result["psnr"])
         if main_process:
             log({"kind": "val", "step": step, **result})
@@ -262,6 +267,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         "train_images": len(train_set),
         "seconds": round(seconds_before + time.perf_counter() - started, 1),
         "skipped_steps": int(skipped[0]),
+        "skipped_images": skipped_images(train_set, val_set),
         "seed": args.seed,
         "precision": precision,
         "train_data": args.train_data_path,
@@ -400,7 +406,8 @@ def stop_agreed(stop: util.StopSignals, step: int) -> bool:
 
 def draw_samples(model: VQVAE, images, device: torch.device, path: Path) -> None:
     """A PNG of the first validation images, the originals over their reconstructions."""
-    originals = normalize(torch.stack([images[i] for i in range(min(SAMPLES, len(images)))]))
+    first = [images[i] for i in range(min(SAMPLES, len(images)))]
+    originals = normalize(torch.stack([image for image in first if image is not None]))
     tokens = model.encode(originals.to(device))
     tokens = tokens if isinstance(tokens, tuple) else (tokens,)
     pictures = torch.cat([originals, model.decode(*tokens).float().cpu()])
@@ -430,6 +437,16 @@ def means(sums: dict[str, Tensor], skipped: Tensor, run: Path, args) -> dict:
     good = sums.pop("good steps")
     record = {n: total / good if good else None for n, total in sums.items() if " " not in n}
     return record | ({"skipped_steps": int(in_all)} if in_all else {})
+
+
+def skipped_images(*datasets) -> list[str]:
+    """The files that any process left out because they could not be read; says them aloud."""
+    own = [name for images in datasets for name in getattr(images, "skipped", list)()]
+    names = sorted(set().union(*util.from_all(own)))
+    if names and util.rank() == 0:
+        more = f" and {len(names) - 3} more, named in results.json" if len(names) > 3 else ""
+        print(f"{len(names)} images skipped: {', '.join(names[:3])}{more}", flush=True)
+    return names
 
 
 def codes_in_batch(indices: Tensor, stage_axis: bool) -> list[int]:

@@ -10,6 +10,7 @@ import platform
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -286,7 +287,7 @@ def environment(device: torch.device) -> dict:
     )
     cuda = device.type == "cuda"
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": commit.stdout.strip() + (" (changed)" if changed.stdout.strip() else ""),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "lpips", "numpy")},
@@ -343,6 +344,12 @@ def run_script(main: Callable) -> None:
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = "it may have run out of memory: give fewer --num-workers"
+        print(f"{Path(sys.argv[0]).name}: error: a loading process died; {reason}", file=sys.stderr)
+        sys.exit(1)
     except Interrupted as stop:
         print(stop, flush=True)
         sys.exit(EXIT_INTERRUPTED)

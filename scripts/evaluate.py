@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model, args, saved = load_model(flags.load)
     device = util.setup_processes()
     util.share_cores(flags.num_workers)
+    util.set_float32_precision("ieee")
     model.to(device)
 
     size = flags.img_size or args.img_size

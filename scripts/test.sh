@@ -6,4 +6,4 @@ source "$(dirname "$0")/setup.sh"
 cd "$ROOT"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n "${TEST_PROCESSES:-2}" "$@"

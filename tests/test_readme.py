@@ -44,7 +44,9 @@ def environment(folder: Path) -> dict[str, str]:
     """This interpreter's environment for the scripts, and no download of LPIPS weights."""
     # `sys.prefix` is the virtual environment of the tests; the scripts find it complete.
     (folder / ".venv").exists() or (folder / ".venv").symlink_to(sys.prefix)
-    shutil.copyfile(folder / "pyproject.toml", Path(sys.prefix, "pyproject.toml"))
+    ours, installed = (Path(place, "pyproject.toml") for place in (folder, sys.prefix))
+    if not installed.exists() or installed.read_bytes() != ours.read_bytes():
+        shutil.copyfile(ours, installed)
     return {
         **os.environ,
         "PYTHONPATH": str(folder),

@@ -6,11 +6,14 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.utils import save_image
 
 import train
 import util
@@ -18,6 +21,7 @@ from dataset import SyntheticDataset
 from loss import TrainingLoss
 from quantizers import RFSQ, VectorQuantizeEMA
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--img-size=16", "--channel=16", "--batch-size=4", "--perceptual-weight=0", "--lr=0.01"]
 DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic"]
 STEPS = 14
@@ -103,8 +107,6 @@ def test_workers_and_many_interruptions(tmp_path, monkeypatch):
 
 
 def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
-    from torchvision.utils import save_image
-
     for i in range(11):
         (tmp_path / "images").mkdir(exist_ok=True)
         save_image(SyntheticDataset(16, 0, 11)[i] / 255, tmp_path / "images" / f"{i}.png")
@@ -135,7 +137,10 @@ def child(work) -> int:
 
 
 def test_twenty_kills(tmp_path):
-    """SIGKILL at random moments, every third one inside the write of a checkpoint."""
+    """SIGKILL at random moments, every third one inside the write of a checkpoint.
+
+    KILLS=200 in the environment makes it a longer test.
+    """
     flags = ["--save-interval=2", "--keep=3"]
     started = time.perf_counter()
     run(tmp_path / "whole", *flags)
@@ -157,8 +162,9 @@ def test_twenty_kills(tmp_path):
             torch.save = die_in_the_write
         run(folder, *flags, "--resume=auto")
 
-    while kills < 20:
-        assert tries < 200
+    wanted = int(os.environ.get("KILLS", 20))
+    while kills < wanted:
+        assert tries < 10 * wanted
         tries += 1
         inside = tries % 3 == 0
         pid = child(lambda inside=inside: work(inside))
@@ -265,6 +271,126 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     run(tmp_path / "whole")
     run(tmp_path / "run", "--resume=auto")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------
+# Real processes
+# ---------------------------------------------------------------------------------------
+def start(folder: Path, *flags: str, launcher=(), **kwargs) -> subprocess.Popen:
+    """`train.py` in a process group of its own, with no end in sight; waits until it trains."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), *SMALL, *DATA]
+    command += ["--train-iters=1000000", "--log-interval=1", f"--save={folder}", *flags]
+    network = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    environment = {**os.environ, **network, "TORCH_HOME": str(folder.parent / "torch")}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    wait_for(lambda: process.poll() is not None or (folder / "metrics.jsonl").exists())
+    wait_for(lambda: process.poll() is not None or (folder / "metrics.jsonl").read_text())
+    return process
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` started (Linux)."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(status.parent.name))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_path):
+    process = start(tmp_path / "run", "--num-workers=2")
+    os.killpg(process.pid, number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == util.EXIT_INTERRUPTED, out
+    assert out.strip().splitlines()[-1].startswith(f"stopped by {number.name} after step")
+    assert "Traceback" not in out
+    step = util.load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert f"after step {step};" in out
+
+
+def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path):
+    process = start(tmp_path / "run", "--num-workers=1")
+    (worker,) = (pid for pid in children(process.pid))
+    os.kill(worker, signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    assert "train.py: error: a loading process died" in out and "Traceback" not in out
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(tmp_path / "run", "--num-workers=0", launcher=launcher)
+    ranks = children(process.pid)
+    os.kill(max(ranks), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGKILL" in out or "Signal 9" in out
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+
+
+def test_two_processes_stop_together_and_resume(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(tmp_path / "run", "--num-workers=0", launcher=launcher)
+    os.kill(children(process.pid)[0], signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by" in out, out
+    step = util.load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert step % 16 == 0
+    flags = ["--num-workers=0", f"--save={tmp_path / 'run'}", "--resume=auto"]
+    results = train.main([*SMALL, *DATA, *flags, f"--train-iters={step + 1}"])
+    assert results["steps"] == step + 1  # one process continues what two began
+
+
+# ---------------------------------------------------------------------------------------
+# Images that cannot be read
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_corrupt_leaves_out_and_reports(workers, tmp_path, capsys):
+    for split, count, bad in (("train", 9, (2, 3)), ("val", 5, (0,))):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            path = tmp_path / split / f"{i}.png"
+            save_image(SyntheticDataset(16, 0, 9)[i] / 255, path)
+            if i in bad:
+                path.write_bytes(path.read_bytes()[:50])
+    data = [f"--{split}-data-path={tmp_path / split}" for split in ("train", "val")]
+    flags = [*data, f"--num-workers={workers}", "--max-train-epochs=2"]
+    with pytest.raises(ValueError, match=r"cannot read image .*\.png"):
+        run(tmp_path / "stops", *data)
+    results = run(tmp_path / "skips", *flags, "--skip-corrupt")
+    wanted = [
+        tmp_path / "train" / "2.png",
+        tmp_path / "train" / "3.png",
+        tmp_path / "val" / "0.png",
+    ]
+    assert results["skipped_images"] == [str(path) for path in wanted]
+    assert results["images"] == 4
+    assert "3 images skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_image_and_one_image(count, tmp_path):
+    (tmp_path / "images").mkdir()
+    if count:
+        save_image(SyntheticDataset(16, 0, 1)[0] / 255, tmp_path / "images" / "0.png")
+        flags = [f"--{split}-data-path={tmp_path / 'images'}" for split in ("train", "val")]
+        assert run(tmp_path / "run", *flags, "--batch-size=1")["images"] == 1
+    else:
+        with pytest.raises(ValueError, match="images"):
+            run(tmp_path / "run", f"--train-data-path={tmp_path / 'images'}")
+        assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------
