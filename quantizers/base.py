@@ -37,12 +37,17 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
     return _StraightThrough.apply(source, value.detach())
 
 
+def processes() -> int:
+    """The number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_processes(x: Tensor) -> Tensor:
     """The mean of `x` over all processes (a new tensor, no gradient); `x` itself when alone."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if processes() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        x = x / dist.get_world_size()
+        x = x / processes()
     return x
 
 

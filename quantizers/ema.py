@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, straight_through
+from .base import Quantizer, mean_over_processes, processes, straight_through
 
 CHUNK = 2**24  # elements of a tokens x codes matrix held at a time
 EPS = 1e-5
@@ -141,9 +141,8 @@ class VectorQuantizeEMA(Quantizer):
         counts = torch.zeros_like(self.counts[stage])
         counts.index_add_(0, index, torch.ones_like(tokens[:, 0]))
         sums = torch.zeros_like(self.sums[stage]).index_add_(0, index, tokens)
-        processes = _processes()
-        counts = mean_over_processes(counts) * processes
-        sums = mean_over_processes(sums) * processes
+        counts = mean_over_processes(counts) * processes()
+        sums = mean_over_processes(sums) * processes()
         # A batch that is not finite, whose step the training loop skips, leaves no trace here.
         finite = sums.isfinite().all()
         weight = (1 - self.decay) * finite
@@ -160,14 +159,14 @@ class VectorQuantizeEMA(Quantizer):
     @torch.no_grad()
     def _restart(self, stage: int, tokens: Tensor) -> None:
         codes, n = len(self.codebook[stage]), len(tokens)
-        total = n * _processes()
+        total = n * processes()
         # Rows of the global batch, evenly spaced, from a start that moves with batches and stages:
         # a token that became a code of one stage leaves nothing over for the next.
         rows = torch.arange(codes, device=tokens.device) * total // codes
         rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * _rank()
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
-        candidates = mean_over_processes(candidates) * _processes()
+        candidates = mean_over_processes(candidates) * processes()
         mean_count = total / codes
         dead = self.counts[stage] < self.restart_threshold * mean_count
         dead = dead & candidates.isfinite().all()
@@ -176,10 +175,6 @@ class VectorQuantizeEMA(Quantizer):
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])
         )
         self.counts[stage].copy_(torch.where(dead, mean_count, self.counts[stage]))
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _rank() -> int:
