@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -260,6 +261,41 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         "image size": ("train", [*good, "--img-size=30"], "multiple"),
         "learning rate": ("train", [*good, "--lr=-1"], "--lr"),
         "nan weight": ("train", [*good, "--l1-weight=nan"], "--l1-weight"),
+        "file for a folder": ("train", [f"--train-data-path={text / 'notes.txt'}"], "notes.txt"),
+        "no validation": ("train", [good[0], "--val-data-path=nowhere"], "nowhere"),
+        "save is a file": ("train", [*good, f"--save={tmp_path / 'real.pt'}"], "real.pt"),
+        "resume nothing": ("train", [*good, "--resume=nowhere"], "nowhere"),
+        "resume a fake": ("train", [*good, f"--resume={tmp_path / 'fake.pt'}"], "fake.pt"),
+        "resume weights alone": ("train", [*good, f"--resume={tmp_path / 'real.pt'}"], "real.pt"),
+        "downsample": ("train", [*good, "--downsample=3"], "--downsample"),
+        "decay": ("train", [*good, "--lr-decay-style=step"], "cosine"),
+        "exponential to 0": (
+            "train",
+            [*good, "--lr-decay-style=exponential", "--lr-decay-ratio=0"],
+            "--lr-decay-ratio",
+        ),
+        "warmup": ("train", [*good, "--warmup=2"], "--warmup"),
+        "half a step": ("train", [*good, "--train-iters=1.5"], "--train-iters"),
+        "channels": ("train", [*good, "--quantizer=lfq", "--lfq-dim=63"], "--lfq-dim"),
+        "groups": (
+            "train",
+            [*good, "--quantizer=lfq", "--lfq-entropy-groups=5"],
+            "entropy_groups must divide",
+        ),
+        "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "--ema-decay"),
+        "all weights 0": ("train", [*good, "--l1-weight=0", "--codebook-weight=0"], "weights"),
+        "levels too many": ("train", [*good, "--levels", *["64"] * 11], "2^62"),
+        "pack nothing": ("pack_images", ["nowhere", str(tmp_path / "packed")], "nowhere"),
+        "pack an empty folder": ("pack_images", [str(empty), str(tmp_path / "packed")], str(empty)),
+        "pack into itself": ("pack_images", [str(photographs)] * 2, str(photographs)),
+        "report nothing": ("report", ["nowhere"], "nowhere"),
+        "stages of a fake": ("stages", [f"--load={tmp_path / 'fake.pt'}", val], "fake.pt"),
+        "compare a fake": (
+            "compare",
+            [f"--load={tmp_path / 'fake.pt'}", val, f"--out={tmp_path / 'x.png'}"],
+            "fake.pt",
+        ),
+        "benchmark what": ("benchmark", ["--only=nothing"], "nothing"),
         "evaluate nothing": ("evaluate", [val], "--load"),
         "evaluate fake": ("evaluate", [val, f"--load={tmp_path / 'fake.pt'}"], "fake.pt"),
         "evaluate lie": ("evaluate", [val, f"--load={tmp_path / 'lie.pt'}"], "lie.pt"),
@@ -270,8 +306,12 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
 
 def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mains = {"train": train.main, "evaluate": evaluate.main}
-    for name, (script, flags, part) in bad_inputs(photographs, tmp_path).items():
+    mains = {"train": train.main}
+    for name in ("evaluate", "pack_images", "report", "stages", "compare", "benchmark"):
+        mains[name] = importlib.import_module(f"scripts.{name}").main
+    cases = bad_inputs(photographs, tmp_path)
+    assert len(cases) >= 40
+    for name, (script, flags, part) in cases.items():
         base = [*TINY, "--train-iters=2", "--save=run"] if script == "train" else []
         with pytest.raises(SystemExit) as caught:
             util.run_script(lambda s=script, b=base, f=flags: mains[s]([*b, *f]))
