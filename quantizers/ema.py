@@ -54,7 +54,7 @@ class VectorQuantizeEMA(Quantizer):
         stages: int = 1,
         decay: float = 0.99,
         commitment_loss_weight: float = 0.25,
-        restart_threshold: float = 0.03,
+        restart_threshold: float = 0.3,
     ):
         super().__init__()
         for key, value, least in (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,26 @@ def test_python_block(block, clone):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_slurm_script_requeues_itself(clone, tmp_path):
+    """The warning reaches the script alone; training saves and stops, and the job is requeued."""
+    (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
+    endless = TINY.replace("--train-iters 1", "--train-iters 1000000 --log-interval 1")
+    script = script.replace("--resume auto &", f"--resume auto {endless} --save {tmp_path}/run &")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    variables = environment(clone) | {"SLURM_JOB_ID": "42"}
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    job = subprocess.Popen(["bash", "-c", script], cwd=clone, env=variables)
+    for _ in range(600):
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=60)
+    assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+    assert (tmp_path / "run" / "last.pt").exists()
 
 
 def test_blocks_say_what_they_are():
