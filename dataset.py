@@ -631,15 +631,15 @@ def _collate(batch: torch.Tensor | list) -> torch.Tensor | None:
     return default_collate(batch) if batch else None
 
 
-def _leave_signals_to_main(worker: int) -> None:
+def _leave_signals_to_main(shield: torch.Tensor, worker: int) -> None:
     # A scheduler sends its signals to all processes; the training process finishes its step, for
     # which it needs its workers, and ends them itself.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # The first SIGTERM is the scheduler's, a second one is from the training process.
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    )
+    def obey_unless_shielded(number: int, frame: object) -> None:
+        if not shield:
+            os._exit(0)  # in peace, or PyTorch reports a worker that was killed
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, obey_unless_shielded)
 
 
 def _loader(
@@ -648,15 +648,18 @@ def _loader(
     # A DataLoader draws a number from its generator whenever it is started: one of its own keeps
     # the global random state, and with it a resumed run, out of this. PyTorch itself gives each
     # worker one thread.
-    return DataLoader(
+    shield = torch.zeros(1, dtype=torch.bool).share_memory_()
+    loader = DataLoader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=functools.partial(_leave_signals_to_main, shield),
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(0),
         **options,
     )
+    loader.shield = shield  # while it is True, signals leave the workers alone
+    return loader
 
 
 def train_loader(

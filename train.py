@@ -200,7 +200,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     progress = dict(total=steps, initial=first_step, unit="step", disable=not bar_shown)
     bar = tqdm(batches, desc=model.quantizer.name, **progress)
     model.train()
-    stop = util.StopSignals()
+    stop = util.StopSignals(batches.shield)
     with stop:
         for done, batch in enumerate(bar, start=first_step + 1):
             lr = learning_rate(

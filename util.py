@@ -307,19 +307,25 @@ class Interrupted(Exception):
 class StopSignals:
     """Within `with`, the signals that ask a run to stop are noted instead of obeyed.
 
-    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, a scheduler's warning.
+    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, a scheduler's warning. `shield` (1,) is True meanwhile,
+    in shared memory, for the loading processes to see.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __enter__(self) -> StopSignals:
+    def __init__(self, shield: torch.Tensor):
+        self.shield = shield
         self.received: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.shield.fill_(True)
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
+        self.shield.fill_(False)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
