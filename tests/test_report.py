@@ -342,7 +342,7 @@ def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
     assert [row for row in cells(text, image)][1][1] == "0.124"
     # By bits, then as the paper has them.
     labels = re.findall(r"^\| ([^|]*?) \| 1 \|", text, re.M)
-    assert labels == ["FSQ [8,8,8,8]", fsq, *rfsq, "FSQ [16]x10"]
+    assert labels == ["FSQ [8,8,8,8]", fsq, *rfsq, "FSQ [32]x8"]
 
 
 @pytest.mark.parametrize(
