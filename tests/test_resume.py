@@ -8,12 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 import train
 import util
@@ -130,6 +132,8 @@ def child(work) -> int:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.dup2(devnull, 2)
+        # tqdm's lock is shared with forked processes: one killed while it holds it would stop all.
+        tqdm.set_lock(threading.RLock())
         work()
         code = 0
     finally:
@@ -171,7 +175,11 @@ def test_twenty_kills(tmp_path):
         if not inside:
             time.sleep(chance.random() * duration)
             os.kill(pid, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        end = time.monotonic() + 60
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < end, "a run hangs"
+            time.sleep(0.01)
+        status = ended[1]
         if os.WIFSIGNALED(status):
             kills += 1
         else:  # it had finished before the kill: begin anew
