@@ -1,6 +1,6 @@
-"""Two processes with half the batch each do what one does with the whole.
+"""Two and four processes with their shares of a batch do what one does with the whole.
 
-Run as a script, this file is one of the processes: `test_processes.py RANK INIT_FILE RESULT`.
+Run as a script, this file is one of the processes: `test_processes.py RANK WORLD INIT_FILE RESULT`.
 """
 
 import os
@@ -95,14 +95,14 @@ def everything(rank=0, world=1):
     }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The results of one process, and of each of two."""
-    folder = tmp_path_factory.mktemp("processes")
-    paths = [folder / f"{rank}.pt" for rank in range(2)]
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    """The results of one process, and of each of two or four."""
+    folder, world = tmp_path_factory.mktemp("processes"), request.param
+    paths = [folder / f"{rank}.pt" for rank in range(world)]
     children = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder / "init"), str(path)],
+            [sys.executable, __file__, str(rank), str(world), str(folder / "init"), str(path)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -121,14 +121,15 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_statistics_and_gradients_of_two_processes(results, name):
-    one, two = results
-    wanted, (first, second) = one["quantizers"][name], (r["quantizers"][name] for r in two)
+def test_statistics_and_gradients_of_several_processes(results, name):
+    one, several = results
+    wanted, (first, *others) = one["quantizers"][name], (r["quantizers"][name] for r in several)
     for key, value in wanted.items():
         if key == "loss":  # each process's own part: their mean is the loss of the whole batch
-            torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-5, atol=1e-5)
+            mean = sum((other[key] for other in others), first[key]) / len(several)
+            torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-5)
             continue
-        assert torch.equal(first[key], second[key]), key
+        assert all(torch.equal(first[key], other[key]) for other in others), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
     assert wanted["gradient"].abs().max() > 1e-2
 
@@ -141,26 +142,27 @@ def test_the_statistics_compared_are_not_those_of_the_start(results):
         assert wanted[name]["sums"].abs().max() > 0.1
         assert wanted[name]["batches"] == STEPS
     # Each process sees tokens of the other's codes only through the sums.
-    first, second = (result["quantizers"]["lfq"]["loss"] for result in results[1])
+    first, second, *_ = (result["quantizers"]["lfq"]["loss"] for result in results[1])
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trained_by_two_processes(results, name):
-    one, two = results
-    wanted, (first, second) = one["models"][name], (r["models"][name] for r in two)
+def test_a_model_trained_by_several_processes(results, name):
+    one, several = results
+    wanted, (first, *others) = one["models"][name], (r["models"][name] for r in several)
     torch.manual_seed(11)
     start = VQVAE(get_args(["--channel", "8", "--img-size", "16", *MODELS[name]])).state_dict()
     for key, value in wanted.items():
-        assert torch.equal(first[key], second[key]), key
+        assert all(torch.equal(first[key], other[key]) for other in others), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
     assert not torch.equal(wanted["encoder.layers.0.weight"], start["encoder.layers.0.weight"])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-    torch.save(everything(rank, 2), sys.argv[3])
+    rank, world = int(sys.argv[1]), int(sys.argv[2])
+    place = f"file://{sys.argv[3]}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    torch.save(everything(rank, world), sys.argv[4])
     dist.barrier()
     dist.destroy_process_group()
