@@ -139,5 +139,7 @@ def test_named_files_exist():
     known |= {"--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z][\w-]+)"', script.read_text()))
+    reproduce = (ROOT / "scripts" / "reproduce.sh").read_text()
+    known |= set(re.findall(r"(--[a-z][\w-]+) ?(?:\||\))", reproduce))  # its cases
     text = re.sub("#SBATCH .*", "", text)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known
