@@ -7,7 +7,7 @@ source "$(dirname "$0")/setup.sh"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     size=(--channel 256 --batch-size 128 --train-iters 3000 --lr 0.0008)
 else
-    size=(--channel 64 --batch-size 16 --train-iters 800 --lr 0.002)
+    size=(--channel 64 --batch-size 16 --train-iters 700 --lr 0.002)
 fi
 exec python "$ROOT/train.py" --quantizer rfsq --rfsq-stages 2 --rfsq-strategy layernorm \
     --train-data-path synthetic --val-data-path synthetic \
