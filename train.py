@@ -135,6 +135,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         util.write_json(run / "args.json", vars(args))
         util.write_json(run / "environment.json", util.environment(device))
         trim_log(run / "metrics.jsonl", first_step, steps)
+        for newer in run.glob("step_*.pt"):
+            if newer.name > f"step_{first_step:07d}.pt":
+                newer.unlink()  # of the course that is left here
         print(
             f"{model.quantizer.name}: {model.quantizer.bits:.4g} bits per position, f = {model.f}, "
             f"{weights:,} parameters\n{len(train_set):,} training images, {len(val_set):,} for "
@@ -368,9 +371,6 @@ def find_resumed(args, model: VQVAE) -> dict | str | None:
             )
     except ValueError as error:
         return str(error)
-    for newer in folder.glob("step_*.pt"):
-        if newer.name > f"step_{saved['step']:07d}.pt":
-            newer.unlink()  # of the course that is left here
     return {**saved, "path": str(path), "run": folder}
 
 

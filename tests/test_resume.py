@@ -261,6 +261,23 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     train.main([*FLAGS, *flags, "--resume=auto"])  # the lock was left behind by nobody
 
 
+def test_a_refused_resume_loses_no_checkpoint(tmp_path):
+    """Going back to an older checkpoint drops the newer ones, but only once the run is on."""
+    folder = tmp_path / "run"
+    run(folder, "--keep=9")
+    files = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    assert {"step_0000005.pt", "step_0000010.pt", "step_0000014.pt"} <= files.keys()
+    older = f"--resume={folder / 'step_0000005.pt'}"
+    with pytest.raises(ValueError, match="end the run at step 4"):
+        run(folder, older, "--train-iters=4")
+    with util.lock_folder(folder), pytest.raises(ValueError, match="another process is training"):
+        run(folder, older)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == files
+    run(folder, older, "--train-iters=7", "--keep=9")
+    left = sorted(path.name for path in folder.glob("step_*.pt"))
+    assert left == ["step_0000005.pt", "step_0000007.pt"]
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     save, calls = torch.save, iter(range(10))
 
