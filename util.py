@@ -351,6 +351,8 @@ def run_script(main: Callable) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
+        # PyTorch raises this from a signal handler; a second one must not interrupt the message.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if "DataLoader worker" not in str(error):
             raise
         reason = "it may have run out of memory: give fewer --num-workers"
