@@ -340,24 +340,25 @@ def one_line(error: BaseException) -> str:
     return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
 
 
+def _explain_dead_worker(kind, error, trace) -> None:
+    # PyTorch raises this from a signal handler: anywhere, also while another one is handled.
+    if not issubclass(kind, RuntimeError) or "DataLoader worker" not in str(error):
+        return sys.__excepthook__(kind, error, trace)
+    reason = "it may have run out of memory: give fewer --num-workers"
+    print(f"{Path(sys.argv[0]).name}: error: a loading process died; {reason}", file=sys.stderr)
+
+
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
     A signal that asked a training run to stop ends it with code 75, when its checkpoint is saved.
     """
+    sys.excepthook = _explain_dead_worker
     try:
         main()
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        # PyTorch raises this from a signal handler; a second one must not interrupt the message.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = "it may have run out of memory: give fewer --num-workers"
-        print(f"{Path(sys.argv[0]).name}: error: a loading process died; {reason}", file=sys.stderr)
-        sys.exit(1)
     except Interrupted as stop:
         print(stop, flush=True)
         sys.exit(EXIT_INTERRUPTED)
