@@ -47,11 +47,20 @@ class FSQ(Quantizer):
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
         shift = [math.tan(o / x) for o, x in zip(offset, h, strict=True)]
         half = [level // 2 for level in self.levels]
+        basis = [math.prod(self.levels[:i]) for i in range(self.dim)]
         # The index of the code whose integers round(bound(z)) are all 0.
-        self.zero_index = sum(x * math.prod(self.levels[:i]) for i, x in enumerate(half))
+        self.zero_index = sum(x * b for x, b in zip(half, basis, strict=True))
+        wide = self.codebook_sizes[0] > 2**31
+        basis = torch.tensor(basis, dtype=torch.int64 if wide else torch.int32)
+        self.register_buffer("basis", basis, persistent=False)
         for key, value in (("h", h), ("offset", offset), ("shift", shift), ("half_levels", half)):
             # Derived from `levels`, so no part of the saved weights.
             self.register_buffer(key, torch.tensor(value, dtype=torch.float32), persistent=False)
+        # What a fused forward and backward need of them, one row each, the last one the steepest
+        # slope of the bound by its sigmoid.
+        h, offset, shift, half = self.h, self.offset, self.shift, self.half_levels
+        grid = torch.stack([2 * h, h + offset, 2 * shift, half, 4 * h / half])
+        self.register_buffer("grid", grid, persistent=False)
 
     @classmethod
     def from_args(cls, args) -> FSQ:
@@ -74,12 +83,8 @@ class FSQ(Quantizer):
 
     def pack(self, rounded: Tensor) -> Tensor:
         """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
-        wide = self.codebook_sizes[0] > 2**31
-        digits = rounded.detach().to(torch.int64 if wide else torch.int32).unbind(1)
-        index = digits[-1].clone()
-        for digit, level in zip(digits[-2::-1], self.levels[-2::-1], strict=True):
-            index.mul_(level).add_(digit)
-        return index.to(torch.int64) + self.zero_index
+        digits = rounded.detach().to(self.basis.dtype)
+        return digits.mul_(per_channel(self.basis, digits)).sum(1) + self.zero_index
 
     def unpack(self, indices: Tensor) -> Tensor:
         """Inverse of `pack`: float32 integers (B, C, *positions) of int64 (B, *positions)."""

@@ -155,22 +155,24 @@ class RFSQ(Quantizer):
                 variances = list(self.running_var.clone().unbind())
                 weight = (1 / (self.batches + 1)).clamp(min=self.momentum)
             for stage, (gain, bias) in enumerate(self._maps(residual)):
-                mean, std = None, None
+                mean, std, scratch = None, None, torch.empty_like(residual)
                 if self.statistics == "image":
                     statistics.append(_image_statistics(residual))
                     mean, std = (per_channel(x, residual) for x in statistics[-1].unbind(1))
                 elif self.statistics == "global":
                     if self.training:
                         means[stage], variances[stage] = _average(
-                            means[stage], variances[stage], residual.detach(), weight
+                            means[stage], variances[stage], residual.detach(), weight, scratch
                         )
                     mean = per_channel(means[stage], residual)
-                    std = per_channel((variances[stage] + VAR_EPS).sqrt(), residual)
-                a, b = _affine(gain, bias, mean, std)
-                quantized, residual, rounded = _Stage.apply(residual, quantized, a, b, *grid)
+                    std = (per_channel(variances[stage], residual) + VAR_EPS).sqrt()
+                last = stage == self.stages - 1
+                quantized, residual, rounded = _Stage.apply(
+                    residual, quantized, gain, bias, mean, std, scratch, last, *grid
+                )
                 indices.append(self.fsq.pack(rounded))
             if self.statistics == "global" and self.training:
-                self._keep(torch.stack(means), torch.stack(variances))
+                self._keep(torch.stack(means + variances).view(2, self.stages, self.dim))
             indices = torch.stack(indices, dim=-1)
             if self.statistics == "image":
                 return quantized, indices, quantized.new_zeros(()), torch.stack(statistics, dim=1)
@@ -244,9 +246,8 @@ class RFSQ(Quantizer):
 
     def _grid(self, like: Tensor) -> list[Tensor]:
         """The FSQ's constants as `_Stage` needs them, shaped to broadcast against `like`."""
-        fsq = self.fsq
-        constants = (2 * fsq.h, fsq.h + fsq.offset, 2 * fsq.shift, fsq.half_levels)
-        return [per_channel(x, like) for x in (*constants, 4 * fsq.h / fsq.half_levels)]
+        shape = (5, 1, -1, *[1] * (like.dim() - 2))
+        return list(self.fsq.grid.view(shape).unbind())
 
     def _global_statistics(self, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Running mean and std of a stage, shaped to broadcast against `like`."""
@@ -254,25 +255,27 @@ class RFSQ(Quantizer):
         return per_channel(self.running_mean[stage], like), per_channel(std, like)
 
     @torch.no_grad()
-    def _keep(self, means: Tensor, variances: Tensor) -> None:
-        """Make these the running averages (stages, dim), unless the batch was not finite.
+    def _keep(self, moments: Tensor) -> None:
+        """Make means and variances (2, stages, dim) the running ones, unless one is not finite.
 
         The training loop skips the step of such a batch; it leaves no trace here either.
         """
-        finite = means.isfinite().all() & variances.isfinite().all()
-        self.running_mean.copy_(torch.where(finite, means, self.running_mean))
-        self.running_var.copy_(torch.where(finite, variances, self.running_var))
+        finite = moments.isfinite().all()
+        for running, new in zip((self.running_mean, self.running_var), moments, strict=True):
+            running.copy_(torch.where(finite, new, running))
         self.batches += finite
 
 
 @torch.no_grad()
-def _average(mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _average(
+    mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
     """Running mean and variance (C,) with the moments of a batch, over all processes, taken in."""
     axes = [axis for axis in range(residual.dim()) if axis != 1]
     # About the mean so far, lest a large mean drown the variance in rounding errors. One pass an
     # operation: `torch.var_mean` takes ten times as long on a CPU.
-    centred = residual - per_channel(mean, residual)
-    shift, square = centred.mean(axes), (centred * centred).mean(axes)
+    centred = torch.sub(residual, per_channel(mean, residual), out=scratch)
+    shift, square = centred.mean(axes), centred.mul_(centred).mean(axes)
     if processes() > 1:
         shift, square = mean_over_processes(torch.stack([shift, square])).unbind()
     return mean + weight * shift, torch.lerp(var, square - shift * shift, weight)
@@ -281,10 +284,10 @@ def _average(mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor) -> tup
 class _Stage(torch.autograd.Function):
     """One stage: `q = A^-1(FSQ(A(r)))`, with its straight-through gradient written out.
 
-    Takes the residual r, the sum of the codes so far (or None), a and b of A(r) = a r + b (or None)
-    and constants of the FSQ, 2 h, h + offset, 2 shift, floor(L/2) and the steepest slope of the
-    bound by its sigmoid, 4 h / floor(L/2). Returns the sum with q, r - q and the integers n. With
-    d = (1 - tanh^2) h / floor(L/2), the slope of the bound::
+    Takes the residual r, the sum of the codes so far (or None), gain, bias, mean and std of A (or
+    None), a buffer like r to work in, whether the stage is the last, and the FSQ's `grid`. Returns
+    the sum with q, the residual r - q (None after the last stage) and the integers n. With
+    A(r) = a r + b and d = (1 - tanh^2) h / floor(L/2), the slope of the bound::
 
         dq/dr = d      dq/da = (d r - q) / a      dq/db = (d - 1) / a
 
@@ -293,45 +296,57 @@ class _Stage(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, residual, total, a, b, h2, h_offset, shift2, half_levels, steepest):
+    def forward(ctx, residual, total, gain, bias, mean, std, buffer, last, *grid):
+        h2, h_offset, shift2, half_levels, steepest = grid
+        a, b = _affine(gain, bias, mean, std)
         # tanh(x) = 2 sigmoid(2 x) - 1, of which the sigmoid takes a tenth of the time on a CPU.
         shift2 = shift2 if b is None else torch.add(shift2, b, alpha=2)
-        sigmoid = (residual * (2 if a is None else 2 * a)).add_(shift2).sigmoid_()
+        sigmoid = torch.mul(residual, 2 if a is None else 2 * a, out=buffer)
+        sigmoid.add_(shift2).sigmoid_()
         rounded = (sigmoid * h2).sub_(h_offset).round_()
         codes = _dequantize(rounded, a, b, half_levels)
-        rest = residual - codes
-        learned = a is not None and a.requires_grad
-        ctx.save_for_backward(
-            sigmoid, steepest, a, b, half_levels, *((residual, rounded) * learned)
-        )
+        rest = None if last else residual - codes
+        learned = gain is not None and any(ctx.needs_input_grad[2:6])
+        maps = (a, b, mean, std, half_levels, residual, rounded)
+        ctx.save_for_backward(sigmoid, steepest, *(maps if learned else ()))
         ctx.has_total = total is not None
         ctx.mark_non_differentiable(rounded)
         ctx.set_materialize_grads(False)
         # Rounding gives -0.0 as well, which the indices do not keep: adding 0.0 makes it 0.0.
-        return codes + (0.0 if total is None else total), rest, rounded
+        return codes.add_(0.0 if total is None else total), rest, rounded
 
     @staticmethod
     def backward(ctx, g_total, g_rest, _):
-        sigmoid, steepest, a, b, half_levels, *learned = ctx.saved_tensors
+        sigmoid, steepest, *maps = ctx.saved_tensors
         if g_total is None:
             g_total = torch.zeros_like(sigmoid)  # a loss on the image statistics alone
         g_codes = g_total if g_rest is None else g_total - g_rest
         # d times g_codes; sigmoid_backward is g s (1 - s) in one pass.
         through = torch.ops.aten.sigmoid_backward(g_codes, sigmoid).mul_(steepest)
-        g_a = g_b = None
-        if learned:
-            residual, rounded = learned
-            shape = torch.broadcast_shapes(a.shape, half_levels.shape)  # (1 or B, C, 1, ...)
-            # q = (n / floor(L/2) - b) / a
-            g_q = (g_codes * rounded).sum_to_size(shape) / half_levels
-            if b is not None:
-                g_sum = g_codes.sum_to_size(shape)
-                g_q = g_q - b * g_sum
-                g_b = (through.sum_to_size(shape) - g_sum) / a
-            g_scaled = (through * residual).sum_to_size(shape)
-            g_a = ((g_scaled - g_q / a) / a).sum_to_size(a.shape)
+        g_maps = _map_gradients(g_codes, through, g_rest is not None, *maps) if maps else [None] * 4
         g_residual = through if g_rest is None else through.add_(g_rest)
-        return g_residual, g_total if ctx.has_total else None, g_a, g_b, *[None] * 5
+        return g_residual, g_total if ctx.has_total else None, *g_maps, *[None] * 7
+
+
+def _map_gradients(g_codes, through, own, a, b, mean, std, half_levels, residual, rounded):
+    """Gradients of gain, bias, mean and std, given those of q and of A's input through the bound.
+
+    `own`: whether `g_codes` may be overwritten.
+    """
+    shape = (len(a), *half_levels.shape[1:])  # (1 or B, C, 1, ...)
+    g_sum = None if b is None else g_codes.sum_to_size(shape)
+    product = g_codes.mul_(rounded) if own else g_codes * rounded
+    g_q = product.sum_to_size(shape) / half_levels  # q = (n / floor(L/2) - b) / a
+    g_scaled = torch.mul(through, residual, out=product).sum_to_size(shape)
+    if b is None:
+        return ((g_scaled - g_q / a) / a).sum_to_size(a.shape), None, None, None
+    g_b = (through.sum_to_size(shape) - g_sum) / a
+    g_a = (g_scaled - (g_q - b * g_sum) / a) / a
+    if mean is None:
+        return g_a, g_b, None, None
+    # a = gain / std, b = bias - a mean
+    g_a = g_a - mean * g_b
+    return g_a / std, g_b, -a * g_b, -a / std * g_a
 
 
 def _affine(gain, bias, mean, std) -> tuple[Tensor | None, Tensor | None]:
