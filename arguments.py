@@ -163,6 +163,13 @@ def get_parser() -> Parser:
         "(side information, counted in the bits)",
     )
     quantizer.add_argument(
+        "--rfsq-stage-dropout",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="rfsq: probability that an image in training is quantized by its first stages alone, "
+        "so that one model serves all its rates",
+    )
+    quantizer.add_argument(
         "--lfq-dim", type=number(int, 1, 62), default=12, help="lfq: channels, each one bit"
     )
     quantizer.add_argument(

@@ -42,6 +42,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def mean_over_processes(x: Tensor) -> Tensor:
     """The mean of `x` over all processes (a new tensor, no gradient); `x` itself when alone."""
     if processes() > 1:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, processes, straight_through
+from .base import Quantizer, mean_over_processes, processes, rank, straight_through
 
 CHUNK = 2**24  # elements of a tokens x codes matrix held at a time
 EPS = 1e-5
@@ -163,7 +162,7 @@ class VectorQuantizeEMA(Quantizer):
         # Rows of the global batch, evenly spaced, from a start that moves with batches and stages:
         # a token that became a code of one stage leaves nothing over for the next.
         rows = torch.arange(codes, device=tokens.device) * total // codes
-        rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * _rank()
+        rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * rank()
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
         candidates = mean_over_processes(candidates) * processes()
@@ -175,7 +174,3 @@ class VectorQuantizeEMA(Quantizer):
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])
         )
         self.counts[stage].copy_(torch.where(dead, mean_count, self.counts[stage]))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

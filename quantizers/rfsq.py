@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Quantizer, mean_over_processes, per_channel, processes, straight_through
+from .base import Quantizer, mean_over_processes, per_channel, processes, rank, straight_through
 from .fsq import FSQ
 
 STRATEGIES = ("none", "scale", "layernorm")
@@ -64,6 +64,10 @@ class RFSQ(Quantizer):
         statistics: `layernorm`: `global` or `image`.
         momentum: `global`: weight of a new batch in the running averages (the first
             1/momentum batches are averaged evenly).
+        stage_dropout: probability that an image in training is quantized by its first k stages
+            alone, k from 1 to K-1 alike, so that one model decodes well at each of its rates (as
+            the quantizer dropout of Zeghidour et al., arXiv 2107.03312). Indices and statistics
+            are those of all stages.
 
     Raises:
         ValueError: for an unknown strategy or statistics, levels or a scale out of range, or an
@@ -85,6 +89,7 @@ class RFSQ(Quantizer):
         initial_scale: float = 1.0,
         statistics: str = "global",
         momentum: float = 0.01,
+        stage_dropout: float = 0.0,
     ):
         super().__init__()
         if strategy not in STRATEGIES:
@@ -104,6 +109,8 @@ class RFSQ(Quantizer):
             raise ValueError(f"initial_scale must be a positive number, not {initial_scale}")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], not {momentum}")
+        if not 0 <= stage_dropout <= 1:
+            raise ValueError(f"stage_dropout must be in [0, 1], not {stage_dropout}")
         self.fsq = FSQ(PAPER_LEVELS[stages] if levels is None else levels)
         self.levels = self.fsq.levels
         self.dim = self.fsq.dim
@@ -111,6 +118,7 @@ class RFSQ(Quantizer):
         self.strategy = strategy
         self.statistics = statistics if strategy == "layernorm" else None
         self.momentum = momentum
+        self.stage_dropout = stage_dropout if stages > 1 else 0.0
         self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
         if strategy == "scale":
             self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
@@ -136,6 +144,7 @@ class RFSQ(Quantizer):
             levels=args.levels,
             initial_scale=args.rfsq_initial_scale,
             statistics=args.rfsq_statistics,
+            stage_dropout=args.rfsq_stage_dropout,
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
@@ -149,6 +158,8 @@ class RFSQ(Quantizer):
             residual = z.float()
             grid = self._grid(residual)
             quantized, indices, statistics = None, [], []
+            dropout = self.training and self.stage_dropout > 0
+            kept = self._stages_kept(residual) if dropout else None
             if self.statistics == "global":
                 # Copies, for autograd keeps them and the next forward changes the buffers.
                 means = list(self.running_mean.clone().unbind())
@@ -167,9 +178,12 @@ class RFSQ(Quantizer):
                     mean = per_channel(means[stage], residual)
                     std = (per_channel(variances[stage], residual) + VAR_EPS).sqrt()
                 last = stage == self.stages - 1
+                before = quantized
                 quantized, residual, rounded = _Stage.apply(
                     residual, quantized, gain, bias, mean, std, scratch, last, *grid
                 )
+                if dropout and stage:
+                    quantized = torch.where(kept > stage, quantized, before)
                 indices.append(self.fsq.pack(rounded))
             if self.statistics == "global" and self.training:
                 self._keep(torch.stack(means + variances).view(2, self.stages, self.dim))
@@ -233,6 +247,19 @@ class RFSQ(Quantizer):
             mean, std = self._global_statistics(stage, residual)
         a, b = _affine(*self._maps(residual)[stage], mean, std)
         return residual * (1 if a is None else a) + (0 if b is None else b)
+
+    def _stages_kept(self, like: Tensor) -> Tensor:
+        """Under stage dropout, how many stages each image of `like` keeps: (B, 1, ...).
+
+        Drawn for the images of all processes by each of them, so that they do together what one
+        does alone, as long as their random states are equal.
+        """
+        n, each = processes(), len(like)
+        drop, k = torch.rand(2, n * each, device=like.device)
+        kept = torch.where(
+            drop < self.stage_dropout, 1 + (k * (self.stages - 1)).floor(), self.stages
+        )
+        return kept[rank() * each :][:each].view(-1, *[1] * (like.dim() - 1))
 
     def _maps(self, like: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
         """The learned gain and bias of each stage, shaped to broadcast against `like`."""

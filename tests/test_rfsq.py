@@ -416,6 +416,8 @@ def test_stages_without_default_levels(stages):
         ({"strategy": "scale", "initial_scale": math.inf}, "initial_scale.*inf"),
         ({"momentum": 0}, "momentum.*0"),
         ({"momentum": 1.5}, "momentum.*1.5"),
+        ({"stage_dropout": -0.1}, "stage_dropout.*-0.1"),
+        ({"stage_dropout": math.nan}, "stage_dropout.*nan"),
         ({"levels": [8, 1]}, "1 is among"),
     ],
 )
@@ -465,3 +467,68 @@ def test_stage_input_is_what_enters_the_fsq(strategy):
         _, index = rfsq.fsq(rfsq.stage_input(stage, residual))
         assert torch.equal(index, indices[..., stage])
         residual = z - rfsq.indices_to_codes(indices[..., : stage + 1], *rest[1:])
+
+
+# ---------------------------------------------------------------------------------------
+# Stage dropout
+# ---------------------------------------------------------------------------------------
+def stages_kept(rfsq, z):
+    """Quantize in training, and how many stages each image was quantized by, seen from outside."""
+    quantized, indices = rfsq(z)
+    partial = [rfsq.indices_to_codes(indices[..., :k]) for k in range(1, rfsq.stages + 1)]
+    equal = torch.stack([(p == quantized).flatten(1).all(1) for p in partial])
+    assert (equal.sum(0) == 1).all()
+    return quantized, equal.int().argmax(0) + 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_stage_dropout_quantizes_by_the_first_stages(strategy):
+    torch.manual_seed(0)
+    rfsq, z = RFSQ(4, strategy, stage_dropout=0.6), 2 * torch.randn(2000, 5, 60)
+    kept = stages_kept(rfsq, z)[1]
+    shares = [(kept == k).float().mean().item() for k in (1, 2, 3, 4)]
+    assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.04)
+    rfsq.eval()
+    assert (stages_kept(rfsq, z)[1] == 4).all()
+
+
+def test_stage_dropout_leaves_indices_and_statistics_alone():
+    z = torch.randn(64, 4, 5, 5)
+    plain, dropping = RFSQ(2), RFSQ(2, stage_dropout=1.0)
+    assert torch.equal(plain(z)[1], dropping(z)[1])
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, dropping.state_dict()[name])
+
+
+def test_the_gradient_of_a_dropped_image_is_that_of_its_stages():
+    z = torch.randn(40, 5, 60)
+    dropping = RFSQ(4, "none", stage_dropout=0.7)
+    leaf = z.clone().requires_grad_()
+    quantized, kept = stages_kept(dropping, leaf)
+    quantized.sum().backward()
+    for k in (1, 2, 3, 4):
+        alone = z.clone().requires_grad_()
+        RFSQ(k, "none", [4] * 5)(alone)[0].sum().backward()
+        assert (kept == k).any()
+        torch.testing.assert_close(leaf.grad[kept == k], alone.grad[kept == k])
+
+
+def test_stage_dropout_of_two_processes_is_that_of_one(monkeypatch):
+    z, shares = torch.randn(12, 4, 3), []
+    for rank in (0, 1):
+        torch.manual_seed(5)
+        with monkeypatch.context() as patch:
+            patch.setattr("quantizers.rfsq.processes", lambda: 2)
+            patch.setattr("quantizers.rfsq.rank", lambda rank=rank: rank)
+            half = RFSQ(2, "none", stage_dropout=0.5)
+            shares.append(half(z[6 * rank : 6 * rank + 6])[0])
+    torch.manual_seed(5)
+    assert torch.equal(RFSQ(2, "none", stage_dropout=0.5)(z)[0], torch.cat(shares))
+
+
+def test_without_stage_dropout_no_random_number_is_drawn():
+    before = torch.get_rng_state()
+    RFSQ(2)(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)))
+    RFSQ(1, levels=[4], stage_dropout=1.0)(torch.ones(2, 1, 3))  # there is none to drop
+    RFSQ(2, stage_dropout=1.0).eval()(torch.ones(2, 4, 3))
+    assert torch.equal(torch.get_rng_state(), before)
