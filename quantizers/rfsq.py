@@ -12,9 +12,11 @@ from .base import Quantizer, mean_over_processes, per_channel, processes, rank, 
 from .fsq import FSQ
 from .stage import Stage, affine, dequantize
 
-STRATEGIES = ("none", "scale", "layernorm")
+STRATEGIES = ("none", "scale", "layernorm", "geometric")
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
 VAR_EPS = 1e-10
+SPREAD = 0.8  # tanh(0.8 z) of a unit Gaussian is nearly uniform in (-1, 1)
+MAX_CELLS = 2**20  # of a channel, all stages together: float32 tells no more apart
 
 
 class RFSQ(Quantizer):
@@ -37,6 +39,12 @@ class RFSQ(Quantizer):
           the least squared error of a unit Gaussian for L = 3 to 64: with gain 1 the tanh
           saturates, and the codes of an even L lie around -1/L.
 
+        - `geometric` (not in the paper): one bound at the input in place of one in each stage,
+          y = tanh(0.8 z), of which stage k takes the k-th digit in base L: its cells are 1/L as
+          wide as those of the stage before, and the residual is a rounding error that shrinks by L
+          from stage to stage. The stages together are one uniform quantizer of L^K cells on
+          (-1, 1), without side information or anything learned.
+
     statistics (of `layernorm`):
         - `global` (default): running averages of each stage and channel's mean and variance, used
           in training and evaluation alike; constants of the model once it is trained. The indices
@@ -53,11 +61,12 @@ class RFSQ(Quantizer):
     26.3; 26.0 and 26.4.
 
     The gradient (straight-through in every stage, the residual taken with its gradient) is
-    d quantized / dz = 1 - prod_k (1 - d_k), with d_k the slope of stage k's bound: at most 1.
+    d quantized / dz = 1 - prod_k (1 - d_k), with d_k the slope of stage k's bound: at most 1. Of
+    `geometric` it is the slope of the one bound.
 
     Args:
         stages: number of stages K.
-        strategy: one of `none`, `scale`, `layernorm`.
+        strategy: one of `none`, `scale`, `layernorm`, `geometric`.
         levels: levels of each channel, the same in every stage. Default: [8, 8, 8, 4] for 2 stages
             (2 x 11 = 22.0 bits) and [4, 4, 4, 4, 4] for 4 stages (4 x 10 = 40.0 bits), the paper's
             two configurations; other numbers of stages have no default.
@@ -116,17 +125,23 @@ class RFSQ(Quantizer):
         self.levels = self.fsq.levels
         self.dim = self.fsq.dim
         self.codebook_sizes = self.fsq.codebook_sizes * stages
+        if strategy == "geometric" and max(self.levels) ** stages > MAX_CELLS:
+            raise ValueError(
+                f"{stages} geometric stages of {max(self.levels)} levels are more than 2^20 cells "
+                "of a channel: give fewer stages or levels"
+            )
         self.strategy = strategy
         self.statistics = statistics if strategy == "layernorm" else None
         self.momentum = momentum
         self.stage_dropout = stage_dropout if stages > 1 else 0.0
         self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
+        level = torch.tensor(self.levels, dtype=torch.float32)
+        self.register_buffer("level", level, persistent=False)
         if strategy == "scale":
             self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
         elif strategy == "layernorm":
-            levels = torch.tensor(self.levels)
-            gain = 1.1 / levels.sqrt()
-            bias = torch.where(levels % 2 == 0, -1 / levels, 0.0)
+            gain = 1.1 / level.sqrt()
+            bias = torch.where(level % 2 == 0, -1 / level, 0.0)
             self.log_gain = nn.Parameter(gain.log().repeat(stages, 1))
             self.bias = nn.Parameter(bias.repeat(stages, 1))
             if statistics == "image":
@@ -156,6 +171,8 @@ class RFSQ(Quantizer):
         """
         self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
+            if self.strategy == "geometric":
+                return self._forward_geometric(z.float())
             residual = z.float()
             grid = self._grid(residual)
             quantized, indices, statistics = None, [], []
@@ -221,6 +238,10 @@ class RFSQ(Quantizer):
         quantized = None
         for stage, index in enumerate(indices.unbind(-1)):
             rounded = self.fsq.unpack(index)
+            if self.strategy == "geometric":
+                codes = self._geometric_codes(rounded, stage)
+                quantized = codes if quantized is None else quantized + codes
+                continue
             mean, std = None, None
             if self.statistics == "image":
                 mean, std = (
@@ -233,14 +254,48 @@ class RFSQ(Quantizer):
             quantized = codes if quantized is None else quantized + codes
         return quantized
 
+    def _forward_geometric(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of `geometric`."""
+        bounded = self.target(z)
+        kept = self._stages_kept(z) if self.training and self.stage_dropout else None
+        with torch.no_grad():
+            levels, half = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
+            residual, quantized, indices = bounded, None, []
+            for stage in range(self.stages):
+                # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
+                digit = ((residual * levels**stage + 1) * (levels / 2)).floor_()
+                rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half)
+                codes = self._geometric_codes(rounded, stage)
+                residual = residual - codes
+                if quantized is None:
+                    quantized = codes
+                elif kept is None:
+                    quantized = quantized + codes
+                else:
+                    quantized = torch.where(kept > stage, quantized + codes, quantized)
+                indices.append(self.fsq.pack(rounded))
+        return straight_through(bounded, quantized), torch.stack(indices, dim=-1)
+
+    def _geometric_codes(self, rounded: Tensor, stage: int) -> Tensor:
+        """Middles of the cells of `stage`, of the integers digit - floor(L/2)."""
+        levels = per_channel(self.level, rounded)
+        digit = rounded + per_channel(self.fsq.half_levels, rounded)
+        return ((2 * digit + 1) / levels - 1) / levels**stage
+
+    def target(self, z: Tensor) -> Tensor:
+        """What the stages add up to: `z` itself, or its bound for `geometric`."""
+        return 2 * torch.sigmoid(2 * SPREAD * z) - 1 if self.strategy == "geometric" else z
+
     @torch.no_grad()
     def stage_input(self, stage: int, residual: Tensor) -> Tensor:
         """A_k(r): what enters the FSQ of `stage` (from 0) for its `residual` (B, dim, *positions).
 
-        For looking into a trained quantizer; changes nothing.
+        For looking into a trained quantizer; changes nothing. The first residual is `target(z)`.
         """
         self._check_input(residual)
         residual = residual.float()
+        if self.strategy == "geometric":
+            return residual * per_channel(self.level, residual) ** stage
         mean, std = None, None
         if self.statistics == "image":
             mean, std = (per_channel(x, residual) for x in _image_statistics(residual).unbind(1))

@@ -20,7 +20,7 @@ from arguments import get_args, get_parser
 from quantizers import QUANTIZERS
 from quantizers.rfsq import PAPER_LEVELS
 
-STRATEGY = {"none": "None", "scale": "Scale", "layernorm": "LN"}
+STRATEGY = {"none": "None", "scale": "Scale", "layernorm": "LN", "geometric": "Geometric"}
 ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
 # Who reads a flag whose name does not begin with its quantizer's.
 READERS = {

@@ -110,6 +110,7 @@ def measure(
         z = model.encoder(images).float()
         _, indices, *rest = quantizer(z)
         side = rest[1:]  # image statistics, for the quantizers whose decoder needs them
+        z = quantizer.target(z) if hasattr(quantizer, "target") else z
         residual = z
         residuals[0].add(residual)
         for k in stages:

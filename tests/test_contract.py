@@ -30,6 +30,12 @@ CASES = {
     "rfsq-odd": ("RFSQ", {"stages": 3, "levels": [5, 3, 7, 2, 4]}, 3 * math.log2(840)),
     "rfsq-2-image": ("RFSQ", {"stages": 2, "statistics": "image"}, 22.0),
     "rfsq-4-image": ("RFSQ", {"stages": 4, "statistics": "image"}, 40.0),
+    "rfsq-2-geometric": ("RFSQ", {"stages": 2, "strategy": "geometric"}, 22.0),
+    "rfsq-3-geometric": (
+        "RFSQ",
+        {"stages": 3, "strategy": "geometric", "levels": [5, 3, 7, 2, 4]},
+        3 * math.log2(840),
+    ),
     "lfq-12": ("LFQ", {"dim": 12}, 12.0),
     "lfq-40": ("LFQ", {"dim": 40}, 40.0),
     "ema": ("VectorQuantizeEMA", {"codebook_size": 4096, "dim": 8}, 12.0),

@@ -481,7 +481,7 @@ def stages_kept(rfsq, z):
     return quantized, equal.int().argmax(0) + 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "geometric"])
 def test_stage_dropout_quantizes_by_the_first_stages(strategy):
     torch.manual_seed(0)
     rfsq, z = RFSQ(4, strategy, stage_dropout=0.6), 2 * torch.randn(2000, 5, 60)
@@ -532,3 +532,76 @@ def test_without_stage_dropout_no_random_number_is_drawn():
     RFSQ(1, levels=[4], stage_dropout=1.0)(torch.ones(2, 1, 3))  # there is none to drop
     RFSQ(2, stage_dropout=1.0).eval()(torch.ones(2, 4, 3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------
+# Geometric stages
+# ---------------------------------------------------------------------------------------
+def test_geometric_stages_by_hand():
+    rfsq = RFSQ(2, "geometric", [4, 3])
+    # tanh(0.8 z) of channel 1 in cells of 1/2, then of 1/8; of channel 2 in cells of 2/3 and 2/9.
+    bounded = torch.tensor([[-0.99, -0.99], [-0.3, 0.0], [0.001, 0.2], [1.0, -1.0]])
+    quantized, indices = rfsq(bounded.double().atanh().clamp(-50, 50).float() / 0.8)
+    digits = torch.stack([indices % 4, indices // 4])  # (channel, token, stage)
+    assert digits.tolist() == [
+        [[0, 0], [1, 1], [2, 0], [3, 3]],
+        [[0, 0], [1, 1], [1, 2], [0, 0]],
+    ]
+    wanted = torch.tensor([[-0.9375, -8 / 9], [-0.3125, 0.0], [0.0625, 2 / 9], [0.9375, -8 / 9]])
+    torch.testing.assert_close(quantized, wanted)
+    first = rfsq.indices_to_codes(indices[..., :1])
+    wanted = torch.tensor([[-0.75, -2 / 3], [-0.25, 0.0], [0.25, 0.0], [0.75, -2 / 3]])
+    torch.testing.assert_close(first, wanted)
+
+
+@pytest.mark.parametrize(("stages", "level"), [(1, 7), (2, 16), (4, 4), (3, 5), (20, 2)])
+def test_geometric_stages_are_one_uniform_quantizer(stages, level):
+    rfsq = RFSQ(stages, "geometric", [level])
+    z = torch.randn(20000, 1)
+    y, cells = torch.tanh(0.8 * z.double()), level**stages
+    scaled = (y + 1) * cells / 2
+    certain = (scaled - scaled.round()).abs() > cells * 3e-7  # near an edge float32 may differ
+    uniform = (2 * scaled.floor().clamp(0, cells - 1) + 1) / cells - 1
+    quantized, _ = rfsq(z)
+    assert certain.double().mean() > 0.3
+    torch.testing.assert_close(quantized.double()[certain], uniform[certain], atol=3e-7, rtol=0)
+    assert ((quantized.double() - y).abs() <= 1.0001 / cells + 3e-7).all()
+
+
+def test_the_gradient_of_geometric_stages_is_that_of_the_one_bound():
+    z = torch.randn(50, 5, requires_grad=True)
+    quantized, _ = RFSQ(4, "geometric")(z)
+    upstream = torch.randn_like(quantized)
+    (quantized * upstream).sum().backward()
+    slope = 0.8 * (1 - torch.tanh(0.8 * z.detach()) ** 2)
+    torch.testing.assert_close(z.grad, slope * upstream)
+
+
+def test_geometric_stages_spread_a_gaussian_over_their_codes_and_lose_little():
+    torch.manual_seed(0)
+    rfsq, z = RFSQ(4, "geometric", [4]), torch.randn(200_000, 1)
+    quantized, indices = rfsq(z)
+    for stage in indices.unbind(-1):
+        shares = stage.bincount(minlength=4) / len(stage)
+        assert (-shares * shares.log2()).sum() > 1.98
+    # 48 dB of signal to quantization noise, of a layernorm chain 21 at best.
+    back = torch.atanh(quantized.double()) / 0.8
+    noise = (rfsq.target(z).double() - quantized).square().mean()
+    assert 10 * torch.log10(rfsq.target(z).double().square().mean() / noise) > 47
+    assert (back - z).abs().median() < 0.01
+
+
+def test_more_geometric_cells_than_float32_tells_apart():
+    with pytest.raises(ValueError, match=r"11 geometric stages of 4.*fewer stages or levels"):
+        RFSQ(11, "geometric", [2, 4])
+    RFSQ(10, "geometric", [2, 4])
+
+
+def test_stage_input_of_geometric_is_what_is_cut_into_cells():
+    rfsq, z = RFSQ(3, "geometric", [4, 4]), 2 * torch.randn(3, 2, 50)
+    _, indices = rfsq(z)
+    residual = rfsq.target(z)
+    for stage in range(3):
+        cell = ((rfsq.stage_input(stage, residual) + 1) * 2).floor().clamp(0, 3).long()
+        assert torch.equal(cell[:, 0] + 4 * cell[:, 1], indices[..., stage])
+        residual = rfsq.target(z) - rfsq.indices_to_codes(indices[..., : stage + 1])
