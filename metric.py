@@ -11,14 +11,15 @@ The paper's columns use the reconstruction as the model gives it: its code does 
 taken per image and then averaged. LPIPS: arXiv 1801.03924.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+import util
 from dataset import denormalize, normalize
 from loss.perceptual import Perceptual
 
@@ -80,11 +81,14 @@ class ImageMetrics:
         """Means over the images of all processes: 'images' (their number) and `COLUMNS`.
 
         A collective: every process calls it, and all get the same. LPIPS is None without a network.
-        Raises ValueError if no process had an image.
+        Raises ValueError if no process had an image, NotFinite for reconstructions that have no
+        distance.
         """
-        *sums, images = sum(_all(self.sums)).tolist()
+        *sums, images = sum(util.from_all(self.sums)).tolist()
         if images == 0:
             raise ValueError("there are no images to evaluate: the split is empty")
+        if not all(map(math.isfinite, sums)):
+            raise util.NotFinite("the reconstructions are not finite: the model has diverged")
         means = {name: total / images for name, total in zip(COLUMNS, sums, strict=True)}
         if self.perceptual is None:
             means["lpips"] = means["paper_lpips"] = None
@@ -146,7 +150,7 @@ class CodeUsage:
         """
         result = []
         for k, size in enumerate(self.codebook_sizes):
-            counts = _merge(_all(_merge(self.counts[k].parts)))[1]
+            counts = _merge(util.from_all(_merge(self.counts[k].parts)))[1]
             used, tokens = len(counts), int(counts.sum())
             if tokens == 0:
                 raise ValueError(f"there are no indices of stage {k + 1} to count")
@@ -211,7 +215,8 @@ def evaluate(
         'lpips_net', 'paper' {l1, psnr, lpips}, 'floors' {bicubic, mean_colour: {l1, psnr, lpips,
         paper}} (empty without floors) and 'stages' (see `CodeUsage.compute`).
 
-    Raises ValueError without any image, and where `ImageMetrics` and `CodeUsage` do.
+    Raises NotFinite for a model that has diverged, ValueError without any image, and where
+    `ImageMetrics` and `CodeUsage` do.
     """
     quantizer = model.quantizer
     usage = CodeUsage(quantizer.codebook_sizes, quantizer.stage_axis)
@@ -230,7 +235,8 @@ def evaluate(
             if floors:
                 metrics["bicubic"].update(images, bicubic_floor(images, model.f))
                 metrics["mean_colour"].update(images, mean_colour_floor(images))
-            usage.update(indices)
+            if reconstruction.isfinite().all():  # else `compute` refuses, in all processes
+                usage.update(indices)
             positions = indices[0].numel() // len(quantizer.codebook_sizes)
             shape = torch.tensor([*images.shape[2:], positions])
     finally:
@@ -238,7 +244,7 @@ def evaluate(
             module.training = training
 
     computed = {name: metric.compute() for name, metric in metrics.items()}
-    height, width, positions = torch.stack(_all(shape)).amax(dim=0).tolist()
+    height, width, positions = torch.stack(util.from_all(shape)).amax(dim=0).tolist()
     bits = quantizer.bits + quantizer.side_bits / positions
     return {
         "images": computed["model"]["images"],
@@ -290,12 +296,3 @@ def _aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in cells)
-
-
-def _all(value: Tensor) -> list[Tensor]:
-    """`value` of every process in the order of ranks: on the CPU, of any shape, any backend."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

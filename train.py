@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -62,10 +62,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
             f"--batch-size {args.batch_size} does not divide among {processes} processes: "
             f"give a multiple of {processes}"
         )
-    train_set = build_dataset(
-        args.train_data_path, args.img_size, args.seed, True, args.skip_corrupt
-    )
-    val_set = build_dataset(args.val_data_path, args.img_size, args.seed, False, args.skip_corrupt)
+    how = dict(img_size=args.img_size, seed=args.seed, skip_corrupt=args.skip_corrupt)
+    train_set = build_dataset(args.train_data_path, train=True, **how)
+    val_set = build_dataset(args.val_data_path, train=False, **how)
     steps = max(1, args.max_train_epochs * len(train_set) // args.batch_size)
     steps = min(steps, args.train_iters or steps)
 
@@ -75,7 +74,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     model = VQVAE(args)
     if args.load:
         load_weights(model, args, args.load)
-    resumed = util.from_main(find_resumed(args, model) if main_process else None)
+    resumed = util.from_main(find_resumed(args, model, len(train_set)) if main_process else None)
     if isinstance(resumed, str):  # the main process's complaint
         raise ValueError(resumed)
     first_step = resumed["step"] if resumed else 0
@@ -128,6 +127,26 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     run = util.from_main(run)
     if isinstance(run, str):
         raise ValueError(run)
+    done = first_step
+
+    @contextlib.contextmanager
+    def named_errors() -> Iterator[None]:
+        """What ends a run from within, numbers or the disk, in one line with what to do."""
+        try:
+            yield
+        except util.NotFinite as error:
+            good = max(run.glob("step_*.pt"), default=None)
+            raise ValueError(
+                f"step {done}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
+                f"--clip-grad; "
+                + (f"last good checkpoint: {good}" if good else "no checkpoint yet")
+            ) from error
+        except OSError as error:
+            if not util.is_of_a_file(error):
+                raise
+            raise ValueError(util.unwritable(error.filename or run, error)) from error
+
+    resources.enter_context(named_errors())
     if main_process:
         resources.enter_context(util.lock_folder(run))
     weights = sum(p.numel() for p in parameters)
@@ -138,6 +157,8 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         for newer in run.glob("step_*.pt"):
             if newer.name > f"step_{first_step:07d}.pt":
                 newer.unlink()  # of the course that is left here
+        for half in run.glob(".*.*.*"):
+            half.unlink()  # of a process that was killed as it wrote
         print(
             f"{model.quantizer.name}: {model.quantizer.bits:.4g} bits per position, f = {model.f}, "
             f"{weights:,} parameters\n{len(train_set):,} training images, {len(val_set):,} for "
@@ -152,6 +173,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
             file.write(json.dumps(record) + "\n")
 
     def save(step: int, improved: bool = False) -> None:
+        all_sums = torch.stack(util.from_all(sums.cpu()))
         if main_process:
             state = {
                 "model": model.state_dict(),
@@ -160,7 +182,10 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
                 "step": step,
                 "best_psnr": best,
                 "skipped": skipped,
-                "interval": {"sums": sums, "count": count},
+                "train_images": len(train_set),
+                "interval_sums": all_sums,
+                "interval_count": count,
+                "interval_seconds": elapsed,
                 "seconds": seconds_before + time.perf_counter() - started,
                 "random": util.random_states(),
                 "threads": torch.get_num_threads(),
@@ -191,15 +216,18 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     bar_shown = main_process and sys.stderr.isatty()
     save_interval = args.save_interval or math.ceil(len(train_set) / args.batch_size)
     best, seconds_before, result = -math.inf, 0.0, {}
-    # Sums since the last log line, and the skipped steps (in all, in a row): on the device, since
-    # reading them would wait for it.
-    sums, count, skipped = {}, 0, torch.zeros(2, device=device)
+    # Since the last log line: sums of the terms of good steps, and how often each was not finite.
+    # And the skipped steps, in all and in a row. On the device, since reading would wait for it.
+    sums, skipped = torch.zeros((), device=device), torch.zeros(2, device=device)
+    count, elapsed = 0, 0.0
     if resumed:
         best, seconds_before = resumed["best_psnr"], resumed["seconds"]
-        interval = resumed["interval"]
-        sums = {name: total.to(device) for name, total in interval["sums"].items()}
-        count, skipped = interval["count"], resumed["skipped"].to(device)
-    started = interval_start = time.perf_counter()
+        count, elapsed = resumed["interval_count"], resumed["interval_seconds"]
+        own = resumed["interval_sums"]  # of each process: of other ones, all take the mean
+        own = own[util.rank()] if len(own) == processes else own.mean(0)
+        sums, skipped = own.to(device), resumed["skipped"].to(device)
+    started = time.perf_counter()
+    interval_start = started - elapsed
     progress = dict(total=steps, initial=first_step, unit="step", disable=not bar_shown)
     bar = tqdm(batches, desc=model.quantizer.name, **progress)
     model.train()
@@ -219,33 +247,31 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
             optimizer.step()
 
             skipped = torch.stack([skipped[0] + bad, (skipped[1] + bad) * bad])
-            for name, term in {**terms, "grad_norm": norm}.items():
-                # A term that is not finite is left out here, and counted.
-                sums[name] = sums.get(name, 0) + torch.where(bad > 0, 0, term.detach())
-                sums[f"bad {name}"] = sums.get(f"bad {name}", 0) + ~term.detach().isfinite()
-            sums["good steps"] = sums.get("good steps", 0) + 1 - bad
+            values = torch.stack([*terms.values(), norm, torch.ones_like(norm)]).detach()
+            good, infinite = torch.where(bad > 0, 0, values), (~values.isfinite()).float()
+            sums = sums + torch.stack([good, infinite])
             count += 1
+            elapsed = time.perf_counter() - interval_start
             if done % args.log_interval == 0 or done == steps:
-                seconds = time.perf_counter() - interval_start
                 record = {
                     "kind": "train",
                     "step": done,
                     "epoch": round(done * args.batch_size / len(train_set), 4),
                     "lr": lr,
-                    **means(sums, skipped, run, args),
-                    "images_per_s": round(count * args.batch_size / seconds, 1),
+                    **means([*terms, "grad_norm"], sums, skipped, args.max_skipped_steps),
+                    "images_per_s": round(count * args.batch_size / elapsed, 1),
                     "peak_memory_mib": util.peak_memory_mib(device),
                     "codes_in_batch": codes_in_batch(indices, model.quantizer.stage_axis),
                 }
                 if main_process:
                     log(record)
                     report(record, bar, bar_shown, steps)
-                sums, count, interval_start = {}, 0, time.perf_counter()
+                sums, count, elapsed = torch.zeros_like(sums), 0, 0.0
+                interval_start = time.perf_counter()
             stopping = stop_agreed(stop, done)
             if done % save_interval == 0 or done == steps:
-                paused = time.perf_counter()
                 result = assess(done)
-                interval_start += time.perf_counter() - paused
+                interval_start = time.perf_counter() - elapsed
             elif stopping:
                 save(done)
             if stopping and done < steps:
@@ -281,8 +307,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     }
     if main_process:
         util.write_json(run / "results.json", results)
-        (run / "results.txt").write_text(format_results(result) + "\n")
-        print(f"\n{format_results(result)}\n\nresults, pictures and checkpoints: {run}", flush=True)
+        table = format_results(result)
+        util.write_whole(run / "results.txt", lambda file: file.write(f"{table}\n".encode()))
+        print(f"\n{table}\n\nresults, pictures and checkpoints: {run}", flush=True)
     return results
 
 
@@ -319,24 +346,22 @@ def run_folder(args, model: VQVAE) -> Path | str:
         folder = Path(args.save)
         if folder.exists() and not folder.is_dir():
             return f"--save {folder} is a file: give a folder"
-        if (folder / "args.json").exists() and args.resume != "auto":
-            if not args.overwrite:
-                return (
-                    f"{folder} already holds a run: give another --save, --resume it, or "
-                    "--overwrite it"
-                )
+    old = (folder / "args.json").exists() and args.resume != "auto"
+    if old and not args.overwrite:
+        return f"{folder} already holds a run: give another --save, --resume it, or --overwrite it"
+    try:
+        if old:
             util.lock_folder(folder).close()
             for path in [*folder.glob("*.pt"), *folder.glob("results.*")]:
                 path.unlink()
             shutil.rmtree(folder / "samples", ignore_errors=True)
-    try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"run folder {folder} cannot be made ({error.strerror}): give another --save"
     return folder
 
 
-def find_resumed(args, model: VQVAE) -> dict | str | None:
+def find_resumed(args, model: VQVAE, train_images: int) -> dict | str | None:
     """What --resume continues: a checkpoint with its `path` and `run` folder added.
 
     None for a new run; a string is the reason why it cannot be resumed.
@@ -358,8 +383,13 @@ def find_resumed(args, model: VQVAE) -> dict | str | None:
                 return None
             return f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
         path, saved = found
-        if "random" not in saved:
+        if "interval_sums" not in saved:
             return f"{path} holds no training state: give a last.pt or step_*.pt of a run"
+        if saved["train_images"] != train_images:
+            return (
+                f"{path} is of a run on {saved['train_images']:,} training images, here are "
+                f"{train_images:,}, which come in another order: give the same images to resume it"
+            )
         differ = [
             f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} here"
             for name, value in vars(args).items()
@@ -411,31 +441,27 @@ def draw_samples(model: VQVAE, images, device: torch.device, path: Path) -> None
     tokens = model.encode(originals.to(device))
     tokens = tokens if isinstance(tokens, tuple) else (tokens,)
     pictures = torch.cat([originals, model.decode(*tokens).float().cpu()])
-    save_image(denormalize(pictures).clamp(0, 1), path, nrow=len(originals))
+    pictures, row = denormalize(pictures).clamp(0, 1), len(originals)
+    util.write_whole(path, lambda file: save_image(pictures, file, nrow=row, format="png"))
 
 
-def means(sums: dict[str, Tensor], skipped: Tensor, run: Path, args) -> dict:
+def means(names: list[str], sums: Tensor, skipped: Tensor, limit: int) -> dict:
     """The mean of each term over the good steps of an interval and all processes.
 
+    `sums` (2, terms + 1): of the terms and of the good steps, and how often each was not finite.
+
     Raises:
-        ValueError: the last --max-skipped-steps steps were all skipped.
+        NotFinite: the last `limit` steps or more were all skipped.
     """
-    names = list(sums)
-    values = torch.stack([sums[name].float() for name in names])
     if util.world_size() > 1:
-        dist.all_reduce(values)
-    *values, in_all, in_a_row = torch.cat([values / util.world_size(), skipped]).tolist()
-    sums = dict(zip(names, values, strict=True))
-    if in_a_row >= args.max_skipped_steps:
-        terms = [
-            name.removeprefix("bad ") for name in names if name.startswith("bad ") and sums[name]
-        ]
-        raise ValueError(
-            f"{in_a_row:.0f} steps in a row were not finite in {', '.join(terms)}: lower --lr (now "
-            f"{args.lr:g}) or --clip-grad, and --resume {run}, whose checkpoints are good"
-        )
-    good = sums.pop("good steps")
-    record = {n: total / good if good else None for n, total in sums.items() if " " not in n}
+        dist.all_reduce(sums)
+    *totals, in_all, in_a_row = torch.cat([sums.flatten(), skipped]).tolist()
+    totals, bad = totals[: len(names) + 1], totals[len(names) + 1 :]
+    if in_a_row >= limit:
+        terms = ", ".join(name for name, count in zip(names, bad, strict=False) if count)
+        raise util.NotFinite(f"{in_a_row:.0f} steps in a row were not finite in {terms}")
+    good = totals.pop()
+    record = {n: total / good if good else None for n, total in zip(names, totals, strict=True)}
     return record | ({"skipped_steps": int(in_all)} if in_all else {})
 
 

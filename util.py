@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -115,30 +118,42 @@ def seed_everything(seed: int) -> None:
 # Files
 # ---------------------------------------------------------------------------------------
 def write_whole(path: Path, write: Callable) -> None:
-    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename."""
-    path = Path(path)
+    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
+
+    Raises:
+        ValueError: one line, if there is no room or no permission.
+    """
+    path, temporary = Path(path), None
     try:
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+        with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False
-        )
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with file:
-        try:
+        ) as file:
+            temporary = file.name
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException as error:
-            Path(file.name).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise _unwritable(path, error) from error
-            raise
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if temporary:
+                os.unlink(temporary)
+        # Where the disk is full, `torch.save` raises another error while it handles that one.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise ValueError(unwritable(path, cause)) from error
+        raise
 
 
-def _unwritable(path: Path, error: OSError) -> ValueError:
-    return ValueError(
+def is_of_a_file(error: OSError) -> bool:
+    """Whether an error is about a file or a full disk, and not about a connection."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    return error.filename is not None or error.errno in full
+
+
+def unwritable(path: str | Path, error: OSError) -> str:
+    """What to say, and to do, about an error in writing `path`."""
+    return (
         f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
         "was there before is untouched"
     )
@@ -150,30 +165,40 @@ def write_json(path: Path, value) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+class NotFinite(ValueError):
+    """A number that is NaN or infinite where it would be kept or reported."""
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint (tensors and plain types alone) with its checksum, whole or not at all."""
+    """Write a checkpoint (tensors and plain types alone) with its checksum, whole or not at all.
+
+    Raises:
+        NotFinite: one of its tensors holds a NaN or an infinity; nothing is written then.
+    """
     state = {"format": CHECKPOINT_FORMAT, **state}
     state["checksum"] = _checksum(state)
     write_whole(path, lambda file: torch.save(state, file))
 
 
 def _checksum(state: dict) -> str:
-    """SHA-256 of everything in a checkpoint but its checksum."""
+    """SHA-256 of everything in a checkpoint but its checksum; NotFinite, if a tensor is not."""
     digest = hashlib.sha256()
 
-    def add(value) -> None:
+    def add(value, name: str = "") -> None:
         if isinstance(value, torch.Tensor):
+            if not value.isfinite().all():
+                raise NotFinite(f"{name} is not finite")
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key, entry in value.items():
                 digest.update(f"{key!r}:".encode())
-                add(entry)
+                add(entry, f"{name} {key}".strip())
         elif isinstance(value, list | tuple):
             digest.update(f"{len(value)}[".encode())
             for entry in value:
-                add(entry)
+                add(entry, name)
         else:
             digest.update(f"{value!r},".encode())
 
@@ -272,8 +297,12 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} has checkpoint format {state['format']}, this version reads "
             f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
         )
-    if state.get("checksum") != _checksum(state):
-        raise ValueError(f"{path} is damaged (its checksum is wrong): use an older checkpoint")
+    try:
+        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
+    except NotFinite as error:
+        damage = str(error)
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint")
     return state
 
 
@@ -341,8 +370,17 @@ def one_line(error: BaseException) -> str:
 
 
 def _explain_dead_worker(kind, error, trace) -> None:
-    # PyTorch raises this from a signal handler: anywhere, also while another one is handled.
-    if not issubclass(kind, RuntimeError) or "DataLoader worker" not in str(error):
+    # PyTorch raises a RuntimeError from a signal handler: anywhere, also in here, but for the next
+    # lines. Before that, the connection to the loading process may break, in the loader.
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except RuntimeError:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno):
+        frames = traceback.extract_tb(trace)
+        dead = any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+    if not dead:
         return sys.__excepthook__(kind, error, trace)
     reason = "it may have run out of memory: give fewer --num-workers"
     print(f"{Path(sys.argv[0]).name}: error: a loading process died; {reason}", file=sys.stderr)
@@ -351,12 +389,15 @@ def _explain_dead_worker(kind, error, trace) -> None:
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
-    A signal that asked a training run to stop ends it with code 75, when its checkpoint is saved.
+    So does a file that cannot be read or written. A signal that asked a training run to stop ends
+    it with code 75, when its checkpoint is saved.
     """
     sys.excepthook = _explain_dead_worker
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and not is_of_a_file(error):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:

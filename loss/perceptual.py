@@ -19,10 +19,11 @@ from pathlib import Path
 
 import lpips
 import torch
-import torch.distributed as dist
 from lpips import pretrained_networks
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
+
+import util
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer before a download is given up
 
@@ -207,7 +208,6 @@ def lpips_network(net: str, device: torch.device, needed: bool) -> Perceptual | 
     Raises:
         WeightsMissing: they are needed and cannot be had.
     """
-    group = dist.is_available() and dist.is_initialized()
     network, problem = None, None
     for turn in (0, 1):
         if turn == min(1, int(os.environ.get("LOCAL_RANK", 0))):
@@ -215,14 +215,11 @@ def lpips_network(net: str, device: torch.device, needed: bool) -> Perceptual | 
                 network = Perceptual(net).to(device)
             except WeightsMissing as error:
                 problem = str(error)
-        if group:
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            problem = next(filter(None, problems), None)
+        problem = next(filter(None, util.from_all(problem)), None)
         if problem:
             break
     if problem and needed:
         raise WeightsMissing(problem)
-    if problem and not (group and dist.get_rank()):
+    if problem and util.rank() == 0:
         print(f"LPIPS will be missing from the evaluation: {problem}", flush=True)
     return None if problem else network

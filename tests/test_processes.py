@@ -1,11 +1,5 @@
-"""Two and four processes with their shares of a batch do what one does with the whole.
+"""Two and four processes with their shares of a batch do what one does with the whole."""
 
-Run as a script, this file is one of the processes: `test_processes.py RANK WORLD INIT_FILE RESULT`.
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +12,6 @@ import quantizers
 from arguments import get_args
 from model import VQVAE
 
-ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 4, 8
 
 # name: (class, arguments); a decay of 0.5 and a threshold of 0.9 restart codes in every step.
@@ -41,6 +34,7 @@ QUANTIZERS = {
 }
 MODELS = {
     "fsq": ["--quantizer", "fsq"],
+    "rfsq-none": ["--rfsq-strategy", "none"],
     "rfsq-layernorm": [],
     "rfsq-image": ["--rfsq-statistics", "image"],
     "rfsq-scale": ["--rfsq-strategy", "scale"],
@@ -95,29 +89,30 @@ def everything(rank=0, world=1):
     }
 
 
+def process(rank: int, world: int, folder: Path) -> None:
+    """One process of a group, with its results in a file."""
+    place = f"file://{folder / 'init'}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    torch.save(everything(rank, world), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return everything()
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def results(request, tmp_path_factory):
+def results(request, one_process, tmp_path_factory):
     """The results of one process, and of each of two or four."""
     folder, world = tmp_path_factory.mktemp("processes"), request.param
-    paths = [folder / f"{rank}.pt" for rank in range(world)]
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder / "init"), str(path)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, path in enumerate(paths)
-    ]
-    try:
-        one = everything()
-        for child in children:
-            _, err = child.communicate(timeout=120)
-            assert child.returncode == 0, err
-    finally:
-        for child in children:
-            child.kill()
-    return one, [torch.load(path, weights_only=True) for path in paths]
+    # Forked: nothing is imported again, which takes longer than the work.
+    torch.multiprocessing.start_processes(
+        process, (world, folder), nprocs=world, start_method="fork"
+    )
+    files = [folder / f"{rank}.pt" for rank in range(world)]
+    return one_process, [torch.load(file, weights_only=True) for file in files]
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -156,13 +151,3 @@ def test_a_model_trained_by_several_processes(results, name):
         assert all(torch.equal(first[key], other[key]) for other in others), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
     assert not torch.equal(wanted["encoder.layers.0.weight"], start["encoder.layers.0.weight"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank, world = int(sys.argv[1]), int(sys.argv[2])
-    place = f"file://{sys.argv[3]}"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
-    torch.save(everything(rank, world), sys.argv[4])
-    dist.barrier()
-    dist.destroy_process_group()

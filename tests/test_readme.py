@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torchvision.utils import save_image
 
+import train
 from arguments import get_parser
+from dataset import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -30,15 +33,14 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone") / "rfsq"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
-    code = (
-        "from PIL import Image; from dataset import SyntheticDataset; from pathlib import Path\n"
-        "for folder in ('images', 'data/imagenet/val'):\n"
-        "    Path(folder).mkdir(parents=True)\n"
-        "    for i, image in enumerate(SyntheticDataset(32, 0, 4)):\n"
-        "        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f'{folder}/{i}.png')\n"
-        f"import train; train.main('{TINY} --save runs/NAME'.split())\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=environment(folder))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(train, "lpips_network", lambda *args, **kwargs: None)
+        for name in ("images", "data/imagenet/val"):
+            Path(name).mkdir(parents=True)
+            for i, image in enumerate(SyntheticDataset(32, 0, 4)):
+                save_image(image / 255, f"{name}/{i}.png")
+        train.main([*TINY.split(), "--save", "runs/NAME"])
     return folder
 
 
@@ -57,6 +59,7 @@ def environment(folder: Path) -> dict[str, str]:
         "https_proxy": "http://127.0.0.1:9",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
+        "TEST_PROCESSES": "0",
     }
 
 
@@ -75,12 +78,37 @@ def shell_blocks() -> list[str]:
     return [text.strip() for language, text in BLOCKS if language == "bash"]
 
 
+def in_this_process(commands: list[str], clone: Path, monkeypatch, tmp_path: Path) -> None:
+    """Run shell scripts that end in `python train.py`, and that last step of theirs right here.
+
+    A new interpreter takes several times as long as a small run of training.
+    """
+    calls = tmp_path / "calls"
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    shutil.copy(clone / "pyproject.toml", tmp_path / "venv")
+    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo 0 || echo "$*" >> {calls}\n')
+    fake.chmod(0o755)
+    variables = environment(clone) | {"VENV": str(tmp_path / "venv")}
+    subprocess.run(["bash", "-ec", "\n".join(commands)], cwd=clone, env=variables, check=True)
+    monkeypatch.chdir(clone)
+    lines = calls.read_text().splitlines()
+    assert len(lines) == len(commands)
+    for line in lines:
+        script, *flags = line.split()
+        assert Path(script).samefile(clone / "train.py")
+        assert train.main(flags)["steps"] == 1
+
+
 @pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: block.splitlines()[0][:50])
-def test_shell_block(block, clone):
+def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     commands = [shrink(line) for line in block.replace("\\\n", " ").splitlines()]
     if "--nnodes 2" in block:  # the same command on two machines; here, two agents on one
         (command,) = commands
         commands = [f"{command} & first=$!", command, "wait $first"]
+    if all("scripts/rfsq_" in command for command in commands):
+        in_this_process(commands[1:], clone, monkeypatch, tmp_path)
+        commands = commands[:1]  # one of them in full
     script = "set -euo pipefail\n" + "\n".join(commands)
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=environment(clone), capture_output=True, text=True
@@ -91,15 +119,9 @@ def test_shell_block(block, clone):
 @pytest.mark.parametrize(
     "block", [text for language, text in BLOCKS if language == "python"], ids=lambda b: b[:30]
 )
-def test_python_block(block, clone):
-    done = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=clone,
-        env=environment(clone),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_python_block(block, clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    exec(compile(block, "README.md", "exec"), {})
 
 
 def test_slurm_script_requeues_itself(clone, tmp_path):

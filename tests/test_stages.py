@@ -18,6 +18,7 @@ from metric import psnr
 from model import VQVAE, load_model
 from scripts import compare, evaluate, stages
 
+pytestmark = pytest.mark.usefixtures("no_lpips")
 CONFIGURATIONS = {
     "none": ["--rfsq-strategy=none"],
     "scale": ["--rfsq-strategy=scale"],
@@ -26,16 +27,6 @@ CONFIGURATIONS = {
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=16", "--embed-dim=4"],
 }
 SIDE, IMAGES = 32, 5
-
-
-@pytest.fixture(autouse=True)
-def no_lpips(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,9 @@ def run(step):
 
 
 @every
-@pytest.mark.parametrize("bf16", [False, True])
-def test_no_graph_break(flags, bf16):
-    report = torch._dynamo.explain(build(flags, bf16))(batch())
+def test_no_graph_break_in_bf16(flags):
+    """In float32, `test_compiled_step_equals_eager` compiles with `fullgraph`, which says so."""
+    report = torch._dynamo.explain(build(flags, bf16=True))(batch())
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
 
 
