@@ -1,0 +1,302 @@
+"""The layout of a `.rfsq` file to the byte, fixed-rate packing, and the entropy coder."""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts import bitstream, entropy
+from scripts.bitstream import Header, pack, payload_bytes, unpack
+from scripts.grid import lattice
+
+needs_constriction = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("constriction") is None, reason="optional extra"
+)
+
+
+# ---------------------------------------------------------------------------------------
+# Layout
+# ---------------------------------------------------------------------------------------
+def test_layout_byte_by_byte():
+    header = Header(3, b"8 bytes.", width=0x01020304, height=0x05)
+    data = bitstream.write(header, b"side", b"payload")
+    assert data[:4] == b"RFSQ"
+    assert data[4] == 1 and data[5] == 0 and data[6] == 3
+    assert data[7:15] == b"8 bytes."
+    assert data[15:19] == bytes([4, 3, 2, 1]) and data[19:23] == bytes([5, 0, 0, 0])
+    assert data[23:34] == b"sidepayload"
+    assert data[34:] == struct.pack("<I", zlib.crc32(data[:34])) and len(data) == 27 + 11
+    assert bitstream.read_header(data) == header and bitstream.intact(data)
+    coded = Header(3, b"8 bytes.", 6, 5, payload=7, flags=1)
+    data = bitstream.write(coded, b"side", b"payload")
+    assert data[5] == 1 and data[23:27] == bytes([7, 0, 0, 0]) and data[27:38] == b"sidepayload"
+    assert len(data) == 31 + 11 and bitstream.read_header(data) == coded
+
+
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        (b"", "empty"),
+        (b"R", "truncated"),
+        (b"RFSQ", "truncated"),
+        (b"RFSQ\x01" + bytes(21), "truncated"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "no RFSQ file"),
+        (b"RFSX", "no RFSQ file"),
+        (b"RFSQ\x02" + bytes(40), "newer version, 2"),
+        (b"RFSQ\x00" + bytes(40), "unknown version, 0"),
+    ],
+)
+def test_what_is_no_header_says_why(data, part):
+    with pytest.raises(ValueError, match=part):
+        bitstream.read_header(data)
+
+
+def test_checksum_sees_every_bit():
+    data = bitstream.write(Header(1, bytes(8), 4, 4), b"", b"\x5a")
+    assert bitstream.intact(data)
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert not bitstream.intact(bytes(changed))
+
+
+# ---------------------------------------------------------------------------------------
+# Fixed rate
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("positions", [1, 2, 3, 7, 1024, 24576, 65537])
+@pytest.mark.parametrize("bits, sizes", [(22, [2048] * 2), (40, [1024] * 4), (40, [2**40])])
+def test_22_and_40_bits_to_the_bit(positions, bits, sizes):
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.integers(0, size, positions) for size in sizes], 1)
+    payload = pack(indices, sizes)
+    assert len(payload) == math.ceil(bits * positions / 8) == payload_bytes(positions, sizes)
+    assert np.array_equal(unpack(payload, positions, sizes), indices)
+
+
+def test_packing_by_hand():
+    # Two positions; stages of 4, 5 and 8 codes.
+    indices = np.array([[1, 3, 6], [2, 4, 1]])
+    # 01 10 | 3 + 4*5 = 23 in ceil(2 log2 5) = 5 bits: 10111 | 110 001 | zero bit to fill
+    bits = "0110101111100010"
+    assert pack(indices, [4, 5, 8]) == int(bits, 2).to_bytes(2, "big")
+    # Powers of two: all positions of the first stage, then of the second.
+    assert pack(np.array([[1, 0], [3, 2], [0, 1]]), [4, 4]) == bytes([0b01110000, 0b10010000])
+    # One integer in base 3, the first index in the lowest place: 2 + 0*3 + 1*9 = 11 in 5 bits.
+    assert pack(np.array([[2], [0], [1]]), [3]) == bytes([0b01011000])
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_round_trip_of_any_codebooks(data):
+    size = st.one_of(st.integers(2, 5000), st.integers(2, 2**62), st.sampled_from([2**40, 3**20]))
+    sizes = data.draw(st.lists(size, min_size=1, max_size=3))
+    positions = data.draw(st.integers(1, 60))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    indices = np.stack([rng.integers(0, size, positions) for size in sizes], 1)
+    indices[rng.random(indices.shape) < 0.2] = 0
+    highest = rng.random(indices.shape) < 0.2
+    indices = np.where(highest, np.array(sizes) - 1, indices)
+    payload = pack(indices, sizes)
+    # Less than a bit is lost in each stage, and less than a byte at the end.
+    needed = sum(positions * math.log2(size) for size in sizes)
+    assert needed - 1e-6 <= 8 * len(payload) < needed + 8 + len(sizes)
+    assert len(payload) == payload_bytes(positions, sizes)
+    assert np.array_equal(unpack(payload, positions, sizes), indices)
+
+
+@pytest.mark.parametrize("size", [3, 1000, 2187, 65535])
+def test_mixed_radix_wastes_less_than_a_bit_a_block(size):
+    positions = 3 * int(32768 / math.log2(size)) + 17
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, size, (positions, 1))
+    payload = pack(indices, [size])
+    assert 0 <= 8 * len(payload) - positions * math.log2(size) < 4 + 7
+    assert np.array_equal(unpack(payload, positions, [size]), indices)
+
+
+def test_a_payload_that_no_indices_give_is_refused():
+    # Three indices of 5 codes: 125 values in 7 bits. 124 is the last, 125 to 127 are none.
+    assert unpack(bytes([124 << 1]), 3, [5])[:, 0].tolist() == [4, 4, 4]
+    for value in (125, 126, 127):
+        with pytest.raises(ValueError, match="out of range"):
+            unpack(bytes([value << 1]), 3, [5])
+    with pytest.raises(ValueError, match="padding"):
+        unpack(bytes([124 << 1 | 1]), 3, [5])
+    with pytest.raises(ValueError, match="2 bytes, not 1"):
+        unpack(bytes(2), 3, [5])
+    for index in (-1, 5):
+        with pytest.raises(ValueError, match="from 0 to 4"):
+            pack(np.array([[index]]), [5])
+
+
+# ---------------------------------------------------------------------------------------
+# Entropy coding
+# ---------------------------------------------------------------------------------------
+CODEBOOKS = {
+    "rfsq": ([256, 256], [8, 8, 4]),
+    "fsq": ([1024], [32, 32]),
+    "bits": ([2**20], [2] * 20),
+    "odd": ([45, 45, 45], [5, 3, 3]),
+    "ema": ([512, 512], None),
+    "no power": ([1000], None),
+    "fields": ([2**22], None),
+}
+
+
+def smooth(height: int, width: int, sizes, seed: int) -> np.ndarray:
+    """Indices (height, width, stages) that neighbours and stages have in common."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 12
+    wave = 0.5 + 0.4 * np.sin(y + rng.uniform(0, 6)) * np.cos(x + rng.uniform(0, 6))
+    noisy = [np.clip(wave + rng.normal(0, 0.02, wave.shape), 0, 0.999) for _ in sizes]
+    return np.stack([(n * size).astype(np.int64) for n, size in zip(noisy, sizes, strict=True)], -1)
+
+
+def fitted(name: str) -> entropy.EntropyModel:
+    sizes, levels = CODEBOOKS[name]
+    counts = entropy.Counts(sizes, levels)
+    for seed in range(3):
+        counts.add(smooth(24, 32, sizes, seed))
+    return counts.entropy_model()
+
+
+@needs_constriction
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_entropy_coder_is_lossless_and_saves(name):
+    model, (sizes, levels) = fitted(name), CODEBOOKS[name]
+    image = smooth(40, 33, sizes, 7)
+    payload = model.encode(image)
+    assert np.array_equal(model.decode(payload, (40, 33), len(sizes)), image)
+    if levels:  # 2,304 positions are too few to count every code on its own
+        assert len(payload) < payload_bytes(40 * 33, sizes)
+    rng = np.random.default_rng(0)
+    for shape in [(1, 1), (1, 9), (7, 1), (2, 3), (17, 16), (65, 20)]:
+        # Codes that were never seen, and the most frequent one alone, which is all but free.
+        for image in (
+            np.stack([rng.integers(0, size, shape) for size in sizes], -1),
+            np.zeros((*shape, len(sizes)), np.int64),
+        ):
+            for k in range(1, len(sizes) + 1):
+                payload = model.encode(image[..., :k])
+                assert np.array_equal(model.decode(payload, shape, k), image[..., :k])
+                model.check_length(len(payload), shape[0] * shape[1], k)
+
+
+@needs_constriction
+def test_neighbours_and_the_stage_before_pay():
+    sizes, _ = CODEBOOKS["rfsq"]
+    conditional, first_order = fitted("rfsq"), entropy.Counts(sizes, None)
+    for seed in range(3):
+        first_order.add(smooth(24, 32, sizes, seed))
+    image = smooth(40, 33, sizes, 7)
+    plain = first_order.entropy_model().encode(image)
+    assert len(conditional.encode(image)) < 0.9 * len(plain)
+
+
+@needs_constriction
+def test_coded_size_is_the_cross_entropy():
+    sizes = [16]
+    counts = entropy.Counts(sizes)
+    rng = np.random.default_rng(0)
+    counts.add(rng.binomial(15, 0.3, (100, 100, 1)))
+    model = counts.entropy_model()
+    image = rng.binomial(15, 0.3, (64, 64, 1))
+    p = model.tables[0][0][0] / entropy.total(16)
+    bits = -np.log2(p[image]).sum()
+    # The coder's start costs three bytes, its last word up to one.
+    assert bits <= 8 * len(model.encode(image)) + 1 < bits + 8 * 4 + 1
+
+
+def test_a_symbol_costs_a_minimum():
+    p = np.array([[1.0, 0, 0, 0], [0.25] * 4, [0, 0.5, 0.5, 0], [0, 0, 0.001, 0.999]])
+    table = entropy.frequencies(p)
+    whole = entropy.total(4)
+    assert (table.sum(1) == whole).all() and table.min() >= 1
+    assert table.max() == whole // 64 * 63
+    assert (np.abs(table[1:3] / whole - p[1:3]) < 1e-3).all()
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 512, 1000):
+        table = entropy.frequencies(rng.dirichlet([0.05] * size, 50))
+        assert (table.sum(1, dtype=np.int64) == entropy.total(size)).all() and table.min() >= 1
+        assert table.max() <= entropy.total(size) // 64 * 63
+
+
+@needs_constriction
+def test_claims_of_a_small_payload_are_refused():
+    model = fitted("rfsq")
+    image = np.zeros((50, 50, 2), np.int64)
+    least = len(model.encode(image))
+    model.check_length(least, 2500, 2)
+    with pytest.raises(ValueError, match="claims"):
+        model.check_length(least, 10**6, 2)
+
+
+@needs_constriction
+def test_a_stream_that_no_indices_give_is_refused():
+    model, (sizes, _) = fitted("rfsq"), CODEBOOKS["rfsq"]
+    payload = model.encode(smooth(10, 11, sizes, 3))
+    wrong = 0
+    for data in (payload[:-1], payload + b"\x01", payload + b"\0", b"", payload[4:], b"\x07" * 50):
+        with pytest.raises(ValueError, match="payload"):
+            model.decode(data, (10, 11), 2)
+        wrong += 1
+    assert wrong == 6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (23, 1), (2, 2), (8, 9), (17, 33), (64, 5)])
+def test_lattice_visits_each_position_once_after_its_neighbours(shape):
+    seen = np.zeros(shape, bool)
+    for step in lattice(*shape):
+        assert not seen[step.rows, step.columns].any()
+        if not step.alone:
+            assert seen[step.neighbours[:, 0], step.neighbours[:, 1]].all()
+        seen[step.rows, step.columns] = True
+    assert seen.all()
+    adjacent = [step for step in lattice(*shape) if step.kind[0] == 0]
+    for step in adjacent:  # their four neighbours are the adjacent ones, inside the grid
+        away = abs(step.neighbours - np.stack([step.rows, step.columns])[None]).sum(1)
+        assert (away == 1).all()
+
+
+@needs_constriction
+def test_the_decoder_needs_nothing_that_comes_later():
+    """Two images that agree up to some place decode alike up to there, whatever comes after."""
+    model, (sizes, _) = fitted("odd"), CODEBOOKS["odd"]
+    a = smooth(9, 9, sizes, 1)
+    assert np.array_equal(
+        model.decode(model.encode(a[..., :2]), (9, 9), 2),
+        model.decode(model.encode(a), (9, 9), 3)[..., :2],
+    )
+
+
+def test_codebooks_without_an_entropy_model_are_refused():
+    assert entropy.bit_fields(2**40) == [2**10] * 4 and entropy.bit_fields(2**13) == [2**7, 2**6]
+    assert entropy.bit_fields(4096) == [4096] and entropy.bit_fields(1000) == [1000]
+    with pytest.raises(ValueError, match="65537"):
+        entropy.bit_fields(65537)
+
+
+def test_without_constriction_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ValueError, match=r"pip install '.\[compress\]'"):
+        entropy.load_constriction()
+
+
+def test_tables_that_do_not_fit_are_refused():
+    model = fitted("rfsq")
+    for change in ("shape", "zero", "sum"):
+        tables = [[table.copy() for table in row] for row in model.tables]
+        if change == "shape":
+            tables[1][0] = tables[1][0][:-1]
+        else:
+            tables[1][0][3, :2] = [0, tables[1][0][3, :2].sum()] if change == "zero" else [1, 1]
+        with pytest.raises(ValueError, match="does not fit"):
+            entropy.EntropyModel(model.digits, model.ordered, tables)
+    assert entropy.EntropyModel(model.digits, model.ordered, model.tables).digest == model.digest

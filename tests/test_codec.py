@@ -1,0 +1,421 @@
+"""The codec: what a file decodes to, against the model; every bit counted; mutations of files."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import util
+from arguments import get_args
+from dataset import SyntheticDataset, denormalize, normalize
+from model import VQVAE
+from scripts import bitstream
+from scripts.codec import Codec, _reach
+from scripts.grid import tiles
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATIONS = {
+    "two": [],
+    "four": ["--rfsq-stages=4"],
+    "none": ["--rfsq-strategy=none"],
+    "image": ["--rfsq-statistics=image"],
+    "fsq": ["--quantizer=fsq", "--levels", "7", "5", "5", "3"],
+    "lfq": ["--quantizer=lfq"],
+    "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
+    "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
+}
+CODABLE = [*CONFIGURATIONS] if importlib.util.find_spec("constriction") else []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("codec")
+    for name, flags in CONFIGURATIONS.items():
+        make_checkpoint(root / f"{name}.pt", *flags)
+    return root
+
+
+def make_checkpoint(path, *flags, seed: int = 1):
+    """A model that has seen two batches; its latents and images are spread over the codes."""
+    torch.manual_seed(seed)
+    args = get_args(["--channel=16", *flags])
+    model = VQVAE(args)
+    with torch.no_grad():
+        model.encoder.layers[-1].weight.mul_(5)
+        model.decoder.layers[-1].weight.mul_(5)
+        for _ in range(2):
+            model(torch.randn(4, 3, 32, 32))
+    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    side = max(height, width, 8)
+    return SyntheticDataset(side, seed, 1)[0].permute(1, 2, 0).numpy()[:height, :width]
+
+
+def fitted(path) -> Codec:
+    codec = Codec(path)
+    counts = codec.counts()
+    for seed in range(2):
+        counts.add(codec.encode_indices(picture(64, 64, 10 + seed))[0])
+    codec.fit(counts)
+    return codec
+
+
+def of_model(codec: Codec, image: np.ndarray, stages: int) -> tuple[np.ndarray, torch.Tensor]:
+    """The model's own reconstruction, written out: (uint8 image, indices)."""
+    height, width = image.shape[:2]
+    f = codec.model.f
+    # Reflection about the last pixel, as often as is needed.
+    rows, columns = (
+        [
+            i if i < n else 0 if n == 1 else abs((i - n + 1) % (2 * n - 2) - (n - 1))
+            for i in range(m)
+        ]
+        for n, m in ((height, -(-height // f) * f), (width, -(-width // f) * f))
+    )
+    padded = torch.from_numpy(image[rows][:, columns].copy()).permute(2, 0, 1)
+    tokens = codec.model.encode(normalize(padded[None]))
+    indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
+    if codec.model.quantizer.stage_axis:
+        indices = indices[..., :stages]
+    pixels = denormalize(codec.model.decode(indices, *side))[0].clamp(0, 1) * 255
+    whole = pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return whole[:height, :width], indices
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("size", [(64, 48), (1, 1), (3, 5), (17, 33), (2, 70)])
+def test_a_file_is_the_models_own_reconstruction(name, size, folder):
+    codec = Codec(folder / f"{name}.pt")
+    image = picture(*size)
+    for stages in range(1, codec.stages + 1):
+        data = codec.encode(image, stages)
+        expected, indices = of_model(codec, image, stages)
+        assert np.array_equal(codec.decode(data), expected), stages
+        read = codec.read(data)[0]
+        assert np.array_equal(read.squeeze(-1) if indices.dim() == 3 else read, indices[0])
+        # Fewer stages of the whole file: the same image.
+        assert np.array_equal(codec.decode(codec.encode(image), stages), expected)
+    assert expected.std() > 5 or size == (1, 1)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_bytes_are_the_formula(name, folder):
+    codec = Codec(folder / f"{name}.pt")
+    quantizer = codec.model.quantizer
+    height, width = 50, 91
+    positions = math.ceil(height / codec.model.f) * math.ceil(width / codec.model.f)
+    bits = {"two": 22, "four": 40, "none": 22, "image": 22, "lfq": 12, "f8": 40}.get(name)
+    payload = math.ceil((bits or quantizer.bits) * positions / 8)
+    side = quantizer.side_bits / 8
+    assert side == (32 if name == "image" else 0)  # 2 stages, mean and std, 4 channels, 2 bytes
+    assert len(codec.encode(picture(height, width))) == 27 + side + payload
+    assert codec.bits == quantizer.bits
+
+
+def test_image_statistics_of_the_kept_stages_are_in_the_file(folder):
+    codec = Codec(folder / "image.pt")
+    image = picture(32, 40)
+    _, statistics = codec.model.encode(
+        normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    )
+    for stages in (1, 2):
+        data = codec.encode(image, stages)
+        side = np.frombuffer(data[23 : 23 + 16 * stages], "<f2").reshape(stages, 2, 4)
+        assert np.array_equal(side.astype(np.float32), statistics[0, :stages].numpy())
+        assert len(data) == 27 + 16 * stages + 11 * stages * 80 // 8
+    for value in (math.nan, math.inf, 0.0, -1.0):  # a std that cannot be
+        body = bytearray(data[:-4])
+        body[23 + 8 : 23 + 10] = np.array(value, "<f2").tobytes()
+        with pytest.raises(ValueError, match="statistics"):
+            codec.decode(repaired(body))
+
+
+@pytest.mark.parametrize("name", CODABLE)
+def test_entropy_coding_gives_the_same_indices(name, folder):
+    codec = fitted(folder / f"{name}.pt")
+    image = picture(52, 71)
+    for stages in range(1, codec.stages + 1):
+        plain, coded = (codec.encode(image, stages, entropy_coding=x) for x in (False, True))
+        assert coded[5] == 1 and plain[5] == 0
+        for a, b in zip(codec.read(plain), codec.read(coded), strict=True):
+            assert np.array_equal(a, b) if a is not None else b is None
+        assert np.array_equal(codec.decode(plain), codec.decode(coded))
+        whole = codec.encode(image, entropy_coding=True)
+        assert np.array_equal(codec.decode(whole, stages), codec.decode(plain))
+    if name in ("two", "four", "none", "image"):
+        assert len(coded) < 0.9 * len(plain)
+
+
+# ---------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["two", "f8", "image", "fsq"])
+def test_tiles_have_no_seam(name, folder):
+    whole, tiled = (Codec(folder / f"{name}.pt", tile=tile) for tile in (1024, 32))
+    image = picture(130, 190)
+    a, b = (codec.encode_indices(image)[0] for codec in (whole, tiled))
+    # The same sums in another order: the indices differ in ties alone.
+    assert (a != b).any(-1).mean() <= 0.002
+    indices, statistics, size = whole.read(whole.encode(image))
+    one, many = (codec.decode_indices(indices, statistics, size) for codec in (whole, tiled))
+    assert np.abs(one.astype(int) - many).max() <= 1 and (one != many).mean() < 0.001
+
+
+@pytest.mark.parametrize("name", ["two", "f8"])
+def test_the_margin_exceeds_the_reach(name, folder):
+    """A pixel, or a code, that lies beyond the margin changes nothing."""
+    model = Codec(folder / f"{name}.pt").model
+    f, side = model.f, 48
+    for network, start in (
+        (model.encoder, torch.randn(1, 3, side * f, side * f)),
+        (model.decoder, torch.randn(1, model.quantizer.dim, side, side)),
+    ):
+        reach = _reach(network)
+        changed = start.clone()
+        scale_in, scale_out = (f, 1) if network is model.encoder else (1, f)
+        middle = side // 2
+        changed[..., middle * scale_in : (middle + 1) * scale_in, :] += 1
+        with torch.no_grad():
+            differ = (network(changed) - network(start)).abs().amax((0, 1, 3)) > 1e-5
+        rows = differ.nonzero()[:, 0] // scale_out
+        assert middle in rows and 0 < reach < middle
+        assert middle - reach <= rows.min() and rows.max() <= middle + reach
+
+
+def test_tiles_cover_everything_once():
+    seen = np.zeros((17, 23), int)
+    for (top, bottom, left, right), (first, last, west, east) in tiles((17, 23), 5, 3):
+        seen[top:bottom, left:right] += 1
+        assert (first, west) == (max(0, top - 3), max(0, left - 3))
+        assert (last, east) == (min(17, bottom + 3), min(23, right + 3))
+    assert (seen == 1).all()
+
+
+# ---------------------------------------------------------------------------------------
+# Processes and checkpoints
+# ---------------------------------------------------------------------------------------
+FRESH = ("two", "image", "ema")
+
+
+def test_a_fresh_process_decodes_identically(folder, tmp_path):
+    """Another process, another number of threads; and the indices in a batch with other images."""
+    code = (
+        "import sys, numpy, torch; torch.set_num_threads(2); from scripts.codec import Codec\n"
+        "for name in sys.argv[3:]:\n"
+        "    codec = Codec(f'{sys.argv[1]}/{name}.pt')\n"
+        "    data = open(f'{sys.argv[2]}/{name}', 'rb').read()\n"
+        "    image = codec.decode(data); indices = codec.read(data)[0]\n"
+        "    numpy.savez(f'{sys.argv[2]}/{name}.npz', image=image, indices=indices)\n"
+    )
+    image = picture(61, 90)
+    codecs = {name: Codec(folder / f"{name}.pt") for name in FRESH}
+    for name, codec in codecs.items():
+        (tmp_path / name).write_bytes(codec.encode(image))
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code, folder, tmp_path, *FRESH]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    for name, codec in codecs.items():
+        data, other = (tmp_path / name).read_bytes(), np.load(tmp_path / f"{name}.npz")
+        indices, statistics, _ = codec.read(data)
+        assert np.array_equal(other["indices"], indices)
+        assert np.array_equal(other["image"], codec.decode(data))
+        side = () if statistics is None else (torch.tensor(statistics.astype(np.float32)),)
+        batch = torch.from_numpy(indices)[None].repeat(5, 1, 1, 1)
+        batch[1:] = 0
+        images = codec.model.decode(batch, *(x[None].repeat(5, 1, 1, 1) for x in side))
+        pixels = (denormalize(images)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        assert np.abs(pixels.numpy()[:61, :90].astype(int) - codec.decode(data)).max() <= 1
+
+
+def test_fingerprint_is_of_what_decoding_depends_on(folder, tmp_path):
+    saved = util.load_checkpoint(folder / "two.pt")
+    original = Codec(folder / "two.pt").fingerprint
+
+    def changed(key=None, **more) -> bytes:
+        state = {**saved, "model": dict(saved["model"]), **more}
+        if key:
+            state["model"][key] = state["model"][key] + 1e-3
+        util.save_checkpoint(tmp_path / "x.pt", state)
+        return Codec(tmp_path / "x.pt").fingerprint
+
+    assert len(original) == 8 and changed() == original
+    assert changed(optimizer={"a": torch.ones(3)}, step=9) == original
+    assert changed("encoder.layers.0.weight") == original  # decoding does not need it
+    for key in ("decoder.layers.0.weight", "quantizer.bias", "quantizer.running_mean"):
+        assert changed(key) != original
+    # The same weights and codebook sizes, another order of the levels.
+    assert changed(args={**saved["args"], "levels": [4, 8, 8, 8]}) != original
+
+
+def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
+    from model import load_model
+
+    codec = fitted(folder / "two.pt")
+    util.save_checkpoint(tmp_path / "coded.pt", codec.checkpoint)
+    again = Codec(tmp_path / "coded.pt")
+    assert again.fingerprint == codec.fingerprint == Codec(folder / "two.pt").fingerprint
+    assert again.entropy_model.digest == codec.entropy_model.digest
+    model, _, saved = load_model(tmp_path / "coded.pt")
+    assert saved["step"] == 2 and not model.training
+    saved["entropy_model"]["digits"] = [[8, 8, 4, 8]] * 2
+    util.save_checkpoint(tmp_path / "wrong.pt", {k: v for k, v in saved.items() if k != "checksum"})
+    with pytest.raises(ValueError, match="entropy model"):
+        Codec(tmp_path / "wrong.pt")
+
+
+# ---------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------
+def repaired(body: bytes) -> bytes:
+    """A file with a right checksum, from everything before it."""
+    return bytes(body) + struct.pack("<I", zlib.crc32(bytes(body)))
+
+
+def test_each_bad_file_says_what_is_wrong(folder):
+    codec, other = Codec(folder / "two.pt"), Codec(folder / "four.pt")
+    data = codec.encode(picture(32, 32))
+
+    def edit(place: int, new: bytes) -> bytes:
+        return repaired(data[:place] + new + data[place + len(new) : -4])
+
+    for bad, part in (
+        (b"", "empty"),
+        (data[:20], "truncated"),
+        (data[:-1], f"truncated or damaged: {len(data) - 1} bytes, of {len(data)}"),
+        (data + b"x", "checksum"),
+        (b"J" + data[1:], "no RFSQ file"),
+        (edit(4, b"\x02"), "newer version, 2"),
+        (edit(5, b"\x80"), "unknown flags 0x80"),
+        (edit(5, b"\x01"), "no entropy model"),
+        (edit(6, b"\x00"), "0 stages"),
+        (edit(6, b"\x03"), "3 stages"),
+        (edit(7, b"whatever"), "another model"),
+        (other.encode(picture(32, 32)), "another model"),
+        (edit(15, bytes(4)), "0x32"),
+        (edit(15, b"\xff" * 8), "more than the limit"),
+        (edit(15, struct.pack("<II", 13000, 13000)), "its header says"),
+        (edit(15, struct.pack("<I", 36)), "its header says"),
+        (repaired(data[:-5]), "its header says"),
+    ):
+        with pytest.raises(ValueError, match=part) as caught:
+            codec.decode(bad)
+        assert "\n" not in str(caught.value)
+    for bad in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bad // 8] ^= 1 << bad % 8
+        with pytest.raises(ValueError):
+            codec.check(bytes(flipped))
+    with pytest.raises(ValueError, match="3 stages are not there: the file holds 2"):
+        codec.decode(data, 3)
+    with pytest.raises(ValueError, match="no entropy model"):
+        codec.encode(picture(8, 8), entropy_coding=True)
+    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="image"):
+            codec.encode(image)
+
+
+FUZZ = """
+import random, resource, struct, sys, zlib
+import numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from test_codec import fitted, picture, repaired
+
+codec = fitted(sys.argv[1])
+codec.decode(codec.encode(picture(24, 28)))
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rng, outcomes = random.Random(0), {"error": 0, "image": 0}
+
+
+def number(bits):
+    return rng.getrandbits(rng.randint(1, bits))
+
+
+def mutate(data):
+    data, kind = bytearray(data), rng.randrange(7)
+    if kind == 0:
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del data[rng.randrange(len(data)):]
+    elif kind == 2:
+        place = rng.randrange(len(data))
+        data[place:place] = rng.randbytes(rng.randint(1, 40))
+    elif kind == 3:
+        place = rng.randrange(len(data))
+        del data[place:place + rng.randint(1, 40)]
+    elif kind == 4:
+        data[15:23] = struct.pack("<II", number(32), number(32))
+    elif kind == 5:
+        data[rng.choice([4, 5, 6])] = rng.randrange(256) if rng.random() < 0.5 else 1
+    else:
+        data[23:27] = struct.pack("<I", number(32))
+    # Half of them with the checksum repaired; of these, some with the length of the payload too.
+    if rng.random() < 0.5 or len(data) < 32:
+        return bytes(data), False
+    if data[5] & 1 and rng.random() < 0.5:
+        data[23:27] = struct.pack("<I", max(0, len(data) - 35))
+    return repaired(data[:-4]), True
+
+
+files = [
+    codec.encode(picture(24, 28, i), stages, coded)
+    for i in range(2) for stages in (1, 2) for coded in (False, CODED)
+]
+for _ in range(2400):
+    data, checked = mutate(rng.choice(files))
+    try:
+        image = codec.decode(data)
+        assert checked or data in files, "a mutation went through the checksum"
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.size > 0
+        outcomes["image"] += 1
+    except ValueError as error:
+        assert "\\n" not in str(error) and 10 < len(str(error)) < 200, error
+        outcomes["error"] += 1
+growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+print(outcomes["error"], outcomes["image"], growth // 1024)
+"""
+
+
+def test_2400_mutations_give_an_error_or_an_image(folder):
+    """In a process of its own, so that a crash, a hang and the peak of its memory are seen."""
+    coded = "True" if CODABLE else "False"
+    code = FUZZ.replace("CODED)", f"{coded})")
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder / "two.pt"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors, images, growth = map(int, done.stdout.split())
+    assert errors + images == 2400 and errors > 1000 and images > 50
+    assert growth < 256  # MiB
+
+
+def test_a_gigantic_claim_allocates_nothing(folder):
+    """A header with as many pixels as there may be, over a payload of a few bytes."""
+    codec = fitted(folder / "two.pt") if CODABLE else Codec(folder / "two.pt")
+    peak = util.peak_memory_mib(torch.device("cpu"))
+    for coded in (False, True) if CODABLE else (False,):
+        data = bytearray(codec.encode(picture(16, 16), entropy_coding=coded)[:-4])
+        data[15:23] = struct.pack("<II", 13000, 13000)
+        with pytest.raises(ValueError, match=r"header says|claims"):
+            codec.decode(repaired(data))
+    assert util.peak_memory_mib(torch.device("cpu")) - peak < 20
+    with pytest.raises(ValueError, match="more than the limit"):
+        codec.encode(np.broadcast_to(np.uint8(0), (20000, 10000, 3)))
+    assert bitstream.MAX_PIXELS == 178_956_970

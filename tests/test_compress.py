@@ -1,0 +1,248 @@
+"""`compress.py` as a user runs it: names, bytes, PSNR, and what it says about bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import util
+from arguments import get_args
+from dataset import SyntheticDataset
+from model import VQVAE
+from scripts import compress
+from scripts.codec import Codec
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_constriction = pytest.mark.skipif(
+    importlib.util.find_spec("constriction") is None, reason="optional extra"
+)
+
+
+def make_checkpoint(path, *flags):
+    torch.manual_seed(1)
+    args = get_args(["--channel=16", *flags])
+    model = VQVAE(args)
+    with torch.no_grad():
+        model.encoder.layers[-1].weight.mul_(5)
+        model.decoder.layers[-1].weight.mul_(5)
+        for _ in range(2):
+            model(torch.randn(4, 3, 32, 32))
+    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with two checkpoints and `images/`: a.png, below/b.jpg, below/deep/c.webp."""
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint("model.pt")
+    make_checkpoint("other.pt", "--rfsq-stages=4")
+    for i, name in enumerate(["a.png", "below/b.jpg", "below/deep/c.webp"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = SyntheticDataset(50, i, 1)[0].permute(1, 2, 0).numpy()[:37, : 40 + i]
+        Image.fromarray(image).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / ".hidden.png").write_text("no image")
+    return tmp_path
+
+
+def run(line: str):
+    return compress.main(line.split())
+
+
+def refused(line: str, capfd) -> str:
+    """The one line on standard error with which a command ends, exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        util.run_script(lambda: run(line))
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_there_and_back(here, capsys):
+    result = run("encode images --load model.pt --out coded --json coded.json")
+    assert files(here / "coded") == ["a.rfsq", "below/b.rfsq", "below/deep/c.rfsq"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    decoded = run("decode coded --load model.pt --out back --json back.json")
+    assert files(here / "back") == ["a.png", "below/b.png", "below/deep/c.png"]
+    codec = Codec("model.pt")
+    for i, (row, name) in enumerate(zip(result["images"], files(here / "coded"), strict=True)):
+        data = (here / "coded" / name).read_bytes()
+        back = np.asarray(Image.open((here / "back" / name).with_suffix(".png")))
+        assert np.array_equal(back, codec.decode(data)) and back.shape == (37, 40 + i, 3)
+        # 10 x 10, or 10 x 11, positions of 22 bits; header and checksum.
+        payload = math.ceil(22 * 10 * math.ceil((40 + i) / 4) / 8)
+        assert row["bytes"] == len(data) == payload + 27 and row["payload_bytes"] == payload
+        assert row["bpp"] == 8 * len(data) / (37 * (40 + i))
+        original = compress.read_image(here / "images" / row["name"]).astype(float)
+        expected = 10 * math.log10(255**2 / np.square(original - back).mean())
+        assert row["psnr"] == pytest.approx(expected)
+        for part in (row["name"], f"{40 + i}x37", f"{len(data)} bytes", f"{row['bpp']:.4f} bpp"):
+            assert part in lines[i]
+        assert f"{expected:.2f} dB" in lines[i]
+    assert result["bytes"] == sum(row["bytes"] for row in result["images"])
+    assert f"{result['bytes']} bytes" in lines[3].replace(",", "") and "3 images" in lines[3]
+    assert json.loads(Path("coded.json").read_text()) == result
+    assert json.loads(Path("back.json").read_text()) == decoded
+
+
+def test_stages_in_the_file_or_at_decoding_are_the_same_image(here, capsys):
+    run("encode images/a.png --load model.pt --out one --stages 1")
+    run("encode images/a.png --load model.pt --out both")
+    for where, flags in (("one", ""), ("both", " --stages 1"), ("both", "")):
+        out = f"{where}{len(flags)}"
+        run(f"decode {where}/a.rfsq --load model.pt --out {out}{flags}")
+    one, first, both = (Path(x, "a.png").read_bytes() for x in ("one0", "both11", "both0"))
+    assert one == first != both
+    short, long = (len(Path(x, "a.rfsq").read_bytes()) for x in ("one", "both"))
+    assert (short - 27, long - 27) == (138, 275)  # 11 and 22 bits x 100 positions
+
+
+@needs_constriction
+def test_fit_then_entropy_coding(here, capsys):
+    run("fit images --load model.pt --out runs/coded.pt")
+    plain = run("encode images --load runs/coded.pt --out plain")
+    capsys.readouterr()
+    coded = run("encode images --load runs/coded.pt --out coded --entropy-coding")
+    assert [row["psnr"] for row in coded["images"]] == [row["psnr"] for row in plain["images"]]
+    assert coded["fixed_bytes"] == plain["bytes"] == plain["fixed_bytes"]
+    assert coded["bytes"] < 0.9 * plain["bytes"]
+    saving = 100 * (1 - coded["bytes"] / plain["bytes"])
+    assert f"{saving:.1f} % less" in capsys.readouterr().out.splitlines()[-1]
+    for where in ("plain", "coded"):
+        run(f"decode {where} --load runs/coded.pt --out {where}-back")
+    for name in files(here / "plain-back"):
+        a, b = (Path(x, name).read_bytes() for x in ("plain-back", "coded-back"))
+        assert a == b
+
+
+def test_names_that_meet_are_refused_before_anything_is_written(here, capfd):
+    (here / "images" / "a.jpg").write_bytes((here / "images" / "below" / "b.jpg").read_bytes())
+    line = refused("encode images --load model.pt --out coded", capfd)
+    assert "images/a.jpg" in line and "images/a.png" in line
+    line = refused("encode images/a.png images/below/../a.png --load model.pt --out coded", capfd)
+    assert "would both become" in line and not Path("coded").exists()
+
+
+def test_existing_outputs_stay_without_force(here, capfd):
+    run("encode images/a.png --load model.pt --out coded")
+    Path("coded/a.rfsq").write_bytes(b"mine")
+    line = refused("encode images/below/b.jpg images/a.png --load model.pt --out coded", capfd)
+    assert "coded/a.rfsq exists" in line and "--force" in line
+    assert Path("coded/a.rfsq").read_bytes() == b"mine" and files(here / "coded") == ["a.rfsq"]
+    run("encode images/a.png --load model.pt --out coded --force")
+    assert Path("coded/a.rfsq").read_bytes()[:4] == b"RFSQ"
+    Path("back").mkdir()
+    Path("back/a.png").write_bytes(b"mine")
+    assert "back/a.png exists" in refused("decode coded --load model.pt --out back", capfd)
+    run("decode coded --load model.pt --out back --force")
+    line = refused("fit images --load model.pt --out other.pt", capfd)
+    assert "other.pt exists" in line
+
+
+def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
+    run("encode images/a.png --load model.pt --out coded")
+    data = Path("coded/a.rfsq").read_bytes()
+    flipped = bytearray(data)
+    flipped[60] ^= 4
+    gigantic = bytearray(data)
+    gigantic[15:23] = b"\xff" * 8
+    for name, content, part in (
+        ("empty", b"", "empty"),
+        ("cut", data[:100], "truncated"),
+        ("head", data[:10], "truncated"),
+        ("flipped", bytes(flipped), "checksum"),
+        ("png", Path("images/a.png").read_bytes(), "no RFSQ file"),
+        ("newer", data[:4] + b"\x09" + data[5:], "newer version, 9"),
+        ("gigantic", bytes(gigantic), "more than the limit"),
+        ("long", data + bytes(5), "damaged"),
+    ):
+        Path(f"{name}.rfsq").write_bytes(content)
+        line = refused(f"decode {name}.rfsq --load model.pt --out back", capfd)
+        assert part in line and f"{name}.rfsq" in line and not Path("back").exists()
+    line = refused("decode coded --load other.pt --out back", capfd)
+    assert "another model" in line and not Path("back").exists()
+    with open("huge.rfsq", "wb") as file:  # a sparse file, of which the header alone is read
+        file.write(data)
+        file.truncate(2**40)
+    assert "more than" in refused("decode huge.rfsq --load model.pt --out back", capfd)
+    # What came before the bad one stays.
+    line = refused("decode coded/a.rfsq cut.rfsq --load model.pt --out back", capfd)
+    assert "cut.rfsq" in line and files(here / "back") == ["a.png"]
+
+
+def test_bad_input_is_one_line_and_code_2(here, capfd):
+    Path("broken.png").write_bytes(Path("images/a.png").read_bytes()[:200])
+    Path("nothing").mkdir()
+    Image.new("L", (20000, 10000)).save("vast.png")
+    coded = "--load model.pt --out out"
+    for line, part in (
+        (f"encode nowhere {coded}", "nowhere does not exist"),
+        (f"encode nothing {coded}", "folder nothing holds no file"),
+        (f"encode broken.png {coded}", "cannot read image broken.png"),
+        (f"encode images/notes.txt {coded}", "cannot read image images/notes.txt"),
+        (f"encode vast.png {coded}", "178956970"),
+        ("encode images --load nowhere.pt --out out", "nowhere.pt"),
+        ("encode images --load images/a.png --out out", "not a checkpoint"),
+        ("encode images --load model.pt --out model.pt", "model.pt"),
+        (f"encode images {coded} --stages 3", "the model has 2"),
+        (f"encode images {coded} --stages 0", "--stages"),
+        (f"encode images {coded} --entropy-coding", "fit"),
+        (f"decode images {coded}", "folder images holds no file named .rfsq"),
+        ("encode images --load model.pt", "--out"),
+        ("squash images --load model.pt", "squash"),
+        ("", "COMMAND"),
+    ):
+        assert part in refused(line, capfd), line
+    assert not Path("out").exists()
+
+
+def test_images_are_read_as_in_training(tmp_path):
+    half = np.zeros((2, 2, 4), np.uint8)
+    half[..., 3] = [[0, 255], [255, 0]]
+    Image.fromarray(half).save(tmp_path / "clear.png")
+    image = compress.read_image(tmp_path / "clear.png")
+    assert image[..., 0].tolist() == [[255, 0], [0, 255]]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 3)).save(tmp_path / "turned.jpg", exif=exif)
+    assert compress.read_image(tmp_path / "turned.jpg").shape == (6, 3, 3)
+
+
+def test_psnr_of_equal_images_is_infinite_and_none_in_json():
+    image = np.full((3, 4, 3), 7, np.uint8)
+    assert compress.psnr(image, image) == math.inf
+    assert compress.psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
+    assert compress.finite(math.inf) is None and compress.finite(31.5) == 31.5
+
+
+def test_as_a_command(here):
+    """In a process of its own: what a shell sees."""
+    script = [sys.executable, str(ROOT / "scripts" / "compress.py")]
+    flags = ["--load", "model.pt", "--out", "coded"]
+    done = subprocess.run([*script, "encode", "images", *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 4
+    Path("coded/a.rfsq").write_bytes(b"RFSQ")
+    done = subprocess.run(
+        [*script, "decode", "coded/a.rfsq", "--load=model.pt", "--out=back"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == "" and not Path("back").exists()
+    assert done.stderr.startswith("compress.py: error: coded/a.rfsq is truncated")
+    assert len(done.stderr.splitlines()) == 1
