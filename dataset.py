@@ -97,7 +97,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An image file as RGB: upright, its first frame, transparency over white.
+
+    Raises:
+        UnreadableImage: one line that names the file; also for more than 178,956,970 pixels, the
+            size from which Pillow suspects a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as file:
+                if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"{file.width}x{file.height} pixels are too many")
+                file.load()  # before EXIF: reading that loads a PNG, and hides its errors
+                turn = _UPRIGHT.get(_orientation(file))
+                return _to_rgb(file if turn is None else file.transpose(turn))
+    except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(
+            f"cannot read image {path}: {reason}; remove it or repair it"
+        ) from error
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size`, then the centre square; rounds as torchvision's transforms do."""
     width, height = image.size
     short = min(width, height)
@@ -174,21 +198,7 @@ class ImageFolderDataset(Dataset):
         return self.root / self.name(index)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = self.path(index)
-        try:
-            with warnings.catch_warnings():
-                # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
-                warnings.simplefilter("ignore")
-                with Image.open(path) as file:
-                    file.load()  # before EXIF: reading that loads a PNG, and hides its errors
-                    turn = _UPRIGHT.get(_orientation(file))
-                    image = _to_rgb(file if turn is None else file.transpose(turn))
-            pixels = np.array(_fit(image, self.img_size))
-        except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(
-                f"cannot read image {path}: {reason}; remove it or repair it"
-            ) from error
+        pixels = np.array(fit(read_image(self.path(index)), self.img_size))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +24,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dataset
 import util
 from arguments import Parser, number
-from dataset import IMAGE_SUFFIXES, UnreadableImage
+from dataset import IMAGE_SUFFIXES, read_image
 from scripts import bitstream, entropy
 from scripts.codec import Codec
 
@@ -100,25 +98,6 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"folder {folder} cannot be made ({error.strerror})") from error
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image as `dataset.py` sees it: uint8 (H, W, 3), upright, transparency over white.
-
-    Raises:
-        UnreadableImage: one line that names the file.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as file:
-                bitstream.check_size(*file.size)  # before anything is decoded
-                file.load()
-                turn = dataset._UPRIGHT.get(dataset._orientation(file))
-                return np.asarray(dataset._to_rgb(file if turn is None else file.transpose(turn)))
-    except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"cannot read image {path}: {reason}") from error
-
-
 def read_file(path: Path, codec: Codec) -> bytes:
     """The bytes of a `.rfsq` file, of which no more are read than its header can stand for.
 
@@ -172,7 +151,7 @@ def encode(flags) -> dict:
         entropy.load_constriction()
     rows = []
     for (path, below), out in zip(progress(files, "image"), names, strict=True):
-        image = read_image(path)
+        image = np.asarray(read_image(path))
         indices, statistics = codec.encode_indices(image)
         size = image.shape[:2]
         data = codec.write(indices, statistics, size, flags.stages, flags.entropy_coding)
@@ -243,7 +222,7 @@ def fit(flags) -> dict:
     codec = Codec(flags.load, util.setup_processes())
     counts = codec.counts()
     for path, _ in progress(files, "image"):
-        counts.add(codec.encode_indices(read_image(path))[0])
+        counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
     make_folder(out.parent)
     util.save_checkpoint(out, codec.fit(counts))
     say(f"counted the codes of {len(files)} images\n{out}")

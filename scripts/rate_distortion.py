@@ -38,14 +38,14 @@ from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dataset
 import util
 from arguments import Parser, number
+from dataset import IMAGE_SUFFIXES, fit, read_image
 from loss import Perceptual, lpips_network
 from metric import PSNR_CAP
 from scripts import bitstream
 from scripts.codec import Codec
-from scripts.compress import find, progress, psnr, read_image
+from scripts.compress import find, progress, psnr
 from scripts.stages import load_figure
 
 PAYLOAD, BYTES, PSNR, LPIPS = range(4)  # columns of measurements: bytes, bytes, dB, distance
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise ValueError("this script runs in one process: start it without torchrun")
 
     device = util.setup_processes()
-    files = [path for path, _ in find([flags.images], dataset.IMAGE_SUFFIXES)]
+    files = [path for path, _ in find([flags.images], IMAGE_SUFFIXES)]
     count = min(flags.limit or len(files), len(files))
     ours = {path: Ours(path, device) for path in flags.load}
     problems = {rival.name: rival.problem() for rival in RIVALS}
@@ -302,8 +302,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     coders, measured, pixels = [*ours.values(), *rivals], [], []
     for path in progress([files[i * len(files) // count] for i in range(count)], "image"):
         image = read_image(path)
-        if flags.img_size:
-            image = np.asarray(dataset._fit(Image.fromarray(image), flags.img_size))
+        image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
         pixels.append(image.shape[0] * image.shape[1])
         measured.append([measure(image, coder, perceptual) for coder in coders])
     values = [np.stack(images) for images in zip(*measured, strict=True)]  # (images, settings, 4)

@@ -214,7 +214,7 @@ def load_figure() -> type:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            "--figures needs matplotlib: pip install matplotlib, or leave --figures out"
+            "figures need matplotlib: pip install '.[figures]', or leave them out"
         ) from error
     return Figure
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import util
 from arguments import get_args
-from dataset import SyntheticDataset
+from dataset import SyntheticDataset, read_image
 from model import VQVAE
 from scripts import compress
 from scripts.codec import Codec
@@ -89,7 +89,7 @@ def test_a_folder_there_and_back(here, capsys):
         payload = math.ceil(22 * 10 * math.ceil((40 + i) / 4) / 8)
         assert row["bytes"] == len(data) == payload + 27 and row["payload_bytes"] == payload
         assert row["bpp"] == 8 * len(data) / (37 * (40 + i))
-        original = compress.read_image(here / "images" / row["name"]).astype(float)
+        original = np.asarray(read_image(here / "images" / row["name"])).astype(float)
         expected = 10 * math.log10(255**2 / np.square(original - back).mean())
         assert row["psnr"] == pytest.approx(expected)
         for part in (row["name"], f"{40 + i}x37", f"{len(data)} bytes", f"{row['bpp']:.4f} bpp"):
@@ -216,12 +216,12 @@ def test_images_are_read_as_in_training(tmp_path):
     half = np.zeros((2, 2, 4), np.uint8)
     half[..., 3] = [[0, 255], [255, 0]]
     Image.fromarray(half).save(tmp_path / "clear.png")
-    image = compress.read_image(tmp_path / "clear.png")
+    image = np.asarray(read_image(tmp_path / "clear.png"))
     assert image[..., 0].tolist() == [[255, 0], [0, 255]]
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 3)).save(tmp_path / "turned.jpg", exif=exif)
-    assert compress.read_image(tmp_path / "turned.jpg").shape == (6, 3, 3)
+    assert np.asarray(read_image(tmp_path / "turned.jpg")).shape == (6, 3, 3)
 
 
 def test_psnr_of_equal_images_is_infinite_and_none_in_json():
