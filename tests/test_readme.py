@@ -36,7 +36,7 @@ def clone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         patched.setattr(train, "lpips_network", lambda *args, **kwargs: None)
-        for name in ("images", "data/imagenet/val"):
+        for name in ("images", "data/imagenet/train", "data/imagenet/val"):
             Path(name).mkdir(parents=True)
             for i, image in enumerate(SyntheticDataset(32, 0, 4)):
                 save_image(image / 255, f"{name}/{i}.png")
