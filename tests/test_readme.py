@@ -124,6 +124,18 @@ def test_python_block(block, clone, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_slurm_script_ends_when_training_is_killed(clone, tmp_path):
+    """By the memory limit, say: neither an endless loop nor a job that is requeued for ever."""
+    (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
+    script = re.sub(r"^python .* &$", "sh -c 'kill -9 $$' &", script, flags=re.M)
+    assert "kill -9" in script
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    variables = environment(clone) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", script], env=variables, timeout=30, capture_output=True)
+    assert not (tmp_path / "requeued").exists()
+
+
 def test_slurm_script_requeues_itself(clone, tmp_path):
     """The warning reaches the script alone; training saves and stops, and the job is requeued."""
     (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
@@ -135,7 +147,8 @@ def test_slurm_script_requeues_itself(clone, tmp_path):
     variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
     job = subprocess.Popen(["bash", "-c", script], cwd=clone, env=variables)
     for _ in range(600):
-        if (tmp_path / "run" / "metrics.jsonl").exists():
+        log = tmp_path / "run" / "metrics.jsonl"
+        if log.exists() and log.read_text():  # the first step is done: signals are heeded
             break
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
