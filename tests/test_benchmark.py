@@ -102,12 +102,7 @@ def test_your_own_images(tmp_path):
     check(part["rows"])
 
 
-def test_lpips_without_its_weights(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+def test_lpips_without_its_weights(no_lpips):
     result = benchmark.main([*TINY, "--only=step", "--lpips-net=vgg"])["step"]
     assert "LPIPS(vgg, random weights)" in result["times"]["title"]
     assert "LPIPS" in [row["part"] for row in result["parts"]["rows"]]

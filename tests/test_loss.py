@@ -33,24 +33,23 @@ def one_thread():
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A torch.hub folder with a SqueezeNet of random weights, as torchvision would cache it."""
-    before, folder = torch.hub.get_dir(), tmp_path_factory.mktemp("hub")
-    torch.hub.set_dir(str(folder))
-    (folder / "checkpoints").mkdir()
+    torch_home = tmp_path_factory.mktemp("torch")
+    folder = torch_home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    torch.save(state, folder / "checkpoints" / FILES["squeeze"])
-    yield folder / "checkpoints"
-    torch.hub.set_dir(before)
+    torch.save(state, folder / FILES["squeeze"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(torch_home))
+        yield folder
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints"
-    torch.hub.set_dir(before)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,15 @@ STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def squeeze(tmp_path_factory):
-    threads, before = torch.get_num_threads(), torch.hub.get_dir()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several are slower for images this small
-    folder = tmp_path_factory.mktemp("hub")
-    torch.hub.set_dir(str(folder))
-    (folder / "checkpoints").mkdir()
+    torch_home = tmp_path_factory.mktemp("torch")
+    (torch_home / "hub" / "checkpoints").mkdir(parents=True)
     state = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    torch.save(state, folder / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
-    yield Perceptual("squeeze")
-    torch.hub.set_dir(before)
+    torch.save(state, torch_home / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(torch_home))
+        yield Perceptual("squeeze")
     torch.set_num_threads(threads)
 
 
