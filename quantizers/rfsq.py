@@ -38,7 +38,6 @@ class RFSQ(Quantizer):
           channel. At the start gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), close to
           the least squared error of a unit Gaussian for L = 3 to 64: with gain 1 the tanh
           saturates, and the codes of an even L lie around -1/L.
-
         - `geometric` (not in the paper): one bound at the input in place of one in each stage,
           y = tanh(0.8 z), of which stage k takes the k-th digit in base L: its cells are 1/L as
           wide as those of the stage before, and the residual is a rounding error that shrinks by L
@@ -176,8 +175,7 @@ class RFSQ(Quantizer):
             residual = z.float()
             grid = self._grid(residual)
             quantized, indices, statistics = None, [], []
-            dropout = self.training and self.stage_dropout > 0
-            kept = self._stages_kept(residual) if dropout else None
+            kept = self._stages_kept(residual)
             if self.statistics == "global":
                 # Copies, for autograd keeps them and the next forward changes the buffers.
                 means = list(self.running_mean.clone().unbind())
@@ -193,14 +191,13 @@ class RFSQ(Quantizer):
                         means[stage], variances[stage] = _average(
                             means[stage], variances[stage], residual.detach(), weight, scratch
                         )
-                    mean = per_channel(means[stage], residual)
-                    std = (per_channel(variances[stage], residual) + VAR_EPS).sqrt()
+                    mean, std = _mean_std(means[stage], variances[stage], residual)
                 last = stage == self.stages - 1
                 before = quantized
                 quantized, residual, rounded = Stage.apply(
                     residual, quantized, gain, bias, mean, std, scratch, last, *grid
                 )
-                if dropout and stage:
+                if kept is not None and stage:
                     quantized = torch.where(kept > stage, quantized, before)
                 indices.append(self.fsq.pack(rounded))
             if self.statistics == "global" and self.training:
@@ -248,7 +245,7 @@ class RFSQ(Quantizer):
                     per_channel(x, rounded) for x in statistics[:, stage].float().unbind(1)
                 )
             elif self.statistics == "global":
-                mean, std = self._global_statistics(stage, rounded)
+                mean, std = _mean_std(self.running_mean[stage], self.running_var[stage], rounded)
             a, b = affine(*self._maps(rounded)[stage], mean, std)
             codes = dequantize(rounded, a, b, per_channel(self.fsq.half_levels, rounded))
             quantized = codes if quantized is None else quantized + codes
@@ -257,7 +254,7 @@ class RFSQ(Quantizer):
     def _forward_geometric(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of `geometric`."""
         bounded = self.target(z)
-        kept = self._stages_kept(z) if self.training and self.stage_dropout else None
+        kept = self._stages_kept(z)
         with torch.no_grad():
             levels, half = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
             residual, quantized, indices = bounded, None, []
@@ -300,16 +297,18 @@ class RFSQ(Quantizer):
         if self.statistics == "image":
             mean, std = (per_channel(x, residual) for x in _image_statistics(residual).unbind(1))
         elif self.statistics == "global":
-            mean, std = self._global_statistics(stage, residual)
+            mean, std = _mean_std(self.running_mean[stage], self.running_var[stage], residual)
         a, b = affine(*self._maps(residual)[stage], mean, std)
         return residual * (1 if a is None else a) + (0 if b is None else b)
 
-    def _stages_kept(self, like: Tensor) -> Tensor:
-        """Under stage dropout, how many stages each image of `like` keeps: (B, 1, ...).
+    def _stages_kept(self, like: Tensor) -> Tensor | None:
+        """How many stages each image of `like` keeps, (B, 1, ...); None without stage dropout.
 
         Drawn for the images of all processes by each of them, so that they do together what one
         does alone, as long as their random states are equal.
         """
+        if not (self.training and self.stage_dropout):
+            return None
         n, each = processes(), len(like)
         drop, k = torch.rand(2, n * each, device=like.device)
         kept = torch.where(
@@ -332,11 +331,6 @@ class RFSQ(Quantizer):
         shape = (5, 1, -1, *[1] * (like.dim() - 2))
         return list(self.fsq.grid.view(shape).unbind())
 
-    def _global_statistics(self, stage: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and std of a stage, shaped to broadcast against `like`."""
-        std = (self.running_var[stage] + VAR_EPS).sqrt()
-        return per_channel(self.running_mean[stage], like), per_channel(std, like)
-
     @torch.no_grad()
     def _keep(self, moments: Tensor) -> None:
         """Make means and variances (2, stages, dim) the running ones, unless one is not finite.
@@ -347,6 +341,11 @@ class RFSQ(Quantizer):
         for running, new in zip((self.running_mean, self.running_var), moments, strict=True):
             running.copy_(torch.where(finite, new, running))
         self.batches += finite
+
+
+def _mean_std(mean: Tensor, var: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of running statistics (C,), shaped to broadcast against `like`."""
+    return per_channel(mean, like), (per_channel(var, like) + VAR_EPS).sqrt()
 
 
 @torch.no_grad()

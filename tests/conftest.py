@@ -4,6 +4,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import util
+from arguments import get_args
+from model import VQVAE
+
 # The same examples in every run, and no limit on a machine that is busy with something else.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
@@ -27,3 +31,19 @@ def no_lpips(monkeypatch, tmp_path):
         raise OSError("no network in tests")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+def make_checkpoint(path, *flags, contrast=1.0):
+    """A model that has seen two batches, so that running statistics and codebooks are not new.
+
+    Its latents are spread over the codes, and its images, with a `contrast` above 1, over [0, 1].
+    """
+    torch.manual_seed(1)
+    args = get_args([*flags])
+    model = VQVAE(args)
+    with torch.no_grad():
+        model.encoder.layers[-1].weight.mul_(5)
+        model.decoder.layers[-1].weight.mul_(contrast)
+        for _ in range(2):
+            model(torch.randn(4, 3, 32, 32))
+    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})

@@ -16,10 +16,6 @@ from scripts import bitstream, entropy
 from scripts.bitstream import Header, pack, payload_bytes, unpack
 from scripts.grid import lattice
 
-needs_constriction = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("constriction") is None, reason="optional extra"
-)
-
 
 # ---------------------------------------------------------------------------------------
 # Layout
@@ -167,7 +163,6 @@ def fitted(name: str) -> entropy.EntropyModel:
     return counts.entropy_model()
 
 
-@needs_constriction
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_entropy_coder_is_lossless_and_saves(name):
     model, (sizes, levels) = fitted(name), CODEBOOKS[name]
@@ -189,7 +184,6 @@ def test_entropy_coder_is_lossless_and_saves(name):
                 model.check_length(len(payload), shape[0] * shape[1], k)
 
 
-@needs_constriction
 def test_neighbours_and_the_stage_before_pay():
     sizes, _ = CODEBOOKS["rfsq"]
     conditional, first_order = fitted("rfsq"), entropy.Counts(sizes, None)
@@ -200,7 +194,6 @@ def test_neighbours_and_the_stage_before_pay():
     assert len(conditional.encode(image)) < 0.9 * len(plain)
 
 
-@needs_constriction
 def test_coded_size_is_the_cross_entropy():
     sizes = [16]
     counts = entropy.Counts(sizes)
@@ -228,7 +221,6 @@ def test_a_symbol_costs_a_minimum():
         assert table.max() <= entropy.total(size) // 64 * 63
 
 
-@needs_constriction
 def test_claims_of_a_small_payload_are_refused():
     model = fitted("rfsq")
     image = np.zeros((50, 50, 2), np.int64)
@@ -238,7 +230,6 @@ def test_claims_of_a_small_payload_are_refused():
         model.check_length(least, 10**6, 2)
 
 
-@needs_constriction
 def test_a_stream_that_no_indices_give_is_refused():
     model, (sizes, _) = fitted("rfsq"), CODEBOOKS["rfsq"]
     payload = model.encode(smooth(10, 11, sizes, 3))
@@ -265,7 +256,6 @@ def test_lattice_visits_each_position_once_after_its_neighbours(shape):
         assert (away == 1).all()
 
 
-@needs_constriction
 def test_the_decoder_needs_nothing_that_comes_later():
     """Two images that agree up to some place decode alike up to there, whatever comes after."""
     model, (sizes, _) = fitted("odd"), CODEBOOKS["odd"]

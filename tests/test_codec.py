@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import struct
@@ -14,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_checkpoint
 
 import util
-from arguments import get_args
 from dataset import SyntheticDataset, denormalize, normalize
-from model import VQVAE
 from scripts import bitstream
 from scripts.codec import Codec, _reach
 from scripts.grid import tiles
@@ -34,28 +32,14 @@ CONFIGURATIONS = {
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
     "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
 }
-CODABLE = [*CONFIGURATIONS] if importlib.util.find_spec("constriction") else []
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("codec")
     for name, flags in CONFIGURATIONS.items():
-        make_checkpoint(root / f"{name}.pt", *flags)
+        make_checkpoint(root / f"{name}.pt", "--channel=16", *flags, contrast=5)
     return root
-
-
-def make_checkpoint(path, *flags, seed: int = 1):
-    """A model that has seen two batches; its latents and images are spread over the codes."""
-    torch.manual_seed(seed)
-    args = get_args(["--channel=16", *flags])
-    model = VQVAE(args)
-    with torch.no_grad():
-        model.encoder.layers[-1].weight.mul_(5)
-        model.decoder.layers[-1].weight.mul_(5)
-        for _ in range(2):
-            model(torch.randn(4, 3, 32, 32))
-    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -142,7 +126,7 @@ def test_image_statistics_of_the_kept_stages_are_in_the_file(folder):
             codec.decode(repaired(body))
 
 
-@pytest.mark.parametrize("name", CODABLE)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_entropy_coding_gives_the_same_indices(name, folder):
     codec = fitted(folder / f"{name}.pt")
     image = picture(52, 71)
@@ -391,8 +375,7 @@ print(outcomes["error"], outcomes["image"], growth // 1024)
 
 def test_2400_mutations_give_an_error_or_an_image(folder):
     """In a process of its own, so that a crash, a hang and the peak of its memory are seen."""
-    coded = "True" if CODABLE else "False"
-    code = FUZZ.replace("CODED)", f"{coded})")
+    code = FUZZ.replace("CODED)", "True)")
     done = subprocess.run(
         [sys.executable, "-c", code, folder / "two.pt"],
         cwd=ROOT,
@@ -408,9 +391,9 @@ def test_2400_mutations_give_an_error_or_an_image(folder):
 
 def test_a_gigantic_claim_allocates_nothing(folder):
     """A header with as many pixels as there may be, over a payload of a few bytes."""
-    codec = fitted(folder / "two.pt") if CODABLE else Codec(folder / "two.pt")
+    codec = fitted(folder / "two.pt")
     peak = util.peak_memory_mib(torch.device("cpu"))
-    for coded in (False, True) if CODABLE else (False,):
+    for coded in (False, True):
         data = bytearray(codec.encode(picture(16, 16), entropy_coding=coded)[:-4])
         data[15:23] = struct.pack("<II", 13000, 13000)
         with pytest.raises(ValueError, match=r"header says|claims"):

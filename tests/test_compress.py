@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -11,40 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import make_checkpoint
 from PIL import Image
 
 import util
-from arguments import get_args
 from dataset import SyntheticDataset, read_image
-from model import VQVAE
 from scripts import compress
 from scripts.codec import Codec
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_constriction = pytest.mark.skipif(
-    importlib.util.find_spec("constriction") is None, reason="optional extra"
-)
-
-
-def make_checkpoint(path, *flags):
-    torch.manual_seed(1)
-    args = get_args(["--channel=16", *flags])
-    model = VQVAE(args)
-    with torch.no_grad():
-        model.encoder.layers[-1].weight.mul_(5)
-        model.decoder.layers[-1].weight.mul_(5)
-        for _ in range(2):
-            model(torch.randn(4, 3, 32, 32))
-    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with two checkpoints and `images/`: a.png, below/b.jpg, below/deep/c.webp."""
     monkeypatch.chdir(tmp_path)
-    make_checkpoint("model.pt")
-    make_checkpoint("other.pt", "--rfsq-stages=4")
+    make_checkpoint("model.pt", "--channel=16", contrast=5)
+    make_checkpoint("other.pt", "--channel=16", "--rfsq-stages=4", contrast=5)
     for i, name in enumerate(["a.png", "below/b.jpg", "below/deep/c.webp"]):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +95,6 @@ def test_stages_in_the_file_or_at_decoding_are_the_same_image(here, capsys):
     assert (short - 27, long - 27) == (138, 275)  # 11 and 22 bits x 100 positions
 
 
-@needs_constriction
 def test_fit_then_entropy_coding(here, capsys):
     run("fit images --load model.pt --out runs/coded.pt")
     plain = run("encode images --load runs/coded.pt --out plain")

@@ -24,14 +24,8 @@ SIDE, IMAGES = 32, 3
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """No LPIPS weights and no download; a few qualities in place of 22."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-    def refuse(*args, **kwargs):
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+def small(monkeypatch, no_lpips):
+    """A few qualities in place of 22."""
     monkeypatch.setattr(rd, "QUALITIES", (0, 30, 60, 90))
 
 

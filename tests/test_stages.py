@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import make_checkpoint
 from PIL import Image
 
 import util
-from arguments import get_args
 from dataset import SyntheticDataset, normalize
 from metric import psnr
-from model import VQVAE, load_model
+from model import load_model
 from scripts import compare, evaluate, stages
 
 pytestmark = pytest.mark.usefixtures("no_lpips")
@@ -27,6 +27,7 @@ CONFIGURATIONS = {
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=16", "--embed-dim=4"],
 }
 SIDE, IMAGES = 32, 5
+SMALL = ["--channel=8", f"--img-size={SIDE}", "--lpips-net=squeeze"]
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +38,8 @@ def files(tmp_path_factory):
     for i, image in enumerate(SyntheticDataset(SIDE, 3, IMAGES)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "val" / f"{i}.png")
     for name, flags in {**CONFIGURATIONS, "fsq": ["--quantizer=fsq"]}.items():
-        make_checkpoint(root / f"{name}.pt", *flags)
+        make_checkpoint(root / f"{name}.pt", *SMALL, *flags)
     return root
-
-
-def make_checkpoint(path, *flags):
-    """A model that has seen two batches, so that running statistics and codebooks are not new."""
-    torch.manual_seed(1)
-    args = get_args(["--channel=8", f"--img-size={SIDE}", "--lpips-net=squeeze", *flags])
-    model = VQVAE(args)
-    with torch.no_grad():
-        model.encoder.layers[-1].weight.mul_(5)
-        for _ in range(2):
-            model(torch.randn(4, 3, SIDE, SIDE))
-    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
 
 
 def originals():
@@ -238,7 +227,7 @@ def test_labels_stay_within_their_column():
 # Bad input
 # ---------------------------------------------------------------------------------------
 def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
-    make_checkpoint(tmp_path / "large.pt", "--img-size=64")
+    make_checkpoint(tmp_path / "large.pt", *SMALL, "--img-size=64")
     good, val = f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}"
     sizes = ["--load", str(files / "none.pt"), str(tmp_path / "large.pt")]
     out = f"--out={tmp_path / 'x.png'}"
