@@ -81,10 +81,17 @@ class FSQ(Quantizer):
             rounded = straight_through(bounded, bounded.round() + 0.0)
             return rounded / per_channel(self.half_levels, z), self.pack(rounded)
 
-    def pack(self, rounded: Tensor) -> Tensor:
-        """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
+    def pack(self, rounded: Tensor, stages: int | None = None) -> Tensor:
+        """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions).
+
+        Of those of several stages, one after another on the first axis: (B, *positions, stages).
+        """
         digits = rounded.detach().to(self.basis.dtype)
-        return digits.mul_(per_channel(self.basis, digits)).sum(1) + self.zero_index
+        index = digits.mul_(per_channel(self.basis, digits)).sum(1, dtype=digits.dtype)
+        index.add_(self.zero_index)
+        if stages is not None:
+            index = index.unflatten(0, (stages, -1)).movedim(0, -1)
+        return index.to(torch.int64, memory_format=torch.contiguous_format)
 
     def unpack(self, indices: Tensor) -> Tensor:
         """Inverse of `pack`: float32 integers (B, C, *positions) of int64 (B, *positions)."""

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import Quantizer, mean_over_processes, per_channel, processes, rank, straight_through
+from .base import Quantizer, per_channel, processes, rank, straight_through
+from .chain import Chain, affine, dequantize, image_moments, running_std, spread
 from .fsq import FSQ
-from .stage import Stage, affine, dequantize
 
 STRATEGIES = ("none", "scale", "layernorm", "geometric")
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
-VAR_EPS = 1e-10
 SPREAD = 0.8  # tanh(0.8 z) of a unit Gaussian is nearly uniform in (-1, 1)
 MAX_CELLS = 2**20  # of a channel, all stages together: float32 tells no more apart
 
@@ -172,39 +171,23 @@ class RFSQ(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             if self.strategy == "geometric":
                 return self._forward_geometric(z.float())
-            residual = z.float()
-            grid = self._grid(residual)
-            quantized, indices, statistics = None, [], []
-            kept = self._stages_kept(residual)
+            z = z.float()
+            running, weight = None, None
             if self.statistics == "global":
-                # Copies, for autograd keeps them and the next forward changes the buffers.
-                means = list(self.running_mean.clone().unbind())
-                variances = list(self.running_var.clone().unbind())
-                weight = (1 / (self.batches + 1)).clamp(min=self.momentum)
-            for stage, (gain, bias) in enumerate(self._maps(residual)):
-                mean, std, scratch = None, None, torch.empty_like(residual)
-                if self.statistics == "image":
-                    statistics.append(_image_statistics(residual))
-                    mean, std = (per_channel(x, residual) for x in statistics[-1].unbind(1))
-                elif self.statistics == "global":
-                    if self.training:
-                        means[stage], variances[stage] = _average(
-                            means[stage], variances[stage], residual.detach(), weight, scratch
-                        )
-                    mean, std = _mean_std(means[stage], variances[stage], residual)
-                last = stage == self.stages - 1
-                before = quantized
-                quantized, residual, rounded = Stage.apply(
-                    residual, quantized, gain, bias, mean, std, scratch, last, *grid
-                )
-                if kept is not None and stage:
-                    quantized = torch.where(kept > stage, quantized, before)
-                indices.append(self.fsq.pack(rounded))
-            if self.statistics == "global" and self.training:
-                self._keep(torch.stack(means + variances).view(2, self.stages, self.dim))
-            indices = torch.stack(indices, dim=-1)
-            if self.statistics == "image":
-                return quantized, indices, quantized.new_zeros(()), torch.stack(statistics, dim=1)
+                running = torch.stack([self.running_mean, self.running_var])
+                if self.training:
+                    batches = self.batches + 1
+                    weight = batches.reciprocal().clamp_(min=self.momentum)
+            image, kept = self.statistics == "image", self._stages_kept(z)
+            quantized, integers, moments = Chain.apply(
+                z, *self._maps(), running, weight, image, kept, self.stages, self.fsq.grid
+            )
+            indices = self.fsq.pack(integers, self.stages)
+            if weight is not None:
+                self._keep(*moments.view(2, self.stages, self.dim).unbind(), batches)
+            if image:
+                statistics = moments.flatten(3).permute(2, 1, 0, 3)
+                return quantized, indices, quantized.new_zeros(()), statistics
             return quantized, indices
 
     def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
@@ -239,14 +222,8 @@ class RFSQ(Quantizer):
                 codes = self._geometric_codes(rounded, stage)
                 quantized = codes if quantized is None else quantized + codes
                 continue
-            mean, std = None, None
-            if self.statistics == "image":
-                mean, std = (
-                    per_channel(x, rounded) for x in statistics[:, stage].float().unbind(1)
-                )
-            elif self.statistics == "global":
-                mean, std = _mean_std(self.running_mean[stage], self.running_var[stage], rounded)
-            a, b = affine(*self._maps(rounded)[stage], mean, std)
+            image = None if statistics is None else statistics[:, stage].float().unbind(1)
+            a, b = self._affine(stage, rounded, image)
             codes = dequantize(rounded, a, b, per_channel(self.fsq.half_levels, rounded))
             quantized = codes if quantized is None else quantized + codes
         return quantized
@@ -293,12 +270,8 @@ class RFSQ(Quantizer):
         residual = residual.float()
         if self.strategy == "geometric":
             return residual * per_channel(self.level, residual) ** stage
-        mean, std = None, None
-        if self.statistics == "image":
-            mean, std = (per_channel(x, residual) for x in _image_statistics(residual).unbind(1))
-        elif self.statistics == "global":
-            mean, std = _mean_std(self.running_mean[stage], self.running_var[stage], residual)
-        a, b = affine(*self._maps(residual)[stage], mean, std)
+        image = image_moments(residual) if self.statistics == "image" else None
+        a, b = self._affine(stage, residual, image)
         return residual * (1 if a is None else a) + (0 if b is None else b)
 
     def _stages_kept(self, like: Tensor) -> Tensor | None:
@@ -316,60 +289,35 @@ class RFSQ(Quantizer):
         )
         return kept[rank() * each :][:each].view(-1, *[1] * (like.dim() - 1))
 
-    def _maps(self, like: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
-        """The learned gain and bias of each stage, shaped to broadcast against `like`."""
-        if self.strategy == "none":
-            return [(None, None)] * self.stages
-        shape = (self.stages, 1, -1, *[1] * (like.dim() - 2))
+    def _maps(self) -> tuple[Tensor | None, Tensor | None]:
+        """What is learned of the maps: the logarithm of the gain, and the bias; None: no such."""
         if self.strategy == "scale":
-            return [(scale, None) for scale in self.log_scale.exp().view(shape).unbind()]
-        gains, biases = self.log_gain.exp().view(shape), self.bias.view(shape)
-        return list(zip(gains.unbind(), biases.unbind(), strict=True))
+            return self.log_scale, None
+        if self.strategy == "layernorm":
+            return self.log_gain, self.bias
+        return None, None
 
-    def _grid(self, like: Tensor) -> list[Tensor]:
-        """The FSQ's constants as `Stage` needs them, shaped to broadcast against `like`."""
-        shape = (5, 1, -1, *[1] * (like.dim() - 2))
-        return list(self.fsq.grid.view(shape).unbind())
+    def _affine(self, stage: int, like: Tensor, image: Sequence[Tensor] | None):
+        """`(a, b)` of A_k in evaluation; `image`: mean and std (B, dim, ...), image statistics."""
+        mean, std = None, None
+        if image is not None:
+            mean, std = (x.view(*x.shape[:2], *[1] * (like.dim() - 2)) for x in image)
+        elif self.statistics == "global":
+            mean = per_channel(self.running_mean[stage], like)
+            std = running_std(per_channel(self.running_var[stage], like))
+        log_gain, bias = self._maps()
+        gain = None if log_gain is None else spread(log_gain.exp(), like)[stage]
+        bias = None if bias is None else spread(bias, like)[stage]
+        return affine(gain, bias, mean, std)
 
     @torch.no_grad()
-    def _keep(self, moments: Tensor) -> None:
-        """Make means and variances (2, stages, dim) the running ones, unless one is not finite.
+    def _keep(self, mean: Tensor, var: Tensor, batches: Tensor) -> None:
+        """Make mean and variance (stages, dim) the running ones, unless a number is not finite.
 
         The training loop skips the step of such a batch; it leaves no trace here either.
         """
-        finite = moments.isfinite().all()
-        for running, new in zip((self.running_mean, self.running_var), moments, strict=True):
-            running.copy_(torch.where(finite, new, running))
-        self.batches += finite
-
-
-def _mean_std(mean: Tensor, var: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of running statistics (C,), shaped to broadcast against `like`."""
-    return per_channel(mean, like), (per_channel(var, like) + VAR_EPS).sqrt()
-
-
-@torch.no_grad()
-def _average(
-    mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Running mean and variance (C,) with the moments of a batch, over all processes, taken in."""
-    axes = [axis for axis in range(residual.dim()) if axis != 1]
-    # About the mean so far, lest a large mean drown the variance in rounding errors. One pass an
-    # operation: `torch.var_mean` takes ten times as long on a CPU.
-    centred = torch.sub(residual, per_channel(mean, residual), out=scratch)
-    shift, square = centred.mean(axes), centred.mul_(centred).mean(axes)
-    if processes() > 1:
-        shift, square = mean_over_processes(torch.stack([shift, square])).unbind()
-    return mean + weight * shift, torch.lerp(var, square - shift * shift, weight)
-
-
-def _image_statistics(residual: Tensor) -> Tensor:
-    """Mean and std (B, 2, C) over the positions of `residual` (B, C, *positions).
-
-    Rounded to half precision, which is what the decoder gets; the gradient passes straight through.
-    """
-    flat = residual.reshape(*residual.shape[:2], -1)
-    mean = flat.mean(2)
-    std = (flat - mean[..., None]).square().mean(2).clamp(min=1e-6).sqrt()
-    statistics = torch.stack([mean, std], dim=1)
-    return straight_through(statistics, statistics.half().float())
+        shift = mean + var
+        bad = (shift - shift).any()  # NaN counts as true
+        torch.where(bad, self.running_mean, mean, out=self.running_mean)
+        torch.where(bad, self.running_var, var, out=self.running_var)
+        torch.where(bad, self.batches, batches, out=self.batches)
