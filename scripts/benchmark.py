@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print(", ".join(f"{k} {results['environment'][k]}" for k in ("device", "torch", "threads")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the rivals, in the middle of the tables
-        rates = results["limits"] = limits(args.repeats)  # which the other sections refer to
+        # The other sections refer to them.
+        rates = results["limits"] = limits(args.repeats, bf16=args.precision == "bf16")
         table("limits; a copy reads and writes", [rates])
         for section in (name for name in SECTIONS if name in args.only):
             results[section] = SECTIONS[section](args, rates)
@@ -132,6 +133,8 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     about = "quantizers: batches of z; LFQ and EMA take the smallest"
     add("--z-batch", about, [8, 128] if CUDA else [8], type=count, nargs="+", metavar="B")
     add("--latent", "quantizers: positions a side of z", 32, type=count)
+    about = "step: ours; plain PyTorch is float32; default: bf16 on a GPU, fp32 on a CPU"
+    add("--precision", about, choices=("bf16", "fp32"))
     add("--batch-size", "step: images", 128 if CUDA else 4, type=count)
     add("--channel", "step: width of the encoder's last stage", 256, type=number(int, 8))
     add("--img-size", "step, loader: pixels a side", 128, type=number(int, 16))
@@ -140,6 +143,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--originals", "loader: a folder of images; default: generated JPEGs", metavar="DIR")
     add("--loader-images", "loader: how many images to read", 256, type=count)
     args = parser.parse_args(argv)
+    args.precision = args.precision or ("bf16" if CUDA else "fp32")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
     return args
 
@@ -207,12 +211,12 @@ def table(title: str, rows: Sequence[dict]) -> None:
         print("  ".join([first.ljust(widths[0]), *padded]), flush=True)
 
 
-def limits(repeats: int) -> dict[str, float]:
+def limits(repeats: int, bf16: bool) -> dict[str, float]:
     """GB/s of a copy, read and written; GFLOP/s of matrix products and convolutions."""
     source, target = torch.ones(2, COPY_MIB * 2**18, device=DEVICE).unbind()
     (times,) = turns([partial(target.copy_, source)], repeats)
     rates = {"copy GB/s": 2e-9 * COPY_MIB * 2**20 / median(times)}
-    for name in ("fp32", "tf32", "bf16") if CUDA else ("fp32",):
+    for name in ["fp32", *["tf32"] * CUDA, *["bf16"] * (bf16 or CUDA)]:
         util.set_float32_precision("tf32" if name == "tf32" else "ieee")
         kind = torch.bfloat16 if name == "bf16" else torch.float32
         a, b = torch.randn(2, MATRIX, MATRIX, device=DEVICE).to(kind)
@@ -347,7 +351,8 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     """Images/s of our training step and of plain ones, share of the limit, time by part."""
     network, lpips_name = perceptual(args.lpips_net)
     criterion = TrainingLoss(1.0, 0.0 if network is None else 1.0, 1.0, network)
-    start = TrainingStep(VQVAE(Namespace(**args.model)), criterion, bf16=CUDA).to(DEVICE).train()
+    bf16 = args.precision == "bf16"
+    start = TrainingStep(VQVAE(Namespace(**args.model)), criterion, bf16).to(DEVICE).train()
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size))
     images = images.to(DEVICE, torch.uint8)
 
@@ -363,8 +368,8 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
         return partial(update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
-    ours = partial(updates, TrainingStep, "tf32" if CUDA else "ieee")
-    eager, kind = ours(), "bf16" if CUDA else "fp32"
+    ours = partial(updates, TrainingStep, "tf32" if bf16 else "ieee")
+    eager, kind = ours(), args.precision
     rivals = [(f"ours, {kind}, compiled", ours(True)) if compiled else (f"ours, {kind}", eager)]
     rivals.append(("plain, fp32", updates(PlainStep, "ieee")))
     if CUDA:
