@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .base import Quantizer, mean_over_processes, processes, rank, straight_through
 
-CHUNK = 2**24  # elements of a tokens x codes matrix held at a time
+# Elements of a tokens x codes matrix held at a time: what a CPU's cache holds, more on a GPU.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
 EPS = 1e-5
 
 
@@ -128,10 +129,11 @@ class VectorQuantizeEMA(Quantizer):
         """Index (N,) of the code nearest to each of `tokens` (N, dim), chunk by chunk."""
         codebook = self.codebook[stage]
         norms = codebook.square().sum(1)
-        # |t|^2 is the same for all codes and left out.
+        chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
+        # |t|^2 is the same for all codes and left out. `min` takes half of the time of `argmin`.
         nearest = [
-            torch.addmm(norms, chunk, codebook.t(), alpha=-2).argmin(1)
-            for chunk in tokens.split(max(1, CHUNK // len(codebook)))
+            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices
+            for part in tokens.split(max(1, chunk))
         ]
         return torch.cat(nearest)
 
