@@ -25,7 +25,7 @@ class Chain(torch.autograd.Function):
     - K, and `FSQ.grid`.
 
     Returns the sum of the q_k; the integers n of all stages (K * B, C, *positions); and the running
-    moments with this batch, or mean and std (2, K, B, C, ...) of each image, or None.
+    moments with this batch, or mean and std (2, K, B, C, ...) of each image, or nothing.
 
     The gradient is written out, straight-through in every stage, the residual taken with its
     gradient. With d = (1 - tanh^2) h / floor(L/2), the slope of the bound::
@@ -51,7 +51,7 @@ class Chain(torch.autograd.Function):
         residual, total = z, z.new_zeros(())
         residuals, sigmoids, integers = [], [], []
         for stage in range(stages):
-            mean, std, buffer = None, None, torch.empty_like(residual)
+            mean, std = None, None
             if image:
                 # In half precision, which is what the decoder gets.
                 mean, std = (x.half().float() for x in image_moments(residual))
@@ -60,16 +60,13 @@ class Chain(torch.autograd.Function):
             elif running is not None:
                 if weight is not None:
                     firsts[stage], seconds[stage] = average(
-                        firsts[stage], seconds[stage], residual, weight, share, buffer
+                        firsts[stage], seconds[stage], residual, weight, share
                     )
                 mean, std = firsts[stage], running_std(seconds[stage])
             a, b = affine(gains[stage], biases[stage], mean, std)
             # tanh(x) = 2 sigmoid(2 x) - 1, of which the sigmoid takes a tenth of the time on a CPU.
             # (A Python number as an operand costs a CPU a conversion in each call: hence r + r.)
-            if a is None:
-                sigmoid = torch.add(residual, residual, out=buffer)
-            else:
-                sigmoid = torch.mul(residual, a + a, out=buffer)
+            sigmoid = residual + residual if a is None else residual * (a + a)
             sigmoid.add_(shift2 if b is None else torch.add(shift2, b, alpha=2)).sigmoid_()
             rounded = (sigmoid * h2).sub_(h_offset).round_()
             codes = dequantize(rounded, a, b, half_levels)
@@ -82,16 +79,14 @@ class Chain(torch.autograd.Function):
             codes.add_(total)
             total = codes if kept is None or not stage else torch.where(kept > stage, codes, total)
         integers = torch.cat(integers)
-        moments = torch.stack(firsts + seconds) if firsts else None
-        moments = None if moments is None else moments.view(2, stages, *moments.shape[1:])
+        moments = torch.stack(firsts + seconds) if firsts else z.new_empty(0)
+        moments = moments.view(2, -1, *moments.shape[1:])
         ctx.image, ctx.stages = image, stages
         ctx.shape = None if log_gain is None else log_gain.shape
         learned = () if gain is None else (integers, *residuals)
         ctx.save_for_backward(gain, bias, moments, kept, half_levels, steepest, *sigmoids, *learned)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(integers)
-        if firsts and not image:
-            ctx.mark_non_differentiable(moments)
+        ctx.mark_non_differentiable(*((integers,) if image else (integers, moments)))
         return total, integers, moments
 
     @staticmethod
@@ -99,7 +94,7 @@ class Chain(torch.autograd.Function):
         stages = ctx.stages
         gain, bias, moments, kept, half_levels, steepest, *saved = ctx.saved_tensors
         sigmoids, learned = saved[:stages], saved[stages:]
-        mean, std = (None, None) if moments is None else moments.unbind()
+        mean, std = moments.unbind() if moments.numel() else (None, None)
         std = std if ctx.image or std is None else running_std(std)
         a, b = affine(gain, bias, mean, std)  # of all stages
         if g_total is None:
@@ -117,9 +112,8 @@ class Chain(torch.autograd.Function):
             if learned:
                 residual = learned[1 + stage]
                 shape = (a.shape[1], *half_levels.shape[1:])
-                product = g_codes * integers[stage]
-                one = [product.sum_to_size(shape)]
-                one += [torch.mul(through, residual, out=product).sum_to_size(shape)]
+                one = [(g_codes * integers[stage]).sum_to_size(shape)]
+                one += [(through * residual).sum_to_size(shape)]
                 if b is not None:
                     one += [g_codes.sum_to_size(shape), through.sum_to_size(shape)]
                 sums = one + sums
@@ -177,15 +171,15 @@ def dequantize(rounded: Tensor, a: Tensor | None, b: Tensor | None, half_levels:
 
 
 def average(
-    mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor, share: Tensor, buffer: Tensor
+    mean: Tensor, var: Tensor, residual: Tensor, weight: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Running mean and variance (1, C, ...) with the moments of a batch of all processes in them.
 
-    `share` is 1 over the numbers of a channel; `buffer` is like the residual, to work in.
+    `share` is 1 over the numbers of a channel.
     """
     # About the mean so far, lest a large mean drown the variance in rounding errors. One pass an
     # operation: `torch.var_mean` takes ten times as long on a CPU.
-    centred = torch.sub(residual, mean, out=buffer)
+    centred = residual - mean
     shift = centred.sum_to_size(mean.shape) * share
     square = centred.mul_(centred).sum_to_size(mean.shape) * share
     if processes() > 1:

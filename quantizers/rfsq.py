@@ -184,7 +184,7 @@ class RFSQ(Quantizer):
             )
             indices = self.fsq.pack(integers, self.stages)
             if weight is not None:
-                self._keep(*moments.view(2, self.stages, self.dim).unbind(), batches)
+                self._keep(moments.view(2, self.stages, self.dim), batches)
             if image:
                 statistics = moments.flatten(3).permute(2, 1, 0, 3)
                 return quantized, indices, quantized.new_zeros(()), statistics
@@ -311,13 +311,13 @@ class RFSQ(Quantizer):
         return affine(gain, bias, mean, std)
 
     @torch.no_grad()
-    def _keep(self, mean: Tensor, var: Tensor, batches: Tensor) -> None:
-        """Make mean and variance (stages, dim) the running ones, unless a number is not finite.
+    def _keep(self, moments: Tensor, batches: Tensor) -> None:
+        """Make means and variances (2, stages, dim) the running ones, unless one is not finite.
 
         The training loop skips the step of such a batch; it leaves no trace here either.
         """
-        shift = mean + var
-        bad = (shift - shift).any()  # NaN counts as true
+        bad = (moments - moments).any()  # NaN counts as true
+        mean, var = moments
         torch.where(bad, self.running_mean, mean, out=self.running_mean)
         torch.where(bad, self.running_var, var, out=self.running_var)
         torch.where(bad, self.batches, batches, out=self.batches)
