@@ -199,17 +199,25 @@ def _weights_file(net: str) -> Path:
     return path
 
 
-def lpips_network(net: str, device: torch.device, needed: bool) -> Perceptual | None:
+def lpips_network(
+    net: str, device: torch.device, needed: bool, side: int | None = None
+) -> Perceptual | None:
     """The LPIPS network on `device`, the same answer in all processes of a group.
 
     One process of each machine goes first, so that the weights are fetched once. Where they cannot
-    be had and are not `needed`, the answer is None, and one line says so.
+    be had, or images of `side` pixels are too small for the network, and it is not `needed`, the
+    answer is None, and one line says so.
 
     Raises:
-        WeightsMissing: they are needed and cannot be had.
+        ValueError: it is needed and cannot be had (WeightsMissing), or the images are too small.
     """
     network, problem = None, None
-    for turn in (0, 1):
+    smallest = NETS[net][2]
+    if side is not None and side < smallest:
+        problem = f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}"
+        if needed:
+            raise ValueError(f"{problem}; give a larger --img-size, or --perceptual-weight 0")
+    for turn in () if problem else (0, 1):
         if turn == min(1, int(os.environ.get("LOCAL_RANK", 0))):
             try:
                 network = Perceptual(net).to(device)

@@ -371,7 +371,7 @@ def test_loaders_give_what_the_folder_gives(source, packed, tmp_path):
         assert torch.equal(torch.cat(drawn), torch.stack(list(folder))[1::2])
 
 
-def test_training_on_packed_images_is_training_on_the_folder(packed, source, tmp_path):
+def test_training_on_packed_images_is_training_on_the_folder(packed, source, tmp_path, no_lpips):
     clean = Path(shutil.copytree(source, tmp_path / "clean"))
     for name in CORRUPT:
         (clean / name).unlink()

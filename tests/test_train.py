@@ -194,6 +194,15 @@ def test_perceptual_loss_without_weights_stops_before_training(photographs, tmp_
     assert "\n" not in message and not (tmp_path / "run").exists()
 
 
+def test_images_too_small_for_lpips_are_known_before_training(photographs, tmp_path, capsys):
+    flags = [*TINY, *paths(photographs), "--img-size=16", f"--save={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="of 17 pixels a side, not 16; give a larger"):
+        train.main([*flags, "--perceptual-weight=1"])
+    assert not (tmp_path / "run").exists()
+    assert train.main([*flags, "--train-iters=1"])["lpips"] is None
+    assert "missing from the evaluation: LPIPS-squeeze needs images" in capsys.readouterr().out
+
+
 def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_path):
     run = tmp_path / "run"
     train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={run}"])
