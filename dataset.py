@@ -137,6 +137,37 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | None]:
+    """Paths below a folder, to any depth, of the files with these suffixes, in order; one other.
+
+    Links are followed, hidden files and folders are skipped.
+
+    Raises:
+        ValueError: for a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise ValueError(f"cannot list folder '{error.filename}': {error.strerror}") from error
+
+    paths, other, seen = [], None, set()
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Sorted, so that what is seen first does not depend on the file system.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        below = os.path.relpath(folder, root).replace(os.sep, "/")
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = name if below == "." else f"{below}/{name}"
+            if name.lower().endswith(tuple(suffixes)):
+                paths.append(path)
+            else:
+                other = other or path
+    return sorted(paths), other
+
+
 class ImageFolderDataset(Dataset):
     """All images below a folder, nested in any way, in the order of their relative paths.
 
@@ -155,36 +186,13 @@ class ImageFolderDataset(Dataset):
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"image folder '{root}' {what}: {mend}")
-        paths, other = self._list(self.root)
+        paths, other = list_files(self.root, IMAGE_SUFFIXES)
         if not paths:
             what = f"holds no image (but, for example, '{other}')" if other else "is empty"
             raise ValueError(f"image folder '{root}' {what}: {mend}")
         # One block of bytes: a million Python strings would be copied into every worker, little by
         # little, as their reference counts are touched.
-        self._paths = np.array([os.fsencode(path) for path in sorted(paths)])
-
-    @staticmethod
-    def _list(root: Path) -> tuple[list[str], str | None]:
-        def fail(error: OSError) -> None:
-            raise ValueError(f"cannot list folder '{error.filename}': {error.strerror}") from error
-
-        paths, other, seen = [], None, set()
-        for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
-                subfolders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            # Sorted, so that what is seen first does not depend on the file system.
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            below = os.path.relpath(folder, root).replace(os.sep, "/")
-            for name in sorted(name for name in files if not name.startswith(".")):
-                path = name if below == "." else f"{below}/{name}"
-                if name.lower().endswith(IMAGE_SUFFIXES):
-                    paths.append(path)
-                else:
-                    other = other or path
-        return paths, other
+        self._paths = np.array([os.fsencode(path) for path in paths])
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -12,7 +12,6 @@ checkpoint with these counts. The layout of a file is the docstring of `bitstrea
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
-from dataset import IMAGE_SUFFIXES, read_image
+from dataset import IMAGE_SUFFIXES, list_files, read_image
 from scripts import bitstream, entropy
 from scripts.codec import Codec
 
@@ -39,8 +38,8 @@ SUFFIX = ".rfsq"
 def find(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
     """(file, its path below the folder that was given) of every input, in order.
 
-    Folders are searched to any depth, without hidden files. A file that is named itself may have
-    any suffix.
+    Folders are searched as `dataset.list_files` does. A file that is named itself may have any
+    suffix.
 
     Raises:
         ValueError: for an input that does not exist, or a folder without such files.
@@ -49,17 +48,10 @@ def find(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[Path, Pat
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            below = []
-            for folder, subfolders, files in os.walk(path):
-                subfolders[:] = sorted(x for x in subfolders if not x.startswith("."))
-                below += [
-                    Path(folder, file)
-                    for file in sorted(files)
-                    if file.lower().endswith(tuple(suffixes)) and not file.startswith(".")
-                ]
+            below, _ = list_files(path, suffixes)
             if not below:
                 raise ValueError(f"folder {path} holds no file named {' '.join(suffixes)}")
-            found += [(file, file.relative_to(path)) for file in below]
+            found += [(path / file, Path(file)) for file in below]
         elif path.is_file():
             found.append((path, Path(path.name)))
         else:

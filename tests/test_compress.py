@@ -83,6 +83,17 @@ def test_a_folder_there_and_back(here, capsys):
     assert json.loads(Path("back.json").read_text()) == decoded
 
 
+def test_a_folder_of_links_is_searched_as_in_training(here):
+    (here / "linked").mkdir()
+    (here / "linked" / "all").symlink_to(here / "images")
+    result = run("encode linked --load model.pt --out files")
+    assert [row["name"] for row in result["images"]] == [
+        "all/a.png",
+        "all/below/b.jpg",
+        "all/below/deep/c.webp",
+    ]
+
+
 def test_stages_in_the_file_or_at_decoding_are_the_same_image(here, capsys):
     run("encode images/a.png --load model.pt --out one --stages 1")
     run("encode images/a.png --load model.pt --out both")
