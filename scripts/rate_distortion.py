@@ -310,8 +310,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     area = float(np.mean(pixels))
 
     checkpoints, targets = [], {}
+    names = [coder.codec.model.quantizer.name for coder in ours.values()]
     for (path, coder), v in zip(ours.items(), values, strict=False):
-        name = coder.codec.model.quantizer.name + (f", {path}" if len(ours) > 1 else "")
+        name = coder.codec.model.quantizer.name
+        name += f", {path}" if names.count(name) > 1 else ""  # such as several seeds
         rows = []
         for i, (k, coded) in enumerate(coder.points):
             stages = f", {k} of {coder.codec.stages} stages" * (coder.codec.stages > 1)
