@@ -89,8 +89,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     float32 = "tf32" if precision == "bf16" else "ieee"
     util.set_float32_precision(float32)
     model.to(device, memory_format=torch.channels_last)
-    needed = args.perceptual_weight > 0
-    perceptual = lpips_network(args.lpips_net, device, needed, args.img_size)
+    perceptual = lpips_network(
+        args.lpips_net, device, needed=args.perceptual_weight > 0, side=args.img_size
+    )
     criterion = TrainingLoss(
         args.l1_weight, args.perceptual_weight, args.codebook_weight, perceptual
     ).to(device, memory_format=torch.channels_last)

@@ -70,7 +70,8 @@ class Chain(torch.autograd.Function):
             sigmoid.add_(shift2 if b is None else torch.add(shift2, b, alpha=2)).sigmoid_()
             rounded = (sigmoid * h2).sub_(h_offset).round_()
             codes = dequantize(rounded, a, b, half_levels)
-            residuals.append(residual)
+            if gain is not None:
+                residuals.append(residual)
             sigmoids.append(sigmoid)
             integers.append(rounded)
             if stage < stages - 1:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     images = build_dataset(flags.val_data_path, size, args.seed, train=False)
     place = dict(rank=util.rank(), world_size=util.world_size(), device=device)
     loader = val_loader(images, flags.batch_size, flags.num_workers, **place)
-    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, False, size)
+    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, needed=False, side=size)
     main_process = util.rank() == 0
     bar = main_process and sys.stderr.isatty()
     result = {

@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             )
     size = flags.img_size or args.img_size
     images = build_dataset(flags.val_data_path, size, args.seed, train=False)
-    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, False, size)
+    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, needed=False, side=size)
     results = []
     for path, model, step in zip(flags.load, models, steps, strict=True):
         loader = val_loader(images, flags.batch_size, flags.num_workers, device=device)

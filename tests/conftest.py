@@ -47,7 +47,7 @@ def make_checkpoint(path, *flags, contrast=1.0):
     Its latents are spread over the codes, and its images, with a `contrast` above 1, over [0, 1].
     """
     torch.manual_seed(1)
-    args = get_args([*flags])
+    args = get_args(flags)
     model = VQVAE(args)
     with torch.no_grad():
         model.encoder.layers[-1].weight.mul_(5)
