@@ -23,6 +23,7 @@ ARCHITECTURE = (
     "n_embed",
     "embed_dim",
     "ema_stages",
+    "network",
     "channel",
     "downsample",
     "res_blocks",
@@ -117,7 +118,17 @@ def get_parser() -> Parser:
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--channel", type=number(int, 8), default=256, help="width of the encoder's last stage"
+        "--network",
+        choices=("conv", "dct"),
+        default="conv",
+        help="conv: strided convolutions, as in the paper; dct: a block transform that starts as a "
+        "DCT, and a residual network beside it, all at the latent's resolution",
+    )
+    model.add_argument(
+        "--channel",
+        type=number(int, 8),
+        default=256,
+        help="width: of the encoder's last stage (conv), of the residual network (dct)",
     )
     model.add_argument(
         "--downsample", type=int, choices=(4, 8, 16), default=4, help="downsampling factor f"

@@ -7,6 +7,7 @@ reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <-----------------
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -86,6 +87,95 @@ class Decoder(nn.Module):
         return self.layers(quantized)  # (B, dim, H/f, W/f) -> (B, 3, H, W)
 
 
+def dct_basis(dim: int, f: int) -> Tensor:
+    """The first `dim` functions of the DCT of f x f pixels and 3 colours, (dim, 3 f^2).
+
+    Orthonormal rows, each a function's values in the order of `torch.nn.PixelUnshuffle`: that of
+    one of the colours (1, 1, 1), (1, 0, -1), (1, -2, 1), normalised, and one of the frequencies
+    (u, v), from 0 to f - 1, of the DCT-II. They are sorted by w (1/4 + u^2 + v^2), w = 1, 4 and 7
+    for the three colours, which is about the order of their variance in photographs.
+
+    Raises:
+        ValueError: if there are not so many.
+    """
+    if dim > 3 * f**2:
+        raise ValueError(
+            f"the dct network with f = {f} has at most {3 * f**2} latent channels, but the "
+            f"quantizer has {dim}"
+        )
+    k = torch.arange(f, dtype=torch.float64)
+    cosines = torch.cos(math.pi * (k + 0.5) * k[:, None] / f)  # (frequency, pixel)
+    cosines /= cosines.norm(dim=1, keepdim=True)
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    colours /= colours.norm(dim=1, keepdim=True)
+    basis = torch.einsum("kc,uy,vx->kuvcyx", colours, cosines, cosines)
+    weight = torch.tensor([1.0, 4.0, 7.0], dtype=torch.float64)[:, None, None]
+    order = (weight * (0.25 + k[:, None] ** 2 + k**2)).flatten().argsort(stable=True)
+    return basis.reshape(3 * f**2, -1)[order[:dim]].float()
+
+
+class DCTEncoder(nn.Module):
+    """A block transform, and a residual network beside it that corrects it.
+
+    The f x f pixels of a position go to its channels (Shi et al., arXiv 1609.05158). From there,
+    `linear` starts as a DCT, and `layers` as zero: training begins at a working transform codec
+    and learns what it lacks. (A shortcut without parameters around the resampling, which has the
+    same aim, is in Chen et al., arXiv 2410.10733.)
+
+    Arguments as `Encoder`; `channel` is the width of `layers`.
+    """
+
+    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+        super().__init__()
+        self.to_channels = nn.PixelUnshuffle(downsample)
+        self.linear = nn.Conv2d(3 * downsample**2, dim, 1)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3 * downsample**2, channel, 3, padding=1),
+            *(ResidualBlock(channel) for _ in range(res_blocks)),
+            nn.ReLU(),
+            nn.Conv2d(channel, dim, 1),
+        )
+        _start(self.linear, dct_basis(dim, downsample))
+        _start(self.layers[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = self.to_channels(images)  # (B, 3, H, W) -> (B, 3 f^2, H/f, W/f)
+        return self.linear(pixels) + self.layers(pixels)  # -> (B, dim, H/f, W/f)
+
+
+class DCTDecoder(nn.Module):
+    """The mirror image of `DCTEncoder`; same arguments."""
+
+    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+        super().__init__()
+        self.linear = nn.Conv2d(dim, 3 * downsample**2, 1)
+        self.layers = nn.Sequential(
+            nn.Conv2d(dim, channel, 3, padding=1),
+            *(ResidualBlock(channel) for _ in range(res_blocks)),
+            nn.ReLU(),
+            nn.Conv2d(channel, 3 * downsample**2, 3, padding=1),
+        )
+        self.to_pixels = nn.PixelShuffle(downsample)
+        _start(self.linear, dct_basis(dim, downsample).T)
+        _start(self.layers[-1])
+
+    def forward(self, quantized: Tensor) -> Tensor:
+        pixels = self.linear(quantized) + self.layers(quantized)  # -> (B, 3 f^2, H/f, W/f)
+        return self.to_pixels(pixels)  # -> (B, 3, H, W)
+
+
+@torch.no_grad()
+def _start(layer: nn.Conv2d, matrix: Tensor | None = None) -> None:
+    """Make a convolution start as a matrix (out, in), or as zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    if matrix is not None:
+        layer.weight.copy_(matrix[:, :, None, None])
+
+
+NETWORKS = {"conv": (Encoder, Decoder), "dct": (DCTEncoder, DCTDecoder)}
+
+
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder, as the flags of `arguments.py` describe them.
 
@@ -105,8 +195,9 @@ class VQVAE(nn.Module):
         self.quantizer = build_quantizer(args)
         self.f = args.downsample
         shape = (self.quantizer.dim, args.channel, args.downsample, args.res_blocks)
-        self.encoder = Encoder(*shape)
-        self.decoder = Decoder(*shape)
+        encoder, decoder = NETWORKS[args.network]
+        self.encoder = encoder(*shape)
+        self.decoder = decoder(*shape)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) -> (reconstruction, indices, loss).
@@ -151,7 +242,7 @@ class VQVAE(nn.Module):
 
     def _images(self, quantized: Tensor) -> Tensor:
         # float32 from the quantizer; the decoder may have been cast.
-        return self.decoder(quantized.to(self.decoder.layers[0].weight.dtype))
+        return self.decoder(quantized.to(next(self.decoder.parameters()).dtype))
 
 
 def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .base import Quantizer, per_channel, processes, rank, straight_through
-from .chain import Chain, affine, dequantize, image_moments, running_std, spread
+from .chain import Chain, affine, average, dequantize, image_moments, running_std, spread
 from .fsq import FSQ
 
 STRATEGIES = ("none", "scale", "layernorm", "geometric")
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
-SPREAD = 0.8  # tanh(0.8 z) of a unit Gaussian is nearly uniform in (-1, 1)
 MAX_CELLS = 2**20  # of a channel, all stages together: float32 tells no more apart
 
 
@@ -37,11 +36,15 @@ class RFSQ(Quantizer):
           channel. At the start gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), close to
           the least squared error of a unit Gaussian for L = 3 to 64: with gain 1 the tanh
           saturates, and the codes of an even L lie around -1/L.
-        - `geometric` (not in the paper): one bound at the input in place of one in each stage,
-          y = tanh(0.8 z), of which stage k takes the k-th digit in base L: its cells are 1/L as
-          wide as those of the stage before, and the residual is a rounding error that shrinks by L
-          from stage to stage. The stages together are one uniform quantizer of L^K cells on
-          (-1, 1), without side information or anything learned.
+        - `geometric` (not in the paper): one map and one bound at the input in place of one in
+          each stage, y = u/sqrt(1 + u^2), u = s (z - mean)/std, of which stage k takes the k-th
+          digit in base L: its cells are 1/L as wide as those of the stage before, and the residual
+          is a rounding error that shrinks by L from stage to stage. A cell decodes to the z of its
+          middle. So the stages together are one quantizer of N = L^K cells a channel, narrow around
+          the mean and wide in the tails, and mean and std are running averages, as below. This y is
+          the best compander (Panter and Dite, 1951) of Student's t with 8 degrees of freedom, whose
+          tails are between those of a Gaussian and a Laplacian, if s = 1/sqrt(6). With
+          s = 1/sqrt(6) + 0.7/N all three lose little to their best s, from N = 2 to 256.
 
     statistics (of `layernorm`):
         - `global` (default): running averages of each stage and channel's mean and variance, used
@@ -60,7 +63,8 @@ class RFSQ(Quantizer):
 
     The gradient (straight-through in every stage, the residual taken with its gradient) is
     d quantized / dz = 1 - prod_k (1 - d_k), with d_k the slope of stage k's bound: at most 1. Of
-    `geometric` it is the slope of the one bound.
+    `geometric` it is the slope of the bound at z over that at the code: about 1, but falling beyond
+    the outermost codes, without which the latent drifts away from them.
 
     Args:
         stages: number of stages K.
@@ -70,8 +74,8 @@ class RFSQ(Quantizer):
             two configurations; other numbers of stages have no default.
         initial_scale: `scale`: a of every stage at the start.
         statistics: `layernorm`: `global` or `image`.
-        momentum: `global`: weight of a new batch in the running averages (the first
-            1/momentum batches are averaged evenly).
+        momentum: `global` and `geometric`: weight of a new batch in the running averages (the
+            first 1/momentum batches are averaged evenly).
         stage_dropout: probability that an image in training is quantized by its first k stages
             alone, k from 1 to K-1 alike, so that one model decodes well at each of its rates (as
             the quantizer dropout of Zeghidour et al., arXiv 2107.03312). Indices and statistics
@@ -135,6 +139,7 @@ class RFSQ(Quantizer):
         self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
         level = torch.tensor(self.levels, dtype=torch.float32)
         self.register_buffer("level", level, persistent=False)
+        self.register_buffer("slope", 6**-0.5 + 0.7 / level**stages, persistent=False)
         if strategy == "scale":
             self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
         elif strategy == "layernorm":
@@ -145,10 +150,11 @@ class RFSQ(Quantizer):
             if statistics == "image":
                 self.name += "-image"
                 self.side_bits = 16.0 * 2 * self.dim * stages
-            else:
-                self.register_buffer("running_mean", torch.zeros(stages, self.dim))
-                self.register_buffer("running_var", torch.ones(stages, self.dim))
-                self.register_buffer("batches", torch.zeros(()))
+        if strategy == "geometric" or self.statistics == "global":
+            maps = 1 if strategy == "geometric" else stages
+            self.register_buffer("running_mean", torch.zeros(maps, self.dim))
+            self.register_buffer("running_var", torch.ones(maps, self.dim))
+            self.register_buffer("batches", torch.zeros(()))
 
     @classmethod
     def from_args(cls, args) -> RFSQ:
@@ -169,15 +175,14 @@ class RFSQ(Quantizer):
         """
         self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
-            if self.strategy == "geometric":
-                return self._forward_geometric(z.float())
             z = z.float()
+            if self.strategy == "geometric":
+                return self._geometric(z)
             running, weight = None, None
             if self.statistics == "global":
                 running = torch.stack([self.running_mean, self.running_var])
                 if self.training:
-                    batches = self.batches + 1
-                    weight = batches.reciprocal().clamp_(min=self.momentum)
+                    batches, weight = self._next_batch()
             image, kept = self.statistics == "image", self._stages_kept(z)
             quantized, integers, moments = Chain.apply(
                 z, *self._maps(), running, weight, image, kept, self.stages, self.fsq.grid
@@ -220,35 +225,58 @@ class RFSQ(Quantizer):
             rounded = self.fsq.unpack(index)
             if self.strategy == "geometric":
                 codes = self._geometric_codes(rounded, stage)
-                quantized = codes if quantized is None else quantized + codes
-                continue
-            image = None if statistics is None else statistics[:, stage].float().unbind(1)
-            a, b = self._affine(stage, rounded, image)
-            codes = dequantize(rounded, a, b, per_channel(self.fsq.half_levels, rounded))
+            else:
+                image = None if statistics is None else statistics[:, stage].float().unbind(1)
+                a, b = self._affine(stage, rounded, image)
+                codes = dequantize(rounded, a, b, per_channel(self.fsq.half_levels, rounded))
             quantized = codes if quantized is None else quantized + codes
-        return quantized
+        return self._unbounded(quantized) if self.strategy == "geometric" else quantized
 
-    def _forward_geometric(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor:
+        """What enters the FSQ of `stage` (from 0), or is cut into L cells of [-1, 1] (`geometric`).
+
+        For looking into a trained quantizer; changes nothing.
+
+        Args:
+            z: the latent (B, dim, *positions).
+            quantized: what the stages before decode to; None for the first stage.
+        """
+        self._check_input(z)
+        z = z.float()
+        if self.strategy == "geometric":
+            before = 0 if quantized is None else self._bounded(quantized)
+            return (self._bounded(z) - before) * per_channel(self.level, z) ** stage
+        residual = z if quantized is None else z - quantized
+        image = image_moments(residual) if self.statistics == "image" else None
+        a, b = self._affine(stage, residual, image)
+        return residual * (1 if a is None else a) + (0 if b is None else b)
+
+    def _geometric(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of `geometric`."""
-        bounded = self.target(z)
-        kept = self._stages_kept(z)
+        if self.training:
+            batches, weight = self._next_batch()
+            share = torch.full_like(weight, self.dim / z.numel())
+            moments = average(*self._input_moments(z), z.detach(), weight, share)
+            self._keep(torch.stack(moments).view(2, 1, self.dim), batches)
+        bounded, kept = self._bounded(z), self._stages_kept(z)
         with torch.no_grad():
             levels, half = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
-            residual, quantized, indices = bounded, None, []
+            residual, total, indices = bounded, None, []
             for stage in range(self.stages):
                 # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
                 digit = ((residual * levels**stage + 1) * (levels / 2)).floor_()
                 rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half)
                 codes = self._geometric_codes(rounded, stage)
                 residual = residual - codes
-                if quantized is None:
-                    quantized = codes
+                if total is None:
+                    total = codes
                 elif kept is None:
-                    quantized = quantized + codes
+                    total = total + codes
                 else:
-                    quantized = torch.where(kept > stage, quantized + codes, quantized)
+                    total = torch.where(kept > stage, total + codes, total)
                 indices.append(self.fsq.pack(rounded))
-        return straight_through(bounded, quantized), torch.stack(indices, dim=-1)
+        return self._unbounded(straight_through(bounded, total)), torch.stack(indices, dim=-1)
 
     def _geometric_codes(self, rounded: Tensor, stage: int) -> Tensor:
         """Middles of the cells of `stage`, of the integers digit - floor(L/2)."""
@@ -256,23 +284,22 @@ class RFSQ(Quantizer):
         digit = rounded + per_channel(self.fsq.half_levels, rounded)
         return ((2 * digit + 1) / levels - 1) / levels**stage
 
-    def target(self, z: Tensor) -> Tensor:
-        """What the stages add up to: `z` itself, or its bound for `geometric`."""
-        return 2 * torch.sigmoid(2 * SPREAD * z) - 1 if self.strategy == "geometric" else z
+    def _bounded(self, z: Tensor) -> Tensor:
+        """y = u/sqrt(1 + u^2), u = s (z - mean)/std, of `geometric`."""
+        mean, var = self._input_moments(z)
+        u = (z - mean) * (per_channel(self.slope, z) / running_std(var))
+        u = u.clamp(-1e6, 1e6)  # lest the square overflow
+        return u / (1 + u.square()).sqrt()
 
-    @torch.no_grad()
-    def stage_input(self, stage: int, residual: Tensor) -> Tensor:
-        """A_k(r): what enters the FSQ of `stage` (from 0) for its `residual` (B, dim, *positions).
+    def _unbounded(self, y: Tensor) -> Tensor:
+        """The inverse of `_bounded`, of operations that every device rounds alike."""
+        mean, var = self._input_moments(y)
+        u = y / ((1 - y) * (1 + y)).sqrt()
+        return u * (running_std(var) / per_channel(self.slope, y)) + mean
 
-        For looking into a trained quantizer; changes nothing. The first residual is `target(z)`.
-        """
-        self._check_input(residual)
-        residual = residual.float()
-        if self.strategy == "geometric":
-            return residual * per_channel(self.level, residual) ** stage
-        image = image_moments(residual) if self.statistics == "image" else None
-        a, b = self._affine(stage, residual, image)
-        return residual * (1 if a is None else a) + (0 if b is None else b)
+    def _input_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance (1, dim, ...) of the input, `geometric`."""
+        return per_channel(self.running_mean[0], like), per_channel(self.running_var[0], like)
 
     def _stages_kept(self, like: Tensor) -> Tensor | None:
         """How many stages each image of `like` keeps, (B, 1, ...); None without stage dropout.
@@ -310,9 +337,14 @@ class RFSQ(Quantizer):
         bias = None if bias is None else spread(bias, like)[stage]
         return affine(gain, bias, mean, std)
 
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        """Number of this batch in training, and its weight in the running averages."""
+        batches = self.batches + 1
+        return batches, batches.reciprocal().clamp_(min=self.momentum)
+
     @torch.no_grad()
     def _keep(self, moments: Tensor, batches: Tensor) -> None:
-        """Make means and variances (2, stages, dim) the running ones, unless one is not finite.
+        """Make means and variances (2, maps, dim) the running ones, unless one is not finite.
 
         The training loop skips the step of such a batch; it leaves no trace here either.
         """

@@ -110,15 +110,14 @@ def measure(
         z = model.encoder(images).float()
         _, indices, *rest = quantizer(z)
         side = rest[1:]  # image statistics, for the quantizers whose decoder needs them
-        z = quantizer.target(z) if hasattr(quantizer, "target") else z
-        residual = z
-        residuals[0].add(residual)
+        quantized = None
+        residuals[0].add(z)
         for k in stages:
             if hasattr(quantizer, "stage_input"):
-                inputs[k].add(quantizer.stage_input(k, residual))
+                inputs[k].add(quantizer.stage_input(k, z, quantized))
             first = indices[..., : k + 1]
-            residual = z - quantizer.indices_to_codes(first, *side)
-            residuals[k + 1].add(residual)
+            quantized = quantizer.indices_to_codes(first, *side)
+            residuals[k + 1].add(z - quantized)
             metrics[k].update(images, model.decode(first, *side))
         usage.update(indices)
         positions = indices[0, ..., 0].numel()
