@@ -9,8 +9,14 @@ frequencies for every context, and a context is made of what the decoder already
                 squares (neighbours (+-s, +-s)), then the midpoints of its edges ((+-s, 0) and
                 (0, +-s)), horizontal edges first. The sum of the neighbours' digits, and their
                 class (s = 1 by edge, s = 1 by corner, farther), are context.
-    depth       the index of the stage before at the same position; in the first stage, the digits
-                of the same index that came before.
+    depth       the index of the stage before at the same position, or, where these are too many,
+                its digit of the same channel; in the first stage, the digits of the same index that
+                came before.
+
+Where digits are places of one number a channel (geometric stages), these contexts are those of the
+first stage alone. In each other stage the number so far is known at every position; the context is
+where the neighbours' mean lies, their new digits included, in quarters of this position's cell and
+of the cells beside it, and the number so far unless it has too many values.
 
 Without channels there is one context, whose table is the code's frequency. Frequencies are
 integers, counted over training images and stored in the checkpoint; no symbol has more than 63/64
@@ -32,6 +38,8 @@ import numpy as np
 from scripts.grid import Pass, lattice, whole_lattice
 
 MAX_SYMBOLS, MAX_ENTRIES = 65536, 2**19
+MAX_DEPTH_ENTRIES = 2**22  # of a table with the stage before as context
+PLACES = 13  # of the neighbours' mean, four a cell, and one where there are no neighbours
 MIN_BITS, SLACK_BITS = 0.02, 64  # a symbol costs at least this, but for the coder's first word
 START = 2**24
 CHUNK = 2**21  # probabilities held at a time
@@ -77,23 +85,41 @@ class _Stage:
     Args:
         digits: alphabet of each digit, lowest first.
         ordered: whether the digits are channels, whose values have an order.
-        previous: number of codes of the stage before, None in the first stage.
+        places: whether the stages are places of one number a channel, the highest first.
+        earlier: numbers of codes of the stages before.
     """
 
-    def __init__(self, digits: Sequence[int], ordered: bool, previous: int | None):
-        self.digits, self.ordered, self.previous = list(digits), ordered, previous
+    def __init__(self, digits: Sequence[int], ordered: bool, places: bool, earlier: Sequence[int]):
+        self.digits, self.ordered, self.number = list(digits), ordered, len(earlier)
+        self.places = places and self.number > 0
         self.widths, self.sums, self.chains = [], [], []
+        self.by_index = False
         for place, size in enumerate(self.digits):
-            # With the index before as context, sums in steps of a quarter of the alphabet's.
-            self.widths.append(max(1, size // 4) if previous else 1)
-            sums = 3 * ((4 * size - 4) // self.widths[-1] + 1) if ordered else 1
-            depth, first = previous if ordered and previous else 1, place
-            if not (ordered and previous):
-                while first and sums * depth * self.digits[first - 1] * size <= MAX_ENTRIES:
+            first, width, sums, depth = place, 1, 1, 1
+            if self.places:
+                sums = 3 * PLACES
+                values = size**self.number
+                depth = values if sums * values * size <= MAX_ENTRIES else 1
+            elif ordered and earlier:
+                # With the stage before as context, sums in steps of a quarter of the alphabet's.
+                width = max(1, size // 4)
+                sums = 3 * ((4 * size - 4) // width + 1)
+                depth = size
+            else:
+                sums = 3 * (4 * size - 3) if ordered else 1
+                while first:
+                    if sums * depth * self.digits[first - 1] * size > MAX_ENTRIES:
+                        break
                     first -= 1
                     depth *= self.digits[first]
+            self.widths.append(width)
             self.sums.append((sums, depth))
             self.chains.append(range(first, place))
+        if ordered and earlier and not self.places:
+            most = max(sums * size for (sums, _), size in zip(self.sums, digits, strict=True))
+            self.by_index = earlier[-1] * most <= MAX_DEPTH_ENTRIES
+            if self.by_index:
+                self.sums = [(sums, earlier[-1]) for sums, _ in self.sums]
 
     def split(self, indices: np.ndarray) -> np.ndarray:
         """Indices (h, w) -> digits (digits, h, w), int32."""
@@ -109,21 +135,47 @@ class _Stage:
             indices = indices * size + digit
         return indices
 
-    def context(self, place: int, step: Pass, digits: np.ndarray, before: np.ndarray | None):
-        """Contexts (n,), int64, of a digit in a pass, from the digits (digits, h, w) so far."""
+    def known(self, earlier: np.ndarray) -> np.ndarray | None:
+        """What `context` needs of the stages before, whose indices are (h, w, stages)."""
+        if not self.ordered or not self.number:
+            return None
+        if self.by_index:
+            return earlier[..., -1]
+        if not self.places:
+            return self.split(earlier[..., -1])
+        value = np.zeros((len(self.digits), *earlier.shape[:2]), np.int64)
+        for stage in range(self.number):
+            value = value * np.array(self.digits)[:, None, None] + self.split(earlier[..., stage])
+        return value
+
+    def context(self, place: int, step: Pass, digits: np.ndarray, known: np.ndarray | None):
+        """Contexts (n,), int64, of a digit in a pass, from the digits (digits, h, w) so far.
+
+        `known` is what `known` gives.
+        """
         rows, columns, neighbours, kind, alone = step
-        total = np.zeros(len(rows), np.int64)
+        size, (_, most) = self.digits[place], self.sums[place]
+        total, depth = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        if self.places:
+            own = known[place][rows, columns]
+            for y, x in neighbours:
+                total += (known[place][y, x] - own) * size + digits[place][y, x]
+            # Quarters of this position's cell of the stage before, a cell's on either side as well.
+            total = np.clip(total // size + 4, 0, PLACES - 2)
+            total[:alone] = PLACES - 1
+            return (total * 3 + kind) * most + (own if most > 1 else 0)
         if self.ordered:
             for y, x in neighbours:
                 total += digits[place][y, x]
-            total[:alone] = 2 * (self.digits[place] - 1)  # the middle
+            total[:alone] = 2 * (size - 1)  # the middle
             total = total // self.widths[place] * 3 + kind
-        if self.ordered and self.previous:
-            return total * self.previous + before[rows, columns]
-        depth = np.zeros(len(rows), np.int64)
+        if self.by_index:
+            depth = known[rows, columns]
+        elif known is not None:
+            depth = known[place][rows, columns]
         for other in self.chains[place]:
             depth = depth * self.digits[other] + digits[other][rows, columns]
-        return total * self.sums[place][1] + depth
+        return total * most + depth
 
 
 class EntropyModel:
@@ -132,6 +184,7 @@ class EntropyModel:
     Args:
         digits: for each stage the alphabets of its digits, lowest first.
         ordered: whether digits are channels.
+        places: whether stages are places of one number a channel.
         tables: for each stage and digit, integers (contexts, alphabet), each row with the sum
             `total(alphabet)`; None makes a model that can only `contexts`.
 
@@ -139,10 +192,16 @@ class EntropyModel:
         ValueError: for tables of another shape, or with frequencies out of range.
     """
 
-    def __init__(self, digits: list[list[int]], ordered: bool, tables: list[list[np.ndarray]]):
-        self.digits, self.ordered, self.tables = digits, ordered, tables
-        self.stages = _stages(digits, ordered)
-        digest = hashlib.sha256(repr((digits, ordered)).encode())
+    def __init__(
+        self,
+        digits: list[list[int]],
+        ordered: bool,
+        places: bool,
+        tables: list[list[np.ndarray]],
+    ):
+        self.digits, self.ordered, self.places, self.tables = digits, ordered, places, tables
+        self.stages = _stages(digits, ordered, places)
+        digest = hashlib.sha256(repr((digits, ordered, places)).encode())
         for stage, row in zip(self.stages, tables, strict=True):
             for size, (sums, depth), table in zip(stage.digits, stage.sums, row, strict=True):
                 whole = total(size)
@@ -170,10 +229,10 @@ class EntropyModel:
         # A stack: what is decoded first is encoded last.
         for k in reversed(range(indices.shape[2])):
             stage, digits = self.stages[k], self.stages[k].split(indices[..., k])
-            before = indices[..., k - 1] if k else None
+            known = stage.known(indices[..., :k])
             for place in reversed(range(len(stage.digits))):
                 symbols = digits[place][step.rows, step.columns]
-                contexts = stage.context(place, step, digits, before)
+                contexts = stage.context(place, step, digits, known)
                 for part, model, rows in reversed(self._models(stream, k, place, contexts)):
                     coder.encode_reverse(symbols[part], model, *rows())
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -192,11 +251,11 @@ class EntropyModel:
         indices = np.empty((*shape, stages), np.int64)
         for k, stage in enumerate(self.stages[:stages]):
             digits = np.zeros((len(stage.digits), *shape), np.int32)
-            before = indices[..., k - 1] if k else None
+            known = stage.known(indices[..., :k])
             for place, digit in enumerate(digits):
                 # Where nothing depends on the neighbours, there is nothing to wait for.
                 for step in lattice(*shape) if stage.ordered else [whole_lattice(*shape)]:
-                    contexts = stage.context(place, step, digits, before)
+                    contexts = stage.context(place, step, digits, known)
                     for part, model, rows in self._models(stream, k, place, contexts):
                         given = rows() or (part.stop - part.start,)
                         digit[step.rows[part], step.columns[part]] = coder.decode(model, *given)
@@ -227,9 +286,9 @@ class EntropyModel:
         ]
 
 
-def _stages(digits: list[list[int]], ordered: bool) -> list[_Stage]:
-    sizes = [None, *(math.prod(row) for row in digits)]
-    return [_Stage(row, ordered, before) for row, before in zip(digits, sizes, strict=False)]
+def _stages(digits: list[list[int]], ordered: bool, places: bool) -> list[_Stage]:
+    sizes = [math.prod(row) for row in digits]
+    return [_Stage(row, ordered, places, sizes[:k]) for k, row in enumerate(digits)]
 
 
 def total(size: int) -> int:
@@ -243,12 +302,16 @@ class Counts:
     Args:
         sizes: number of codes of each stage.
         levels: levels of the channels that make up an index, lowest first; None if it has none.
+        places: whether stages are places of one number a channel, the highest first.
     """
 
-    def __init__(self, sizes: Sequence[int], levels: Sequence[int] | None = None):
+    def __init__(
+        self, sizes: Sequence[int], levels: Sequence[int] | None = None, places: bool = False
+    ):
+        self.places = places
         self.ordered = levels is not None and all(math.prod(levels) == size for size in sizes)
         self.digits = [list(levels) if self.ordered else bit_fields(size) for size in sizes]
-        self.stages = _stages(self.digits, self.ordered)
+        self.stages = _stages(self.digits, self.ordered, places)
         self.counts = [
             [
                 np.zeros((sums * depth, size), np.int64)
@@ -261,9 +324,9 @@ class Counts:
         """Count the indices (h, w, stages) of an image."""
         step = whole_lattice(*indices.shape[:2])
         for k, stage in enumerate(self.stages):
-            digits, before = stage.split(indices[..., k]), indices[..., k - 1] if k else None
+            digits, known = stage.split(indices[..., k]), stage.known(indices[..., :k])
             for place, counts in enumerate(self.counts[k]):
-                contexts = stage.context(place, step, digits, before)
+                contexts = stage.context(place, step, digits, known)
                 symbols = digits[place][step.rows, step.columns]
                 np.add.at(counts.reshape(-1), contexts * counts.shape[1] + symbols, 1)
 
@@ -279,7 +342,7 @@ class Counts:
                 coarse /= coarse.sum(1, keepdims=True)
                 fine = counts + BACKOFF * np.repeat(coarse, depth, axis=0)
                 tables[-1].append(frequencies(fine / fine.sum(1, keepdims=True)))
-        return EntropyModel(self.digits, self.ordered, tables)
+        return EntropyModel(self.digits, self.ordered, self.places, tables)
 
 
 def frequencies(p: np.ndarray) -> np.ndarray:

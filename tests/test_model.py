@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from arguments import ARCHITECTURE, get_args, get_parser
-from model import VQVAE, Decoder, Encoder, load_model, load_weights
+from model import (
+    NETWORKS,
+    VQVAE,
+    DCTDecoder,
+    DCTEncoder,
+    Decoder,
+    Encoder,
+    dct_basis,
+    load_model,
+    load_weights,
+)
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
 from util import load_checkpoint, save_checkpoint, write_whole
 
@@ -26,6 +36,7 @@ CONFIGURATIONS = {
     "lfq": ["--quantizer", "lfq"],
     "ema": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8"],
     "ema-2": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8", "--ema-stages", "2"],
+    "dct": ["--network", "dct", "--rfsq-strategy", "geometric", "--levels", "16", "8", "5", "3"],
 }
 every = pytest.mark.parametrize("name", CONFIGURATIONS)
 
@@ -57,8 +68,10 @@ def test_the_default_is_the_network_of_the_public_implementation():
 @pytest.mark.parametrize("factor", [4, 8, 16])
 @pytest.mark.parametrize("blocks", [0, 2])
 @pytest.mark.parametrize("channel", [8, 24])
-def test_shapes(factor, blocks, channel):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shapes(network, factor, blocks, channel):
     shape = {"channel": channel, "downsample": factor, "res_blocks": blocks}
+    Encoder, Decoder = NETWORKS[network]
     encoder, decoder = Encoder(5, **shape), Decoder(5, **shape)
     z = encoder(torch.randn(2, 3, 32, 48))
     assert z.shape == (2, 5, 32 // factor, 48 // factor)
@@ -76,6 +89,50 @@ def test_channel_is_the_width_of_the_last_stage():
         if isinstance(layer, torch.nn.Conv2d)
     ]
     assert widths == [8, 16, 32, 64, 4]
+
+
+def test_the_flag_names_the_networks():
+    (action,) = (a for a in get_parser()._actions if a.dest == "network")
+    assert action.choices == tuple(NETWORKS) and action.default == "conv"
+
+
+def test_the_dct_basis_is_that_of_photographs_first():
+    f, basis = 4, dct_basis(48, 4).double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
+    assert torch.equal(dct_basis(7, 4), dct_basis(48, 4)[:7])
+    # By hand: function (u, v) of a colour is c_u c_v cos(pi (y + 1/2) u / 4) cos(pi (x + 1/2) v / 4)
+    y, x = torch.meshgrid(torch.arange(f) + 0.5, torch.arange(f) + 0.5, indexing="ij")
+    colour = torch.tensor([1.0, 1.0, 1.0]) / 3**0.5, torch.tensor([1.0, 0.0, -1.0]) / 2**0.5
+
+    def function(colour, u, v):
+        scale = (1 if u else 0.5) ** 0.5 * (1 if v else 0.5) ** 0.5 / 2
+        wave = torch.cos(torch.pi * y * u / f) * torch.cos(torch.pi * x * v / f) * scale
+        return (colour[:, None, None] * wave).flatten()
+
+    # 1/4, 1 (the first chroma's mean), then the two slopes at 5/4
+    wanted = [(colour[0], 0, 0), (colour[1], 0, 0), (colour[0], 0, 1), (colour[0], 1, 0)]
+    for row, one in zip(basis, wanted, strict=False):
+        torch.testing.assert_close(row.float(), function(*one), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="f = 4 has at most 48 latent channels.*has 49"):
+        dct_basis(49, 4)
+    with pytest.raises(ValueError, match="at most 48"):
+        VQVAE(get_args(["--network", "dct", "--quantizer", "ema", "--embed-dim", "256"]))
+
+
+@pytest.mark.parametrize("factor", [4, 8])
+def test_the_dct_network_starts_as_an_orthonormal_transform(factor):
+    images = torch.randn(2, 3, 32, 48)
+    shape = {"channel": 8, "downsample": factor, "res_blocks": 1}
+    dim = 3 * factor**2
+    encoder, decoder = DCTEncoder(dim, **shape), DCTDecoder(dim, **shape)
+    z = encoder(images)
+    torch.testing.assert_close(z.square().sum(), images.square().sum())
+    torch.testing.assert_close(decoder(z), images, atol=1e-5, rtol=1e-5)
+    # Fewer channels: the projection, of which what is left out is orthogonal.
+    few, back = DCTEncoder(9, **shape)(images), DCTDecoder(9, **shape)
+    assert torch.equal(few, z[:, :9])
+    lost = images - back(few)
+    torch.testing.assert_close(lost.square().sum(), z[:, 9:].square().sum())
 
 
 @pytest.mark.parametrize("shape", [{"downsample": 2}, {"downsample": 5}, {"channel": 1}])
@@ -96,7 +153,9 @@ def test_forward(name):
     assert loss.shape == () and (loss.item() != 0) == (name in ("lfq", "ema", "ema-2"))
     (reconstruction.square().mean() + loss).backward()
     for key, parameter in model.named_parameters():
-        assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), key
+        # The residual network of "dct" starts as zero, so that only its last layer moves at first.
+        waits = name == "dct" and re.search(r"layers\.[01]\.", key)
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.any() != bool(waits), key
 
 
 @pytest.mark.parametrize("height, width", [(30, 32), (32, 30), (33, 31)])

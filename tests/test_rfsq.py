@@ -570,10 +570,14 @@ def test_geometric_stages_by_hand():
         [[0, 0], [1, 1], [1, 2], [0, 0]],
     ]
     wanted = torch.tensor([[-0.9375, -8 / 9], [-0.3125, 0.0], [0.0625, 2 / 9], [0.9375, -8 / 9]])
-    torch.testing.assert_close(quantized, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        quantized, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5
+    )
     first = rfsq.indices_to_codes(indices[..., :1])
     wanted = torch.tensor([[-0.75, -2 / 3], [-0.25, 0.0], [0.25, 0.0], [0.75, -2 / 3]])
-    torch.testing.assert_close(first, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        first, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("stages", "level"), [(1, 7), (2, 16), (4, 4), (3, 5), (20, 2)])
