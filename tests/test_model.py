@@ -100,7 +100,7 @@ def test_the_dct_basis_is_that_of_photographs_first():
     f, basis = 4, dct_basis(48, 4).double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
     assert torch.equal(dct_basis(7, 4), dct_basis(48, 4)[:7])
-    # By hand: function (u, v) of a colour is c_u c_v cos(pi (y + 1/2) u / 4) cos(pi (x + 1/2) v / 4)
+    # By hand: c_u c_v cos(pi (y + 1/2) u / 4) cos(pi (x + 1/2) v / 4) of a colour
     y, x = torch.meshgrid(torch.arange(f) + 0.5, torch.arange(f) + 0.5, indexing="ij")
     colour = torch.tensor([1.0, 1.0, 1.0]) / 3**0.5, torch.tensor([1.0, 0.0, -1.0]) / 2**0.5
 
@@ -113,7 +113,7 @@ def test_the_dct_basis_is_that_of_photographs_first():
     wanted = [(colour[0], 0, 0), (colour[1], 0, 0), (colour[0], 0, 1), (colour[0], 1, 0)]
     for row, one in zip(basis, wanted, strict=False):
         torch.testing.assert_close(row.float(), function(*one), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="f = 4 has at most 48 latent channels.*has 49"):
+    with pytest.raises(ValueError, match=r"f = 4 has at most 48 latent channels.*has 49"):
         dct_basis(49, 4)
     with pytest.raises(ValueError, match="at most 48"):
         VQVAE(get_args(["--network", "dct", "--quantizer", "ema", "--embed-dim", "256"]))

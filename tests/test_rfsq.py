@@ -4,7 +4,6 @@ import copy
 import math
 
 import numpy as np
-import numpy as np
 import pytest
 import torch
 
@@ -612,7 +611,7 @@ def test_geometric_stages_follow_the_latent_and_lose_little():
     torch.manual_seed(0)
     rfsq, batches = RFSQ(4, "geometric", [4]), MEAN + STD * torch.randn(5, 100_000, 1)
     for number, z in enumerate(batches, 1):
-        quantized, indices = rfsq(z)
+        quantized, _ = rfsq(z)
         seen = batches[:number].double()
         assert rfsq.running_mean.item() == pytest.approx(seen.mean().item(), abs=1e-4)
         assert rfsq.running_var.item() == pytest.approx(
