@@ -18,6 +18,7 @@ ARCHITECTURE = (
     "levels",
     "rfsq_stages",
     "rfsq_strategy",
+    "rfsq_slope",
     "rfsq_statistics",
     "lfq_dim",
     "n_embed",
@@ -165,6 +166,13 @@ def get_parser() -> Parser:
         type=number(float, 0, above=True),
         default=1.0,
         help="rfsq scale: the scale of every stage at the start",
+    )
+    quantizer.add_argument(
+        "--rfsq-slope",
+        type=number(float, 0, above=True),
+        default=None,
+        help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number "
+        "of levels; for entropy coding about 0.2, with more levels",
     )
     quantizer.add_argument(
         "--rfsq-statistics",

@@ -44,7 +44,9 @@ class RFSQ(Quantizer):
           the mean and wide in the tails, and mean and std are running averages, as below. This y is
           the best compander (Panter and Dite, 1951) of Student's t with 8 degrees of freedom, whose
           tails are between those of a Gaussian and a Laplacian, if s = 1/sqrt(6). With
-          s = 1/sqrt(6) + 0.7/N all three lose little to their best s, from N = 2 to 256.
+          s = 1/sqrt(6) + 0.7/N, the default, all three lose little to their best s, from N = 2 to
+          256. That is for indices of a fixed number of bits; entropy coding prefers a small s,
+          which makes the cells around the mean equal, and more of them.
 
     statistics (of `layernorm`):
         - `global` (default): running averages of each stage and channel's mean and variance, used
@@ -73,6 +75,7 @@ class RFSQ(Quantizer):
             (2 x 11 = 22.0 bits) and [4, 4, 4, 4, 4] for 4 stages (4 x 10 = 40.0 bits), the paper's
             two configurations; other numbers of stages have no default.
         initial_scale: `scale`: a of every stage at the start.
+        slope: `geometric`: s. Default: by the number of cells, as above.
         statistics: `layernorm`: `global` or `image`.
         momentum: `global` and `geometric`: weight of a new batch in the running averages (the
             first 1/momentum batches are averaged evenly).
@@ -99,6 +102,7 @@ class RFSQ(Quantizer):
         strategy: str = "layernorm",
         levels: Sequence[int] | None = None,
         initial_scale: float = 1.0,
+        slope: float | None = None,
         statistics: str = "global",
         momentum: float = 0.01,
         stage_dropout: float = 0.0,
@@ -119,6 +123,8 @@ class RFSQ(Quantizer):
             )
         if not (math.isfinite(initial_scale) and initial_scale > 0):
             raise ValueError(f"initial_scale must be a positive number, not {initial_scale}")
+        if slope is not None and not (math.isfinite(slope) and slope > 0):
+            raise ValueError(f"slope must be a positive number, not {slope}")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], not {momentum}")
         if not 0 <= stage_dropout <= 1:
@@ -139,7 +145,9 @@ class RFSQ(Quantizer):
         self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
         level = torch.tensor(self.levels, dtype=torch.float32)
         self.register_buffer("level", level, persistent=False)
-        self.register_buffer("slope", 6**-0.5 + 0.7 / level**stages, persistent=False)
+        best = 6**-0.5 + 0.7 / level**stages
+        slope = best if slope is None else torch.full_like(best, slope)
+        self.register_buffer("slope", slope, persistent=False)
         if strategy == "scale":
             self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
         elif strategy == "layernorm":
@@ -163,6 +171,7 @@ class RFSQ(Quantizer):
             strategy=args.rfsq_strategy,
             levels=args.levels,
             initial_scale=args.rfsq_initial_scale,
+            slope=args.rfsq_slope,
             statistics=args.rfsq_statistics,
             stage_dropout=args.rfsq_stage_dropout,
         )

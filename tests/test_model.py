@@ -109,7 +109,7 @@ def test_the_dct_basis_is_that_of_photographs_first():
         wave = torch.cos(torch.pi * y * u / f) * torch.cos(torch.pi * x * v / f) * scale
         return (colour[:, None, None] * wave).flatten()
 
-    # 1/4, 1 (the first chroma's mean), then the two slopes at 5/4
+    # 1/4, 4^(4/5)/4 = 0.76 (the first chroma's mean), then the two slopes at 5/4
     wanted = [(colour[0], 0, 0), (colour[1], 0, 0), (colour[0], 0, 1), (colour[0], 1, 0)]
     for row, one in zip(basis, wanted, strict=False):
         torch.testing.assert_close(row.float(), function(*one), atol=1e-6, rtol=0)
