@@ -217,17 +217,16 @@ class Codec:
         """The checkpoint with an entropy model of these counts, which `decode` accepts from now."""
         model = counts.entropy_model()
         tables = [[torch.from_numpy(table) for table in row] for row in model.tables]
-        shape = {"digits": model.digits, "ordered": model.ordered, "places": model.places}
-        state = {**shape, "tables": tables}
+        weights = [[torch.from_numpy(weight) for weight in row] for row in model.weights]
+        state = {"digits": model.digits, "ordered": model.ordered}
+        state |= {"tables": tables, "weights": weights}
         self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
         self.entropy_model = model
         return self.checkpoint
 
     def counts(self) -> entropy.Counts:
         """Empty counts for this model's indices."""
-        quantizer = self.model.quantizer
-        places = getattr(quantizer, "strategy", None) == "geometric"
-        return entropy.Counts(self.sizes, channel_levels(quantizer), places)
+        return entropy.Counts(self.sizes, channel_levels(self.model.quantizer))
 
     def _stranger(self, header: bitstream.Header) -> str:
         if not header.flags & bitstream.CODED:
@@ -335,9 +334,12 @@ def _stages(stages: int | None, most: int, who: str) -> int:
 
 def _load_entropy_model(state: dict, sizes: list[int]) -> entropy.EntropyModel:
     """The entropy model of a checkpoint; ValueError if it is not of stages of these sizes."""
-    tables = [[table.numpy() for table in row] for row in state["tables"]]
-    shape = state["digits"], state["ordered"], state.get("places", False)
-    model = entropy.EntropyModel(*shape, tables)
+    if "weights" not in state:
+        raise ValueError("the checkpoint's entropy model is of an older layout: run fit again")
+    tables, weights = (
+        [[x.numpy() for x in row] for row in state[name]] for name in ("tables", "weights")
+    )
+    model = entropy.EntropyModel(state["digits"], state["ordered"], tables, weights)
     if [math.prod(row) for row in model.digits] != list(sizes):
         raise ValueError("the checkpoint's entropy model is of other codebooks: run fit again")
     return model

@@ -2,25 +2,25 @@
 
 The indices of a stage are split into digits, lowest first: the channels of an FSQ or LFQ, or bit
 fields of at most 12 bits where the codes have no such structure. Each digit has a table of
-frequencies for every context, and a context is made of what the decoder already has:
+frequencies for every context, and a context is made of what the decoder already has. For channels,
+whose digits have an order, that is
 
     lattice     positions come coarse to fine, so that nearly all have four decoded neighbours: the
                 grid of every 16th row and column, then for s = 8, 4, 2, 1 the centres of its
                 squares (neighbours (+-s, +-s)), then the midpoints of its edges ((+-s, 0) and
-                (0, +-s)), horizontal edges first. The sum of the neighbours' digits, and their
-                class (s = 1 by edge, s = 1 by corner, farther), are context.
-    depth       the index of the stage before at the same position, or, where these are too many,
-                its digit of the same channel; in the first stage, the digits of the same index that
-                came before.
+                (0, +-s)), horizontal edges first; in three classes (s = 1 by edge, s = 1 by
+                corner, farther).
+    prediction  the digit by a linear regression, one for each class, on these four neighbours and
+                on the digits of all earlier channels and stages, at the position and at the four
+                beside it; in steps.
+    activity    how much the four neighbours differ, and how much the last four channels before
+                differ between this position and those beside it; each in six steps.
 
-Where digits are places of one number a channel (geometric stages), these contexts are those of the
-first stage alone. In each other stage the number so far is known at every position; the context is
-where the neighbours' mean lies, their new digits included, in quarters of this position's cell and
-of the cells beside it, and the number so far unless it has too many values.
-
-Without channels there is one context, whose table is the code's frequency. Frequencies are
-integers, counted over training images and stored in the checkpoint; no symbol has more than 63/64
-of a table, so that each costs at least 0.0227 bits, and a small file cannot claim a large image.
+For the digits of bit fields it is the digits of the same index that came before. Frequencies and
+regressions are integers, counted and fitted over training images and stored in the checkpoint; no
+symbol has more than 63/64 of a table, so that each costs at least 0.0227 bits, and a small file
+cannot claim a large image. Predictions are sums of integers in float64: exact, and so the same on
+every machine.
 
 The stream: for each stage, each digit, each pass of the lattice (rows from the top), the symbols.
 It is constriction's ANS coder (32-bit words, 24-bit probabilities), started from the word 2^24, its
@@ -38,12 +38,15 @@ import numpy as np
 from scripts.grid import Pass, lattice, whole_lattice
 
 MAX_SYMBOLS, MAX_ENTRIES = 65536, 2**19
-MAX_DEPTH_ENTRIES = 2**22  # of a table with the stage before as context
-PLACES = 13  # of the neighbours' mean, four a cell, and one where there are no neighbours
 MIN_BITS, SLACK_BITS = 0.02, 64  # a symbol costs at least this, but for the coder's first word
 START = 2**24
 CHUNK = 2**21  # probabilities held at a time
 BACKOFF = 4.0  # observations that the table without depth counts for
+CLASSES, STEPS = 3, 48  # of positions; of a prediction, at most
+EDGES = (4, 10, 20, 40, 80)  # between the steps of an activity
+LAPLACIANS = 4  # channels before, that activity looks at
+UNIT = 2**12  # of the regressions' integers
+SAMPLE = 2**20  # positions that the regressions are fitted to
 
 
 def load_constriction():
@@ -82,44 +85,33 @@ def bit_fields(size: int) -> list[int]:
 class _Stage:
     """The contexts of one stage's digits.
 
+    A context is made of two parts, (sums, depth): rare ones lean on those of the same first part.
+
     Args:
         digits: alphabet of each digit, lowest first.
         ordered: whether the digits are channels, whose values have an order.
-        places: whether the stages are places of one number a channel, the highest first.
-        earlier: numbers of codes of the stages before.
+        earlier: digits of all the stages before, together.
     """
 
-    def __init__(self, digits: Sequence[int], ordered: bool, places: bool, earlier: Sequence[int]):
-        self.digits, self.ordered, self.number = list(digits), ordered, len(earlier)
-        self.places = places and self.number > 0
-        self.widths, self.sums, self.chains = [], [], []
-        self.by_index = False
+    def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
+        self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
+        self.sums, self.chains, self.steps = [], [], []
         for place, size in enumerate(self.digits):
-            first, width, sums, depth = place, 1, 1, 1
-            if self.places:
-                sums = 3 * PLACES
-                values = size**self.number
-                depth = values if sums * values * size <= MAX_ENTRIES else 1
-            elif ordered and earlier:
-                # With the stage before as context, sums in steps of a quarter of the alphabet's.
-                width = max(1, size // 4)
-                sums = 3 * ((4 * size - 4) // width + 1)
-                depth = size
-            else:
-                sums = 3 * (4 * size - 3) if ordered else 1
-                while first:
-                    if sums * depth * self.digits[first - 1] * size > MAX_ENTRIES:
-                        break
-                    first -= 1
-                    depth *= self.digits[first]
-            self.widths.append(width)
-            self.sums.append((sums, depth))
+            depth, first = 1, place
+            if ordered:
+                depth = (len(EDGES) + 1) ** 2
+                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * depth * size))))
+                self.sums.append((CLASSES * self.steps[-1], depth))
+                continue
+            while first and depth * self.digits[first - 1] * size <= MAX_ENTRIES:
+                first -= 1
+                depth *= self.digits[first]
+            self.sums.append((1, depth))
             self.chains.append(range(first, place))
-        if ordered and earlier and not self.places:
-            most = max(sums * size for (sums, _), size in zip(self.sums, digits, strict=True))
-            self.by_index = earlier[-1] * most <= MAX_DEPTH_ENTRIES
-            if self.by_index:
-                self.sums = [(sums, earlier[-1]) for sums, _ in self.sums]
+
+    def weights_shape(self, place: int) -> tuple[int, int]:
+        """Of the regressions of a digit: classes, and its neighbours, what is around, and 1."""
+        return CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1
 
     def split(self, indices: np.ndarray) -> np.ndarray:
         """Indices (h, w) -> digits (digits, h, w), int32."""
@@ -135,47 +127,72 @@ class _Stage:
             indices = indices * size + digit
         return indices
 
-    def known(self, earlier: np.ndarray) -> np.ndarray | None:
-        """What `context` needs of the stages before, whose indices are (h, w, stages)."""
-        if not self.ordered or not self.number:
-            return None
-        if self.by_index:
-            return earlier[..., -1]
-        if not self.places:
-            return self.split(earlier[..., -1])
-        value = np.zeros((len(self.digits), *earlier.shape[:2]), np.int64)
-        for stage in range(self.number):
-            value = value * np.array(self.digits)[:, None, None] + self.split(earlier[..., stage])
-        return value
+    def around(self, place: int, digits: np.ndarray, earlier: np.ndarray, weights: np.ndarray):
+        """What the digits of earlier channels and stages say about a digit at every position.
 
-    def context(self, place: int, step: Pass, digits: np.ndarray, known: np.ndarray | None):
+        Returns:
+            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w);
+            None for bit fields.
+        """
+        if not self.ordered:
+            return None
+        known = [*earlier, *digits[:place]]
+        height, width = digits.shape[1:]
+        prediction = np.zeros((CLASSES, height * width))
+        roughness = np.zeros((height, width))
+        for number, plane in enumerate(known):
+            near = surroundings(plane)
+            start = 4 + len(AROUND) * number
+            own = weights[:, start : start + len(AROUND)].astype(np.float64)
+            prediction += own @ near.reshape(len(AROUND), -1)
+            if number >= len(known) - LAPLACIANS:
+                roughness += np.abs(4 * near[0] - near[1:].sum(0))
+        activity = np.searchsorted(EDGES, roughness, side="right")
+        return prediction.reshape(CLASSES, height, width), activity
+
+    def neighbours(self, place: int, step: Pass, digits: np.ndarray) -> np.ndarray:
+        """The digit at the four neighbours of a pass (4, n), float64; the middle for none."""
+        found = np.stack([digits[place][y, x] for y, x in step.neighbours]).astype(np.float64)
+        found[:, : step.alone] = (self.digits[place] - 1) / 2
+        return found
+
+    def context(self, place: int, step: Pass, digits: np.ndarray, around, weights: np.ndarray):
         """Contexts (n,), int64, of a digit in a pass, from the digits (digits, h, w) so far.
 
-        `known` is what `known` gives.
+        `around` is what the method of this name gives.
         """
-        rows, columns, neighbours, kind, alone = step
-        size, (_, most) = self.digits[place], self.sums[place]
-        total, depth = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        if self.places:
-            own = known[place][rows, columns]
-            for y, x in neighbours:
-                total += (known[place][y, x] - own) * size + digits[place][y, x]
-            # Quarters of this position's cell of the stage before, a cell's on either side as well.
-            total = np.clip(total // size + 4, 0, PLACES - 2)
-            total[:alone] = PLACES - 1
-            return (total * 3 + kind) * most + (own if most > 1 else 0)
-        if self.ordered:
-            for y, x in neighbours:
-                total += digits[place][y, x]
-            total[:alone] = 2 * (size - 1)  # the middle
-            total = total // self.widths[place] * 3 + kind
-        if self.by_index:
-            depth = known[rows, columns]
-        elif known is not None:
-            depth = known[place][rows, columns]
-        for other in self.chains[place]:
-            depth = depth * self.digits[other] + digits[other][rows, columns]
-        return total * most + depth
+        rows, columns, kind = step.rows, step.columns, step.kind
+        if not self.ordered:
+            depth = np.zeros(len(rows), np.int64)
+            for other in self.chains[place]:
+                depth = depth * self.digits[other] + digits[other][rows, columns]
+            return depth
+        size, steps = self.digits[place], self.steps[place]
+        found, (prediction, activity) = self.neighbours(place, step, digits), around
+        mine = weights.astype(np.float64)[kind].T  # (features, n)
+        guess = prediction[kind, rows, columns] + (mine[:4] * found).sum(0) + mine[-1]
+        guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
+        spread = np.abs(4 * found - found.sum(0)).sum(0)
+        depth = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
+        depth += activity[rows, columns]
+        return (guess.astype(np.int64) * CLASSES + kind) * self.sums[place][1] + depth
+
+
+AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
+
+
+def surroundings(plane: np.ndarray) -> np.ndarray:
+    """A plane (h, w) and its neighbours at distance 1 (5, h, w), float64, the edge repeated."""
+    height, width = plane.shape
+    padded = np.pad(plane, 1, mode="edge").astype(np.float64)
+    return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])
+
+
+def _planes(stages: Sequence[_Stage], indices: np.ndarray) -> np.ndarray:
+    """All digits of the first stages (digits, h, w) of their indices (h, w, stages)."""
+    if not indices.shape[2] or not stages[0].ordered:
+        return np.empty((0, *indices.shape[:2]), np.int32)
+    return np.concatenate([stage.split(indices[..., k]) for k, stage in enumerate(stages)])
 
 
 class EntropyModel:
@@ -184,9 +201,9 @@ class EntropyModel:
     Args:
         digits: for each stage the alphabets of its digits, lowest first.
         ordered: whether digits are channels.
-        places: whether stages are places of one number a channel.
         tables: for each stage and digit, integers (contexts, alphabet), each row with the sum
-            `total(alphabet)`; None makes a model that can only `contexts`.
+            `total(alphabet)`.
+        weights: for each stage and digit, the regressions, integers; without channels empty.
 
     Raises:
         ValueError: for tables of another shape, or with frequencies out of range.
@@ -196,23 +213,26 @@ class EntropyModel:
         self,
         digits: list[list[int]],
         ordered: bool,
-        places: bool,
         tables: list[list[np.ndarray]],
+        weights: list[list[np.ndarray]],
     ):
-        self.digits, self.ordered, self.places, self.tables = digits, ordered, places, tables
-        self.stages = _stages(digits, ordered, places)
-        digest = hashlib.sha256(repr((digits, ordered, places)).encode())
-        for stage, row in zip(self.stages, tables, strict=True):
-            for size, (sums, depth), table in zip(stage.digits, stage.sums, row, strict=True):
+        self.digits, self.ordered, self.tables, self.weights = digits, ordered, tables, weights
+        self.stages = _stages(digits, ordered)
+        digest = hashlib.sha256(repr((digits, ordered)).encode())
+        for stage, row, fitted in zip(self.stages, tables, weights, strict=True):
+            for place, (table, weight) in enumerate(zip(row, fitted, strict=True)):
+                (sums, depth), size = stage.sums[place], stage.digits[place]
                 whole = total(size)
                 if (
                     table.shape != (sums * depth, size)
                     or table.min() < 1
                     or table.max() > whole // 64 * 63
                     or (table.sum(1, dtype=np.int64) != whole).any()
+                    or weight.shape != (stage.weights_shape(place) if ordered else (0,))
                 ):
                     raise ValueError("the checkpoint's entropy model does not fit: run fit again")
                 digest.update(table.astype("<i4").tobytes())
+                digest.update(weight.astype("<i4").tobytes())
         self.digest = digest.digest()
 
     def check_length(self, payload: int, positions: int, stages: int) -> None:
@@ -229,10 +249,12 @@ class EntropyModel:
         # A stack: what is decoded first is encoded last.
         for k in reversed(range(indices.shape[2])):
             stage, digits = self.stages[k], self.stages[k].split(indices[..., k])
-            known = stage.known(indices[..., :k])
+            earlier = _planes(self.stages[:k], indices[..., :k])
             for place in reversed(range(len(stage.digits))):
                 symbols = digits[place][step.rows, step.columns]
-                contexts = stage.context(place, step, digits, known)
+                weights = self.weights[k][place]
+                around = stage.around(place, digits, earlier, weights)
+                contexts = stage.context(place, step, digits, around, weights)
                 for part, model, rows in reversed(self._models(stream, k, place, contexts)):
                     coder.encode_reverse(symbols[part], model, *rows())
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -251,11 +273,13 @@ class EntropyModel:
         indices = np.empty((*shape, stages), np.int64)
         for k, stage in enumerate(self.stages[:stages]):
             digits = np.zeros((len(stage.digits), *shape), np.int32)
-            known = stage.known(indices[..., :k])
+            earlier = _planes(self.stages[:k], indices[..., :k])
             for place, digit in enumerate(digits):
+                weights = self.weights[k][place]
+                around = stage.around(place, digits, earlier, weights)
                 # Where nothing depends on the neighbours, there is nothing to wait for.
                 for step in lattice(*shape) if stage.ordered else [whole_lattice(*shape)]:
-                    contexts = stage.context(place, step, digits, known)
+                    contexts = stage.context(place, step, digits, around, weights)
                     for part, model, rows in self._models(stream, k, place, contexts):
                         given = rows() or (part.stop - part.start,)
                         digit[step.rows[part], step.columns[part]] = coder.decode(model, *given)
@@ -286,9 +310,9 @@ class EntropyModel:
         ]
 
 
-def _stages(digits: list[list[int]], ordered: bool, places: bool) -> list[_Stage]:
-    sizes = [math.prod(row) for row in digits]
-    return [_Stage(row, ordered, places, sizes[:k]) for k, row in enumerate(digits)]
+def _stages(digits: list[list[int]], ordered: bool) -> list[_Stage]:
+    earlier = [sum(map(len, digits[:k])) for k in range(len(digits))]
+    return [_Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
 
 
 def total(size: int) -> int:
@@ -299,19 +323,17 @@ def total(size: int) -> int:
 class Counts:
     """Counts the digits of many images in their contexts.
 
+    The first images, of 2^20 positions together, are kept until the regressions are fitted to them.
+
     Args:
         sizes: number of codes of each stage.
         levels: levels of the channels that make up an index, lowest first; None if it has none.
-        places: whether stages are places of one number a channel, the highest first.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], levels: Sequence[int] | None = None, places: bool = False
-    ):
-        self.places = places
+    def __init__(self, sizes: Sequence[int], levels: Sequence[int] | None = None):
         self.ordered = levels is not None and all(math.prod(levels) == size for size in sizes)
         self.digits = [list(levels) if self.ordered else bit_fields(size) for size in sizes]
-        self.stages = _stages(self.digits, self.ordered, places)
+        self.stages = _stages(self.digits, self.ordered)
         self.counts = [
             [
                 np.zeros((sums * depth, size), np.int64)
@@ -319,19 +341,67 @@ class Counts:
             ]
             for stage in self.stages
         ]
+        self.kept: list[np.ndarray] = []
+        self.weights: list[list[np.ndarray]] | None = None
 
     def add(self, indices: np.ndarray) -> None:
         """Count the indices (h, w, stages) of an image."""
+        if self.weights is None:
+            self.kept.append(indices)
+            if sum(image[..., 0].size for image in self.kept) >= SAMPLE:
+                self._fit()
+            return
         step = whole_lattice(*indices.shape[:2])
         for k, stage in enumerate(self.stages):
-            digits, known = stage.split(indices[..., k]), stage.known(indices[..., :k])
+            digits = stage.split(indices[..., k])
+            earlier = _planes(self.stages[:k], indices[..., :k])
             for place, counts in enumerate(self.counts[k]):
-                contexts = stage.context(place, step, digits, known)
+                weights = self.weights[k][place]
+                around = stage.around(place, digits, earlier, weights)
+                contexts = stage.context(place, step, digits, around, weights)
                 symbols = digits[place][step.rows, step.columns]
                 np.add.at(counts.reshape(-1), contexts * counts.shape[1] + symbols, 1)
 
+    def _fit(self) -> None:
+        """The regressions, by least squares over the images kept so far; then these are counted."""
+        empty = np.zeros(0, np.int32)
+        self.weights = [[empty for _ in stage.digits] for stage in self.stages]
+        for k, stage in enumerate(self.stages if self.ordered else ()):
+            shapes = [stage.weights_shape(place) for place in range(len(stage.digits))]
+            squares = [np.zeros((classes, n, n)) for classes, n in shapes]
+            products = [np.zeros(shape) for shape in shapes]
+            for indices in self.kept:
+                step = whole_lattice(*indices.shape[:2])
+                digits = stage.split(indices[..., k])
+                known = np.concatenate([_planes(self.stages[:k], indices[..., :k]), digits])
+                at = (slice(None), step.rows, step.columns)
+                near = np.concatenate([surroundings(plane)[at] for plane in known])
+                for place in range(len(stage.digits)):
+                    width = len(AROUND) * (stage.earlier + place)
+                    own, one = stage.neighbours(place, step, digits), np.ones((1, near.shape[1]))
+                    features = np.concatenate([own, near[:width], one])
+                    wanted = digits[place][step.rows, step.columns]
+                    for kind in range(CLASSES):
+                        some = features[:, step.kind == kind]
+                        squares[place][kind] += some @ some.T
+                        products[place][kind] += some @ wanted[step.kind == kind]
+            for place, (square, product) in enumerate(zip(squares, products, strict=True)):
+                # A little towards zero: what is constant, or seen once, has no solution of its own.
+                ridge = 1e-6 * (np.trace(square, axis1=1, axis2=2) + 1)
+                square += ridge[:, None, None] * np.eye(square.shape[1])
+                solution = np.linalg.solve(square, product[..., None])[..., 0]
+                limit = 2**31 // UNIT - 1
+                self.weights[k][place] = np.rint(solution.clip(-limit, limit) * UNIT).astype(
+                    np.int32
+                )
+        kept, self.kept = self.kept, []
+        for indices in kept:
+            self.add(indices)
+
     def entropy_model(self) -> EntropyModel:
         """The frequencies; rare contexts lean on those without depth, and these on the digit's."""
+        if self.weights is None:
+            self._fit()
         tables = []
         for stage, row in zip(self.stages, self.counts, strict=True):
             tables.append([])
@@ -342,7 +412,7 @@ class Counts:
                 coarse /= coarse.sum(1, keepdims=True)
                 fine = counts + BACKOFF * np.repeat(coarse, depth, axis=0)
                 tables[-1].append(frequencies(fine / fine.sum(1, keepdims=True)))
-        return EntropyModel(self.digits, self.ordered, self.places, tables)
+        return EntropyModel(self.digits, self.ordered, tables, self.weights)
 
 
 def frequencies(p: np.ndarray) -> np.ndarray:

@@ -134,11 +134,9 @@ def test_a_payload_that_no_indices_give_is_refused():
 # ---------------------------------------------------------------------------------------
 # Entropy coding
 # ---------------------------------------------------------------------------------------
-CODEBOOKS = {  # codes of each stage, levels, whether stages are places of one number a channel
+CODEBOOKS = {
     "rfsq": ([256, 256], [8, 8, 4]),
     "wide": ([2**20, 2**20], [4] * 10),
-    "places": ([60, 60, 60], [5, 4, 3], True),
-    "even places": ([256, 256], [16, 16], True),
     "fsq": ([1024], [32, 32]),
     "bits": ([2**20], [2] * 20),
     "odd": ([45, 45, 45], [5, 3, 3]),
@@ -158,8 +156,8 @@ def smooth(height: int, width: int, sizes, seed: int) -> np.ndarray:
 
 
 def fitted(name: str) -> entropy.EntropyModel:
-    sizes = CODEBOOKS[name][0]
-    counts = entropy.Counts(*CODEBOOKS[name])
+    sizes, levels = CODEBOOKS[name]
+    counts = entropy.Counts(sizes, levels)
     for seed in range(3):
         counts.add(smooth(24, 32, sizes, seed))
     return counts.entropy_model()
@@ -167,7 +165,7 @@ def fitted(name: str) -> entropy.EntropyModel:
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_entropy_coder_is_lossless_and_saves(name):
-    model, (sizes, levels) = fitted(name), CODEBOOKS[name][:2]
+    model, (sizes, levels) = fitted(name), CODEBOOKS[name]
     image = smooth(40, 33, sizes, 7)
     payload = model.encode(image)
     assert np.array_equal(model.decode(payload, (40, 33), len(sizes)), image)
@@ -194,45 +192,6 @@ def test_neighbours_and_the_stage_before_pay():
     image = smooth(40, 33, sizes, 7)
     plain = first_order.entropy_model().encode(image)
     assert len(conditional.encode(image)) < 0.9 * len(plain)
-
-
-def test_places_of_a_number_pay():
-    """A smooth number in two places: the second is predictable, though not from its own digits."""
-
-    def image(seed):
-        number = smooth(64, 48, [2**20], seed)[..., 0] // 2**10
-        number = (number[1:, 1:] + number[:-1, 1:] + number[1:, :-1] + number[:-1, :-1]) // 4
-        return np.stack([number // 32, number % 32], -1)
-
-    lengths = []
-    for places in (True, False):
-        counts = entropy.Counts([32, 32], [32], places)
-        for seed in range(20):
-            counts.add(image(seed))
-        lengths.append(len(counts.entropy_model().encode(image(99))))
-    assert lengths[0] < 0.92 * lengths[1]
-
-
-def test_the_context_of_a_place_by_hand():
-    """Channels of 4 levels: position (1, 1) of the last pass, its neighbours on an edge."""
-    stage = entropy._Stage([4], True, True, [4])
-    assert stage.sums == [(3 * 13, 4)]
-    coarse = np.array([[0, 1, 0], [1, 1, 2], [0, 2, 0]])
-    fine = np.array([[[0, 3, 0], [2, 0, 1], [0, 1, 0]]])
-    where = grid.Pass(
-        np.array([1]),
-        np.array([1]),
-        np.array([[[0, 2, 1, 1], [1, 1, 0, 2]]]).reshape(2, 4, 1).transpose(1, 0, 2),
-        np.array([2]),
-        0,
-    )
-    # Numbers 4 c + d of the neighbours: 7, 9, 6, 9; of this cell 4 to 7. Their mean, 7.75, is
-    # 3.75 of its 4 steps into the cell: the last quarter, the eighth of the twelve.
-    context = stage.context(0, where, fine, stage.known(coarse[..., None]))
-    assert context.tolist() == [(7 * 3 + 2) * 4 + 1]
-    assert stage.context(0, where._replace(alone=1), fine, stage.known(coarse[..., None])) == [
-        (12 * 3 + 2) * 4 + 1
-    ]
 
 
 def test_coded_size_is_the_cross_entropy():
@@ -329,6 +288,6 @@ def test_tables_that_do_not_fit_are_refused():
         else:
             tables[1][0][3, :2] = [0, tables[1][0][3, :2].sum()] if change == "zero" else [1, 1]
         with pytest.raises(ValueError, match="does not fit"):
-            entropy.EntropyModel(model.digits, model.ordered, model.places, tables)
-    again = entropy.EntropyModel(model.digits, model.ordered, model.places, model.tables)
+            entropy.EntropyModel(model.digits, model.ordered, tables, model.weights)
+    again = entropy.EntropyModel(model.digits, model.ordered, model.tables, model.weights)
     assert again.digest == model.digest
