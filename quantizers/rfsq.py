@@ -142,7 +142,9 @@ class RFSQ(Quantizer):
         self.statistics = statistics if strategy == "layernorm" else None
         self.momentum = momentum
         self.stage_dropout = stage_dropout if stages > 1 else 0.0
-        self.name = f"rfsq-{stages}x{self.codebook_sizes[0]}-{strategy}"
+        size = self.codebook_sizes[0]
+        codes = str(size) if size <= 2**20 else f"{math.log2(size):.4g}bit"
+        self.name = f"rfsq-{stages}x{codes}-{strategy}"
         level = torch.tensor(self.levels, dtype=torch.float32)
         self.register_buffer("level", level, persistent=False)
         best = 6**-0.5 + 0.7 / level**stages

@@ -213,6 +213,8 @@ def fit(flags) -> dict:
         raise ValueError(f"{out} exists: give another --out{mend}")
     codec = Codec(flags.load, util.setup_processes())
     counts = codec.counts()
+    count = min(flags.limit or len(files), len(files))
+    files = [files[i * len(files) // count] for i in range(count)]
     for path, _ in progress(files, "image"):
         counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
     make_folder(out.parent)
@@ -242,7 +244,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
         command.add_argument("--out", required=True, metavar=where, help=out)
         command.add_argument("--force", action="store_true", help="replace what exists already")
         command.add_argument("--json", metavar="FILE", help="write the results there as well")
-        if run is not fit:
+        if run is fit:
+            command.add_argument(
+                "--limit",
+                type=number(int, 1),
+                metavar="N",
+                help="so many images, evenly over all; default: all",
+            )
+        else:
             command.add_argument(
                 "--stages", type=number(int, 1), help="first stages only; default: all there are"
             )

@@ -22,6 +22,10 @@ CONFIGURATIONS=(
     fsq_22bit lfq_22bit ema_2x2048
     fsq_40bit lfq_40bit ema_4x1024
 )
+BEYOND=( # the paper; run by --only alone
+    geometric_22bit geometric_40bit
+    coded_22bit_f4 coded_40bit_f4 coded_22bit_f8 coded_40bit_f8
+)
 
 fail() {
     echo "reproduce.sh: error: $1" >&2
@@ -50,8 +54,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 for name in "${only[@]}"; do
-    [[ " ${CONFIGURATIONS[*]} " == *" $name "* ]] ||
-        fail "--only $name is unknown: choose from ${CONFIGURATIONS[*]}"
+    [[ " ${CONFIGURATIONS[*]} ${BEYOND[*]} " == *" $name "* ]] ||
+        fail "--only $name is unknown: choose from ${CONFIGURATIONS[*]} ${BEYOND[*]}"
 done
 for seed in "${seeds[@]}"; do
     [[ $seed =~ ^[0-9]+$ ]] || fail "seed $seed is no number: give integers, such as --seeds 0 1 2"

@@ -194,6 +194,65 @@ def test_neighbours_and_the_stage_before_pay():
     assert len(conditional.encode(image)) < 0.9 * len(plain)
 
 
+def test_what_is_linear_in_earlier_channels_is_all_but_free():
+    """A second channel that is the mean of the first one's neighbours, in the next stage too."""
+    rng = np.random.default_rng(0)
+
+    def image():
+        first = rng.integers(0, 9, (40, 40))
+        padded = np.pad(first, 1, mode="edge")
+        mean = (padded[1:-1, :-2] + padded[1:-1, 2:]) // 2
+        return np.stack([first + 9 * mean, 8 - mean + 9 * first], -1)
+
+    counts = entropy.Counts([81, 81], [9, 9])
+    for _ in range(12):
+        counts.add(image())
+    model, new = counts.entropy_model(), image()
+    payload = model.encode(new)
+    assert np.array_equal(model.decode(payload, (40, 40), 2), new)
+    # log2 9 for the first channel; the mean, rounded down, is known to a half, and what is repeated
+    # in the second stage is known.
+    assert math.log2(9) < 8 * len(payload) / 1600 < math.log2(9) + 0.75
+
+
+def test_a_context_by_hand():
+    """Digit 1 of (3, 5) levels at the centre of a 3x3 grid, its neighbours on the edges."""
+    (stage,) = entropy.Counts([15], [3, 5]).stages
+    assert stage.sums == [(3 * 48, 36), (3 * 48, 36)]
+    digits = np.array([[[0, 1, 2], [2, 2, 0], [1, 0, 1]], [[0, 4, 0], [3, 0, 1], [0, 2, 0]]])
+    beside = np.array([[[0], [1]], [[2], [1]], [[1], [0]], [[1], [2]]])
+    here = grid.Pass(np.array([1]), np.array([1]), beside, np.array([1]), 0)
+    weights = np.zeros((3, 10), np.int32)
+    # A quarter of each neighbour, half of channel 0 here, minus what is left of it, and 3/4.
+    weights[1] = np.array([1, 1, 1, 1, 2, 0, 0, -4, 0, 3]) * entropy.UNIT // 4
+    around = stage.around(1, digits, np.empty((0, 3, 3)), weights)
+    context = stage.context(1, here, digits, around, weights)
+    # Prediction (4 + 2 + 3 + 1)/4 + 2/2 - 2 + 3/4 = 2.25: step floor(2.75 * 48 / 5) = 26.
+    # |4 d - 10| over the neighbours: 6 + 2 + 2 + 6 = 16, the third of the six steps.
+    # Channel 0: |4*2 - (1 + 0 + 2 + 0)| = 5, the second.
+    assert context.tolist() == [(26 * 3 + 1) * 36 + 2 * 6 + 1]
+    alone = stage.context(1, here._replace(alone=1), digits, around, weights)
+    # Four times the middle, 2: (8 / 4) + 1 - 2 + 3/4 = 1.75, step 21; no difference.
+    assert alone.tolist() == [(21 * 3 + 1) * 36 + 0 * 6 + 1]
+
+
+def test_predictions_are_exact_integers():
+    rng = np.random.default_rng(0)
+    (stage,) = entropy.Counts([2**50], [32] * 10).stages
+    digits = rng.integers(0, 32, (10, 7, 9))
+    weights = rng.integers(-(2**31), 2**31, (3, 4 + 45 + 1))
+    prediction, _ = stage.around(9, digits, np.empty((0, 7, 9)), weights)
+    for row, column in ((0, 0), (3, 4), (6, 8)):
+        near = [
+            digits[c, min(max(row + y, 0), 6), min(max(column + x, 0), 8)]
+            for c in range(9)
+            for y, x in entropy.AROUND
+        ]
+        for kind in range(3):
+            exact = sum(int(w) * int(d) for w, d in zip(weights[kind, 4:-1], near, strict=True))
+            assert prediction[kind, row, column] == exact
+
+
 def test_coded_size_is_the_cross_entropy():
     sizes = [16]
     counts = entropy.Counts(sizes)

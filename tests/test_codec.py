@@ -253,6 +253,13 @@ def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
     assert again.entropy_model.digest == codec.entropy_model.digest
     model, _, saved = load_model(tmp_path / "coded.pt")
     assert saved["step"] == 2 and not model.training
+    older = {k: v for k, v in saved["entropy_model"].items() if k != "weights"}
+    util.save_checkpoint(
+        tmp_path / "older.pt",
+        {k: older if k == "entropy_model" else v for k, v in saved.items() if k != "checksum"},
+    )
+    with pytest.raises(ValueError, match="older layout: run fit again"):
+        Codec(tmp_path / "older.pt")
     saved["entropy_model"]["digits"] = [[8, 8, 4, 8]] * 2
     util.save_checkpoint(tmp_path / "wrong.pt", {k: v for k, v in saved.items() if k != "checksum"})
     with pytest.raises(ValueError, match="entropy model"):

@@ -123,6 +123,14 @@ def test_fit_then_entropy_coding(here, capsys):
         assert a == b
 
 
+def test_fit_to_some_of_the_images(here):
+    every = run("fit images --load model.pt --out every.pt")["images"]
+    assert run("fit images --load model.pt --out two.pt --limit 2")["images"] == 2 < every
+    assert run("fit images --load model.pt --out all.pt --limit 99")["images"] == every
+    assert Path("all.pt").read_bytes() == Path("every.pt").read_bytes()
+    assert Path("two.pt").read_bytes() != Path("every.pt").read_bytes()
+
+
 def test_names_that_meet_are_refused_before_anything_is_written(here, capfd):
     (here / "images" / "a.jpg").write_bytes((here / "images" / "below" / "b.jpg").read_bytes())
     line = refused("encode images --load model.pt --out coded", capfd)

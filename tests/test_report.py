@@ -37,6 +37,14 @@ BITS = {
     "lfq_40bit": 40.0,
     "ema_4x1024": 40.0,
 }
+BEYOND = {
+    "geometric_22bit": 22.0,
+    "geometric_40bit": 40.0,
+    "coded_22bit_f4": None,  # what it takes is known once it is trained
+    "coded_40bit_f4": None,
+    "coded_22bit_f8": None,
+    "coded_40bit_f8": None,
+}
 TINY = (
     "--train-data-path synthetic --val-data-path IMAGES --train-iters 1 --batch-size 4 "
     "--channel 16 --img-size 32 --perceptual-weight 0 --num-workers 0"
@@ -120,6 +128,30 @@ def test_every_configuration_has_its_bits(name, bits):
     assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
 
 
+@pytest.mark.parametrize("name, bits", BEYOND.items())
+def test_presets_beyond_the_paper(name, bits):
+    args = get_args(script_flags(name))
+    text = (ROOT / "scripts" / f"{name}.sh").read_text()
+    assert args.network == "dct" and args.rfsq_strategy == "geometric"
+    if bits:
+        assert build_quantizer(args).bits == bits and f"{bits} bits per position" in text
+    else:
+        bits, f = re.match(r"coded_(\d+)bit_f(\d)", name).groups()
+        bpp = int(bits) / int(f) ** 2
+        assert args.downsample == int(f) and f"about {bits} bits per position" in text
+        assert f"{bpp:.3f}".rstrip("0") in text
+        # A position costs more without entropy coding than with it.
+        assert build_quantizer(args).bits > 1.5 * int(bits)
+    assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
+
+
+def test_nothing_beyond_the_paper_is_in_its_configurations():
+    for name in BITS:
+        args = get_args(script_flags(name))
+        assert (args.network, args.downsample, args.res_blocks) == ("conv", 4, 0)
+        assert args.rfsq_strategy != "geometric" and args.rfsq_slope is None
+
+
 def test_the_entropy_of_lfq_at_40_bits_is_over_groups_and_said_to_be():
     assert build_quantizer(get_args(script_flags("lfq_40bit"))).entropy_groups == 4
     assert "4 groups of 10 bits" in (ROOT / "scripts" / "lfq_40bit.sh").read_text()
@@ -128,7 +160,13 @@ def test_the_entropy_of_lfq_at_40_bits_is_over_groups_and_said_to_be():
 # ---------------------------------------------------------------------------------------
 # reproduce.sh
 # ---------------------------------------------------------------------------------------
-def reproduce(folder: Path, *flags: str, scripts: Path = ROOT / "scripts", **variables: str):
+def reproduce(
+    folder: Path,
+    *flags: str,
+    scripts: Path = ROOT / "scripts",
+    script: str = "reproduce.sh",
+    **variables: str,
+):
     """Run reproduce.sh in `folder`, with this interpreter's environment, without a network."""
     # setup.sh finds the virtual environment of the tests complete.
     ours, installed = (Path(place, "pyproject.toml") for place in (ROOT, sys.prefix))
@@ -142,7 +180,7 @@ def reproduce(folder: Path, *flags: str, scripts: Path = ROOT / "scripts", **var
         "OMP_NUM_THREADS": "1",
         **variables,
     }
-    command = [scripts / "reproduce.sh", *flags]
+    command = [scripts / script, *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -428,3 +466,37 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
             util.run_script(lambda flags=flags: report.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
+
+
+# ---------------------------------------------------------------------------------------
+# best.sh
+# ---------------------------------------------------------------------------------------
+def test_best_trains_fits_and_measures(tmp_path):
+    images = make_images(tmp_path)
+    data = ["--train-data-path", str(images), f"--val-data-path={images}"]
+    tiny = "--train-iters 1 --batch-size 2 --channel 8 --img-size 32 --perceptual-weight 0"
+    flags = [*data, *tiny.split(), "--num-workers", "0"]
+    done = reproduce(tmp_path, *flags, script="best.sh", LIMIT="1", FIT="3", JOBS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = tmp_path / "runs" / "best"
+    assert done.stdout.count("counted the codes of 3 images") == 4
+    measured = json.loads((best / "rate_distortion.json").read_text())
+    assert measured["images"] == 1 and (best / "rate_distortion.png").stat().st_size > 1000
+    coded = [c for c in measured["checkpoints"] if any(r["entropy_coded"] for r in c["rows"])]
+    assert {Path(c["checkpoint"]).parent.name for c in coded} == {
+        f"{name}-s0" for name in BEYOND if name.startswith("coded")
+    }
+    before = {path: path.stat().st_mtime_ns for path in best.glob("*/*.pt")}
+    done = reproduce(tmp_path, *flags, script="best.sh", LIMIT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in best.glob("*/*.pt")}
+
+
+def test_best_wants_folders_of_files(tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "index.json").write_text("{}")
+    for where in ("nowhere", "packed"):
+        done = reproduce(tmp_path, f"--train-data-path={where}", script="best.sh")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"{where} is no folder of image files: set IMAGES_TRAIN" in done.stderr
+    assert not (tmp_path / "runs").exists()
