@@ -4,4 +4,4 @@
 # stages, as one index of so many levels would not fit 62 bits.
 exec "$(dirname "$0")/paper.sh" --network dct --downsample 4 \
     --quantizer rfsq --rfsq-strategy geometric --rfsq-slope 0.2 --rfsq-stages 2 \
-    --levels 15 8 6 6 5 4 4 4 3 3 3 3 3 3 2 2 2 2 2 2 2 2 "$@"
+    --levels 17 9 7 7 5 5 5 5 3 3 3 3 3 3 2 2 2 2 2 2 2 2 2 2 2 "$@"

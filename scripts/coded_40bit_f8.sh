@@ -4,4 +4,4 @@
 # stages, as one index of so many levels would not fit 62 bits.
 exec "$(dirname "$0")/paper.sh" --network dct --downsample 8 \
     --quantizer rfsq --rfsq-strategy geometric --rfsq-slope 0.2 --rfsq-stages 2 \
-    --levels 11 6 5 5 4 4 4 4 3 3 3 3 3 3 2 2 2 2 2 2 2 2 2 2 2 "$@"
+    --levels 10 5 5 5 4 3 3 3 3 3 3 3 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 "$@"

@@ -50,8 +50,11 @@ def make_checkpoint(path, *flags, contrast=1.0):
     args = get_args(flags)
     model = VQVAE(args)
     with torch.no_grad():
-        model.encoder.layers[-1].weight.mul_(5)
-        model.decoder.layers[-1].weight.mul_(contrast)
+        for network, factor in ((model.encoder, 5), (model.decoder, contrast)):
+            weight = network.layers[-1].weight
+            if not weight.any():  # of the dct network, which starts as zero there
+                torch.nn.init.normal_(weight, std=0.05)
+            weight.mul_(factor)
         for _ in range(2):
             model(torch.randn(4, 3, 32, 32))
     util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})

@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "lfq": ["--quantizer=lfq"],
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
     "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
+    "dct": ["--network=dct", "--downsample=8", "--res-blocks=1", "--rfsq-strategy=geometric"],
 }
 
 
