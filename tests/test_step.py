@@ -20,10 +20,17 @@ QUANTIZERS = {
     "scale": ["--rfsq-strategy=scale"],
     "layernorm": ["--rfsq-stages=4"],
     "image": ["--rfsq-statistics=image"],
+    "dct": ["--network=dct", "--rfsq-strategy=geometric"],
     "lfq": ["--quantizer=lfq"],
     "ema": ["--quantizer=ema", "--n-embed=32", "--embed-dim=8", "--ema-stages=2"],
 }
 every = pytest.mark.parametrize("flags", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """Dynamo counts the models that it compiles the same code for, and stops at eight."""
+    torch._dynamo.reset()
 
 
 class PerceptualStandIn(torch.nn.Module):
