@@ -2,25 +2,10 @@
 
 The indices of a stage are split into digits, lowest first: the channels of an FSQ or LFQ, or bit
 fields of at most 12 bits where the codes have no such structure. Each digit has a table of
-frequencies for every context, and a context is made of what the decoder already has. For channels,
-whose digits have an order, that is
-
-    lattice     positions come coarse to fine, so that nearly all have four decoded neighbours: the
-                grid of every 16th row and column, then for s = 8, 4, 2, 1 the centres of its
-                squares (neighbours (+-s, +-s)), then the midpoints of its edges ((+-s, 0) and
-                (0, +-s)), horizontal edges first; in three classes (s = 1 by edge, s = 1 by
-                corner, farther).
-    prediction  the digit by a linear regression, one for each class, on these four neighbours and
-                on the digits of all earlier channels and stages, at the position and at the four
-                beside it; in steps.
-    activity    how much the four neighbours differ, and how much the last four channels before
-                differ between this position and those beside it; each in six steps.
-
-For the digits of bit fields it is the digits of the same index that came before. Frequencies and
-regressions are integers, counted and fitted over training images and stored in the checkpoint; no
-symbol has more than 63/64 of a table, so that each costs at least 0.0227 bits, and a small file
-cannot claim a large image. Predictions are sums of integers in float64: exact, and so the same on
-every machine.
+frequencies for every context (`context.py`), which is made of what the decoder already has.
+Frequencies and regressions are integers, counted and fitted over training images and stored in the
+checkpoint; no symbol has more than 63/64 of a table, so that each costs at least 0.0227 bits, and a
+small file cannot claim a large image.
 
 The stream: for each stage, each digit, each pass of the lattice (rows from the top), the symbols.
 It is constriction's ANS coder (32-bit words, 24-bit probabilities), started from the word 2^24, its
@@ -35,17 +20,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scripts.grid import Pass, lattice, whole_lattice
+from scripts.context import AROUND, CLASSES, UNIT, Stage, planes, surroundings
+from scripts.grid import lattice, whole_lattice
 
-MAX_SYMBOLS, MAX_ENTRIES = 65536, 2**19
+MAX_SYMBOLS = 65536
 MIN_BITS, SLACK_BITS = 0.02, 64  # a symbol costs at least this, but for the coder's first word
 START = 2**24
 CHUNK = 2**21  # probabilities held at a time
 BACKOFF = 4.0  # observations that the table without depth counts for
-CLASSES, STEPS = 3, 48  # of positions; of a prediction, at most
-EDGES = (4, 10, 20, 40, 80)  # between the steps of an activity
-LAPLACIANS = 4  # channels before, that activity looks at
-UNIT = 2**12  # of the regressions' integers
 SAMPLE = 2**20  # positions that the regressions are fitted to
 
 
@@ -80,119 +62,6 @@ def bit_fields(size: int) -> list[int]:
     bits = size.bit_length() - 1
     parts = -(-bits // 12)
     return [2 ** (bits // parts + (i < bits % parts)) for i in range(parts)]
-
-
-class _Stage:
-    """The contexts of one stage's digits.
-
-    A context is made of two parts, (sums, depth): rare ones lean on those of the same first part.
-
-    Args:
-        digits: alphabet of each digit, lowest first.
-        ordered: whether the digits are channels, whose values have an order.
-        earlier: digits of all the stages before, together.
-    """
-
-    def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
-        self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
-        self.sums, self.chains, self.steps = [], [], []
-        for place, size in enumerate(self.digits):
-            depth, first = 1, place
-            if ordered:
-                depth = (len(EDGES) + 1) ** 2
-                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * depth * size))))
-                self.sums.append((CLASSES * self.steps[-1], depth))
-                continue
-            while first and depth * self.digits[first - 1] * size <= MAX_ENTRIES:
-                first -= 1
-                depth *= self.digits[first]
-            self.sums.append((1, depth))
-            self.chains.append(range(first, place))
-
-    def weights_shape(self, place: int) -> tuple[int, int]:
-        """Of the regressions of a digit: classes, and its neighbours, what is around, and 1."""
-        return CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1
-
-    def split(self, indices: np.ndarray) -> np.ndarray:
-        """Indices (h, w) -> digits (digits, h, w), int32."""
-        digits = np.empty((len(self.digits), *indices.shape), np.int32)
-        for place, size in enumerate(self.digits):
-            indices, digits[place] = np.divmod(indices, size)
-        return digits
-
-    def join(self, digits: np.ndarray) -> np.ndarray:
-        """The inverse of `split`."""
-        indices = np.zeros(digits.shape[1:], np.int64)
-        for digit, size in zip(digits[::-1], self.digits[::-1], strict=True):
-            indices = indices * size + digit
-        return indices
-
-    def around(self, place: int, digits: np.ndarray, earlier: np.ndarray, weights: np.ndarray):
-        """What the digits of earlier channels and stages say about a digit at every position.
-
-        Returns:
-            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w);
-            None for bit fields.
-        """
-        if not self.ordered:
-            return None
-        known = [*earlier, *digits[:place]]
-        height, width = digits.shape[1:]
-        prediction = np.zeros((CLASSES, height * width))
-        roughness = np.zeros((height, width))
-        for number, plane in enumerate(known):
-            near = surroundings(plane)
-            start = 4 + len(AROUND) * number
-            own = weights[:, start : start + len(AROUND)].astype(np.float64)
-            prediction += own @ near.reshape(len(AROUND), -1)
-            if number >= len(known) - LAPLACIANS:
-                roughness += np.abs(4 * near[0] - near[1:].sum(0))
-        activity = np.searchsorted(EDGES, roughness, side="right")
-        return prediction.reshape(CLASSES, height, width), activity
-
-    def neighbours(self, place: int, step: Pass, digits: np.ndarray) -> np.ndarray:
-        """The digit at the four neighbours of a pass (4, n), float64; the middle for none."""
-        found = np.stack([digits[place][y, x] for y, x in step.neighbours]).astype(np.float64)
-        found[:, : step.alone] = (self.digits[place] - 1) / 2
-        return found
-
-    def context(self, place: int, step: Pass, digits: np.ndarray, around, weights: np.ndarray):
-        """Contexts (n,), int64, of a digit in a pass, from the digits (digits, h, w) so far.
-
-        `around` is what the method of this name gives.
-        """
-        rows, columns, kind = step.rows, step.columns, step.kind
-        if not self.ordered:
-            depth = np.zeros(len(rows), np.int64)
-            for other in self.chains[place]:
-                depth = depth * self.digits[other] + digits[other][rows, columns]
-            return depth
-        size, steps = self.digits[place], self.steps[place]
-        found, (prediction, activity) = self.neighbours(place, step, digits), around
-        mine = weights.astype(np.float64)[kind].T  # (features, n)
-        guess = prediction[kind, rows, columns] + (mine[:4] * found).sum(0) + mine[-1]
-        guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
-        spread = np.abs(4 * found - found.sum(0)).sum(0)
-        depth = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
-        depth += activity[rows, columns]
-        return (guess.astype(np.int64) * CLASSES + kind) * self.sums[place][1] + depth
-
-
-AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
-
-
-def surroundings(plane: np.ndarray) -> np.ndarray:
-    """A plane (h, w) and its neighbours at distance 1 (5, h, w), float64, the edge repeated."""
-    height, width = plane.shape
-    padded = np.pad(plane, 1, mode="edge").astype(np.float64)
-    return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])
-
-
-def _planes(stages: Sequence[_Stage], indices: np.ndarray) -> np.ndarray:
-    """All digits of the first stages (digits, h, w) of their indices (h, w, stages)."""
-    if not indices.shape[2] or not stages[0].ordered:
-        return np.empty((0, *indices.shape[:2]), np.int32)
-    return np.concatenate([stage.split(indices[..., k]) for k, stage in enumerate(stages)])
 
 
 class EntropyModel:
@@ -249,7 +118,7 @@ class EntropyModel:
         # A stack: what is decoded first is encoded last.
         for k in reversed(range(indices.shape[2])):
             stage, digits = self.stages[k], self.stages[k].split(indices[..., k])
-            earlier = _planes(self.stages[:k], indices[..., :k])
+            earlier = planes(self.stages[:k], indices[..., :k])
             for place in reversed(range(len(stage.digits))):
                 symbols = digits[place][step.rows, step.columns]
                 weights = self.weights[k][place]
@@ -273,7 +142,7 @@ class EntropyModel:
         indices = np.empty((*shape, stages), np.int64)
         for k, stage in enumerate(self.stages[:stages]):
             digits = np.zeros((len(stage.digits), *shape), np.int32)
-            earlier = _planes(self.stages[:k], indices[..., :k])
+            earlier = planes(self.stages[:k], indices[..., :k])
             for place, digit in enumerate(digits):
                 weights = self.weights[k][place]
                 around = stage.around(place, digits, earlier, weights)
@@ -310,9 +179,9 @@ class EntropyModel:
         ]
 
 
-def _stages(digits: list[list[int]], ordered: bool) -> list[_Stage]:
+def _stages(digits: list[list[int]], ordered: bool) -> list[Stage]:
     earlier = [sum(map(len, digits[:k])) for k in range(len(digits))]
-    return [_Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
+    return [Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
 
 
 def total(size: int) -> int:
@@ -354,7 +223,7 @@ class Counts:
         step = whole_lattice(*indices.shape[:2])
         for k, stage in enumerate(self.stages):
             digits = stage.split(indices[..., k])
-            earlier = _planes(self.stages[:k], indices[..., :k])
+            earlier = planes(self.stages[:k], indices[..., :k])
             for place, counts in enumerate(self.counts[k]):
                 weights = self.weights[k][place]
                 around = stage.around(place, digits, earlier, weights)
@@ -373,7 +242,7 @@ class Counts:
             for indices in self.kept:
                 step = whole_lattice(*indices.shape[:2])
                 digits = stage.split(indices[..., k])
-                known = np.concatenate([_planes(self.stages[:k], indices[..., :k]), digits])
+                known = np.concatenate([planes(self.stages[:k], indices[..., :k]), digits])
                 at = (slice(None), step.rows, step.columns)
                 near = np.concatenate([surroundings(plane)[at] for plane in known])
                 for place in range(len(stage.digits)):

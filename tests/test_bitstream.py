@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts import bitstream, entropy, grid
+from scripts import bitstream, context, entropy, grid
 from scripts.bitstream import Header, pack, payload_bytes, unpack
 
 
@@ -224,13 +224,13 @@ def test_a_context_by_hand():
     here = grid.Pass(np.array([1]), np.array([1]), beside, np.array([1]), 0)
     weights = np.zeros((3, 10), np.int32)
     # A quarter of each neighbour, half of channel 0 here, minus what is left of it, and 3/4.
-    weights[1] = np.array([1, 1, 1, 1, 2, 0, 0, -4, 0, 3]) * entropy.UNIT // 4
+    weights[1] = np.array([1, 1, 1, 1, 2, 0, 0, -4, 0, 3]) * context.UNIT // 4
     around = stage.around(1, digits, np.empty((0, 3, 3)), weights)
-    context = stage.context(1, here, digits, around, weights)
+    index = stage.context(1, here, digits, around, weights)
     # Prediction (4 + 2 + 3 + 1)/4 + 2/2 - 2 + 3/4 = 2.25: step floor(2.75 * 48 / 5) = 26.
     # |4 d - 10| over the neighbours: 6 + 2 + 2 + 6 = 16, the third of the six steps.
     # Channel 0: |4*2 - (1 + 0 + 2 + 0)| = 5, the second.
-    assert context.tolist() == [(26 * 3 + 1) * 36 + 2 * 6 + 1]
+    assert index.tolist() == [(26 * 3 + 1) * 36 + 2 * 6 + 1]
     alone = stage.context(1, here._replace(alone=1), digits, around, weights)
     # Four times the middle, 2: (8 / 4) + 1 - 2 + 3/4 = 1.75, step 21; no difference.
     assert alone.tolist() == [(21 * 3 + 1) * 36 + 0 * 6 + 1]
@@ -246,7 +246,7 @@ def test_predictions_are_exact_integers():
         near = [
             digits[c, min(max(row + y, 0), 6), min(max(column + x, 0), 8)]
             for c in range(9)
-            for y, x in entropy.AROUND
+            for y, x in context.AROUND
         ]
         for kind in range(3):
             exact = sum(int(w) * int(d) for w, d in zip(weights[kind, 4:-1], near, strict=True))
