@@ -98,7 +98,9 @@ def configuration(args: Namespace) -> str:
         label = f"FSQ [{levels[0]}]x{len(levels)}" if many else f"FSQ [{commas(levels)}]"
     elif kind == "rfsq":
         stages, strategy, levels = args.rfsq_stages, args.rfsq_strategy, levels_of(args)
-        label = f"RFSQ-{stages}x{math.prod(levels)}-{STRATEGY[strategy]}"
+        size = math.prod(levels)
+        codes = size if size <= 2**20 else f"{math.log2(size):.1f} bits"
+        label = f"RFSQ-{stages}x{codes}-{STRATEGY[strategy]}"
         if levels != PAPER_LEVELS.get(stages):
             label += f" [{commas(levels)}]"
         named |= {"rfsq_stages", "rfsq_strategy"}
