@@ -120,8 +120,8 @@ class Stage:
             return depth
         size, steps = self.digits[place], self.steps[place]
         found, (prediction, activity) = self.neighbours(place, step, digits), around
-        mine = weights.astype(np.float64)[kind].T  # (features, n)
-        guess = prediction[kind, rows, columns] + (mine[:4] * found).sum(0) + mine[-1]
+        mine = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)[kind].T  # (5, n)
+        guess = prediction[kind, rows, columns] + (mine[:4] * found).sum(0) + mine[4]
         guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
         spread = np.abs(4 * found - found.sum(0)).sum(0)
         depth = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
@@ -132,7 +132,8 @@ class Stage:
 def surroundings(plane: np.ndarray) -> np.ndarray:
     """A plane (h, w) and its neighbours at distance 1 (5, h, w), float64, the edge repeated."""
     height, width = plane.shape
-    padded = np.pad(plane, 1, mode="edge").astype(np.float64)
+    rows, columns = (np.arange(-1, n + 1).clip(0, n - 1) for n in (height, width))
+    padded = plane[rows[:, None], columns].astype(np.float64)
     return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])
 
 
