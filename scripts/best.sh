@@ -6,7 +6,7 @@
 #
 # Trains coded_22bit_f4, coded_40bit_f4, coded_22bit_f8 and coded_40bit_f8 by reproduce.sh, whose
 # head says what the flags, JOBS and OUT (here runs/best) are; fits the entropy coder of each to
-# training images (FIT=N: at most N of them, 5000), NAME-sSEED/coded.pt; and measures the files of
+# training images (FIT=N: at most N of them, 3000), NAME-sSEED/coded.pt; and measures the files of
 # validation images (LIMIT=N: at most N, 100): $OUT/rate_distortion.json and .png. The same command
 # again does what is left. Packed images are for training alone: IMAGES_TRAIN and IMAGES_VAL name
 # the folders of image files then.
@@ -38,7 +38,7 @@ coded=()
 for run in "$OUT"/coded_*; do
     [ -f "$run/results.json" ] || continue
     if [ ! "$run/coded.pt" -nt "$run/last.pt" ]; then
-        python "$ROOT/scripts/compress.py" fit "$train" --limit "${FIT:-5000}" \
+        python "$ROOT/scripts/compress.py" fit "$train" --limit "${FIT:-3000}" \
             --load "$run/last.pt" --out "$run/coded.pt" --force
     fi
     coded+=("$run/coded.pt")

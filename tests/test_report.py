@@ -138,7 +138,7 @@ def test_presets_beyond_the_paper(name, bits):
     else:
         bits, f = re.match(r"coded_(\d+)bit_f(\d)", name).groups()
         bpp = int(bits) / int(f) ** 2
-        assert args.downsample == int(f) and f"about {bits} bits per position" in text
+        assert args.downsample == int(f) and f"at most {bits} bits per position" in text
         assert f"{bpp:.3f}".rstrip("0") in text
         # A position costs more without entropy coding than with it.
         assert build_quantizer(args).bits > 1.5 * int(bits)
