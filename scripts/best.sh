@@ -24,14 +24,18 @@ while [ $# -gt 0 ]; do
     shift
 done
 train=${IMAGES_TRAIN:-$train} val=${IMAGES_VAL:-$val}
-for folder in "$train" "$val"; do
-    if [ ! -d "$folder" ] || [ -f "$folder/index.json" ]; then
-        echo "best.sh: error: $folder is no folder of image files: set IMAGES_TRAIN and IMAGES_VAL" >&2
-        exit 2
-    fi
-done
-
 source "$here/setup.sh"
+# Better known before the training than after it.
+PYTHONPATH=$ROOT python - "$train" "$val" << 'END' || exit 2
+import sys
+from pathlib import Path
+
+from dataset import IMAGE_SUFFIXES, list_files
+
+for folder in sys.argv[1:]:
+    if not (Path(folder).is_dir() and list_files(Path(folder), IMAGE_SUFFIXES)[0]):
+        sys.exit(f"best.sh: error: {folder} is no folder of image files: set IMAGES_TRAIN and IMAGES_VAL")
+END
 "$here/reproduce.sh" --only coded_{22,40}bit_f4 coded_{22,40}bit_f8 "${flags[@]}"
 [[ " ${flags[*]} " != *" --dry-run "* ]] || exit 0
 coded=()

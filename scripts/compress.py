@@ -82,6 +82,12 @@ def outputs(
     return list(taken)
 
 
+def some(items: Sequence, limit: int | None) -> list:
+    """At most `limit` of the items, evenly over all of them; all for None."""
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, unless it is there; ValueError in one line if that cannot be."""
     try:
@@ -213,8 +219,7 @@ def fit(flags) -> dict:
         raise ValueError(f"{out} exists: give another --out{mend}")
     codec = Codec(flags.load, util.setup_processes())
     counts = codec.counts()
-    count = min(flags.limit or len(files), len(files))
-    files = [files[i * len(files) // count] for i in range(count)]
+    files = some(files, flags.limit)
     for path, _ in progress(files, "image"):
         counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
     make_folder(out.parent)

@@ -45,7 +45,7 @@ from loss import Perceptual, lpips_network
 from metric import PSNR_CAP
 from scripts import bitstream
 from scripts.codec import Codec
-from scripts.compress import find, progress, psnr
+from scripts.compress import find, progress, psnr, some
 from scripts.stages import load_figure
 
 PAYLOAD, BYTES, PSNR, LPIPS = range(4)  # columns of measurements: bytes, bytes, dB, distance
@@ -293,14 +293,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise ValueError("this script runs in one process: start it without torchrun")
 
     device = util.setup_processes()
-    files = [path for path, _ in find([flags.images], IMAGE_SUFFIXES)]
-    count = min(flags.limit or len(files), len(files))
+    files = some([path for path, _ in find([flags.images], IMAGE_SUFFIXES)], flags.limit)
     ours = {path: Ours(path, device) for path in flags.load}
     problems = {rival.name: rival.problem() for rival in RIVALS}
     rivals = [rival for rival in RIVALS if problems[rival.name] is None]
     perceptual = lpips_network(flags.lpips_net, device, needed=False)
     coders, measured, pixels = [*ours.values(), *rivals], [], []
-    for path in progress([files[i * len(files) // count] for i in range(count)], "image"):
+    for path in progress(files, "image"):
         image = read_image(path)
         image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
         pixels.append(image.shape[0] * image.shape[1])
@@ -337,14 +336,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
         curves[-1]["options"] = rival.options
     libraries = [x for x in ("libjpeg_turbo", "webp", "avif") if x in features.get_supported()]
     result = {
-        "images": count,
+        "images": len(files),
         "pixels": sum(pixels),
         "data": flags.images,
         "img_size": flags.img_size,
         "lpips_net": perceptual and perceptual.net,
-        "method": f"{count} images, {area:.0f} pixels on average. bpp: all bits / all pixels. PSNR "
-        "(peak 255, uint8) and LPIPS: mean over images. Rivals: one quality for all images, at the "
-        "rate without headers, or of the whole file; the last column instead gives every image the "
+        "method": f"{len(files)} images, {area:.0f} pixels on average. "
+        "bpp: all bits / all pixels. PSNR (peak 255, uint8) and LPIPS: mean over images. "
+        "Rivals: one quality for all images, at the rate without headers, or of the whole file; "
+        "the last column instead gives every image the "
         "bytes that ours has for it (of this rate, where there is no checkpoint).",
         "rates": rates,
         "checkpoints": checkpoints,

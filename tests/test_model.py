@@ -281,6 +281,8 @@ def test_flags_reach_the_quantizer():
     assert (rfsq.stages, rfsq.strategy, rfsq.levels) == (3, "scale", [5, 4, 3])
     assert rfsq.log_scale.exp().tolist() == pytest.approx([2.5] * 3)
     assert RFSQ.from_args(parse("--rfsq-statistics image")).statistics == "image"
+    geometric = RFSQ.from_args(parse("--rfsq-strategy geometric --rfsq-slope 0.2"))
+    assert geometric.slope.tolist() == pytest.approx([0.2] * 4)
     assert FSQ.from_args(parse("--quantizer fsq")).levels == [8, 8, 8, 8]
     assert FSQ.from_args(parse("--quantizer fsq --levels 7 5")).levels == [7, 5]
     lfq = LFQ.from_args(

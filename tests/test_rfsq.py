@@ -655,6 +655,16 @@ def test_geometric_moments_of_a_batch_that_is_not_finite_leave_no_trace():
     assert all(torch.equal(x, before[key]) for key, x in rfsq.state_dict().items())
 
 
+def test_a_slope_of_its_own_makes_other_cells():
+    rfsq, z = RFSQ(1, "geometric", [5, 4], slope=0.1).eval(), 3 * torch.randn(2, 2, 50)
+    u = 0.1 * z.double()
+    cell = ((u / (1 + u**2).sqrt() + 1) * torch.tensor([[2.5], [2.0]])).floor().long()
+    assert torch.equal(rfsq(z)[1][..., 0], cell[:, 0] + 5 * cell[:, 1])
+    for slope in (0.0, -0.2, math.inf, math.nan):
+        with pytest.raises(ValueError, match="slope must be a positive number"):
+            RFSQ(1, "geometric", [5, 4], slope=slope)
+
+
 def test_more_geometric_cells_than_float32_tells_apart():
     with pytest.raises(ValueError, match=r"11 geometric stages of 4.*fewer stages or levels"):
         RFSQ(11, "geometric", [2, 4])
