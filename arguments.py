@@ -1,4 +1,9 @@
-"""Every flag of the project, in groups: `get_args()` reads the command line or a list."""
+"""Every flag of the project, each declared once: `get_args()` reads the command line or a list.
+
+A declaration may give a flag a role. ARCHITECTURE: it decides what the weights mean, so that a
+checkpoint fits a model only if these flags are equal. MAY_CHANGE: it may differ when a run is
+resumed. A flag without a role makes another run, but its weights still fit.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +17,10 @@ from quantizers import QUANTIZERS
 from quantizers.rfsq import STRATEGIES
 from util import cpu_cores
 
-# The flags that decide what the weights mean: a checkpoint fits a model if these are equal.
-ARCHITECTURE = (
-    "quantizer",
-    "levels",
-    "rfsq_stages",
-    "rfsq_strategy",
-    "rfsq_slope",
-    "rfsq_statistics",
-    "lfq_dim",
-    "n_embed",
-    "embed_dim",
-    "ema_stages",
-    "network",
-    "channel",
-    "downsample",
-    "res_blocks",
-)
-
-
-# The flags that may change when a run is resumed; any other would make it another run.
-MAY_CHANGE = (
-    "train_data_path",
-    "val_data_path",
-    "num_workers",
-    "max_train_epochs",
-    "train_iters",
-    "compile",
-    "save",
-    "overwrite",
-    "load",
-    "resume",
-    "keep",
-    "max_skipped_steps",
-    "log_interval",
-    "save_interval",
+ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
+LPIPS_NETS = ("vgg", "alex", "squeeze", "none")
+IMAGES_HELP = (
+    "a folder of images, nested or flat, or packed (scripts/pack_images.py), or `synthetic`"
 )
 
 
@@ -65,6 +39,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def group(self, title: str) -> Callable:
+        """A new group of flags. Returns `add`, which declares one in it.
+
+        `names` are the flag and its older names, separated by spaces. `kind` is a type, a tuple of
+        choices, or bool: a switch, which has an opposite, --no-..., where the default is None.
+        """
+        group = self.add_argument_group(title)
+
+        def add(names: str, kind, default, role: str | None = None, **options) -> None:
+            if kind is bool:
+                options["action"] = (
+                    argparse.BooleanOptionalAction if default is None else "store_true"
+                )
+            elif isinstance(kind, tuple):
+                options["choices"] = kind
+            else:
+                options["type"] = kind
+            group.add_argument(*names.split(), default=default, **options).role = role
+
+        return add
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -92,272 +87,192 @@ def get_parser() -> Parser:
         description="Train a VQVAE around a quantizer and evaluate it. With no flag at all: "
         "RFSQ-2x2048 with layernorm (22.0 bits) on ImageNet, in the set-up of arXiv 2508.15860.",
     )
-
-    data = parser.add_argument_group("data")
-    where = "a folder of images, nested or flat, or packed (scripts/pack_images.py), or `synthetic`"
-    data.add_argument(
-        "--train-data-path", default="./data/imagenet/train", metavar="DIR", help=where
-    )
-    data.add_argument("--val-data-path", default="./data/imagenet/val", metavar="DIR", help=where)
-    data.add_argument(
-        "--img-size",
-        type=number(int, 16),
-        default=128,
-        help="pixels a side: the short side is resized to it, the centre is cropped",
-    )
-    data.add_argument(
-        "--skip-corrupt",
-        action="store_true",
-        help="leave out images that cannot be read, and report them, instead of stopping",
-    )
-    data.add_argument(
-        "--num-workers",
-        type=number(int, 0),
-        default=max(1, min(8, cpu_cores() // 2)),
-        help="loading processes for each training process; 0 loads in the training process",
-    )
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--network",
-        choices=("conv", "dct"),
-        default="conv",
-        help="conv: strided convolutions, as in the paper; dct: a block transform that starts as a "
-        "DCT, and a residual network beside it, all at the latent's resolution",
-    )
-    model.add_argument(
-        "--channel",
-        type=number(int, 8),
-        default=256,
-        help="width: of the encoder's last stage (conv), of the residual network (dct)",
-    )
-    model.add_argument(
-        "--downsample", type=int, choices=(4, 8, 16), default=4, help="downsampling factor f"
-    )
-    model.add_argument(
-        "--res-blocks",
-        type=number(int, 0),
-        default=0,
-        help="residual blocks at the lowest resolution, in encoder and decoder each",
-    )
-
-    quantizer = parser.add_argument_group("quantizer")
-    quantizer.add_argument(
-        "--quantizer", choices=tuple(QUANTIZERS), default="rfsq", help="which quantizer"
-    )
-    quantizer.add_argument(
-        "--levels",
-        type=int,
-        nargs="+",
-        default=None,
-        metavar="L",
-        help="fsq, rfsq: levels of each channel (rfsq: in every stage); default 8 8 8 8 for fsq, "
-        "8 8 8 4 for rfsq with 2 stages, 4 4 4 4 4 with 4 stages",
-    )
-    quantizer.add_argument("--rfsq-stages", type=number(int, 1), default=2, help="rfsq: stages")
-    quantizer.add_argument(
-        "--rfsq-strategy",
-        choices=STRATEGIES,
-        default="layernorm",
-        help="rfsq: how a stage's residual is brought to the range of the FSQ",
-    )
-    quantizer.add_argument(
-        "--rfsq-initial-scale",
-        type=number(float, 0, above=True),
-        default=1.0,
-        help="rfsq scale: the scale of every stage at the start",
-    )
-    quantizer.add_argument(
-        "--rfsq-slope",
-        type=number(float, 0, above=True),
-        default=None,
-        help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number "
-        "of levels; for entropy coding about 0.2, with more levels",
-    )
-    quantizer.add_argument(
-        "--rfsq-statistics",
-        choices=("global", "image"),
-        default="global",
-        help="rfsq layernorm: statistics that are constants of the model, or of each image "
-        "(side information, counted in the bits)",
-    )
-    quantizer.add_argument(
-        "--rfsq-stage-dropout",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="rfsq: probability that an image in training is quantized by its first stages alone, "
-        "so that one model serves all its rates",
-    )
-    quantizer.add_argument(
-        "--lfq-dim", type=number(int, 1, 62), default=12, help="lfq: channels, each one bit"
-    )
-    quantizer.add_argument(
-        "--entropy-loss-weight",
-        type=number(float, 0),
-        default=0.1,
-        help="lfq: weight of the entropy term in the quantizer's loss",
-    )
-    quantizer.add_argument(
-        "--lfq-diversity-gamma",
-        type=number(float, 0),
-        default=1.0,
-        help="lfq: weight of the entropy of the mean code distribution in the entropy term",
-    )
-    quantizer.add_argument(
-        "--lfq-temperature",
-        type=number(float, 0, above=True),
-        default=1.0,
-        help="lfq: t in p(c|z) ~ exp(-|z-c|^2/t)",
-    )
-    quantizer.add_argument(
-        "--lfq-entropy-groups",
-        type=number(int, 1),
-        default=None,
-        help="lfq: groups of bits whose entropies are summed; default: the fewest of <= 24 bits",
-    )
-    quantizer.add_argument(
-        "--codebook-loss-weight",
-        type=number(float, 0),
-        default=0.25,
-        help="lfq, ema: weight of the commitment term in the quantizer's loss",
-    )
-    quantizer.add_argument(
-        "--n-embed", type=number(int, 2), default=4096, help="ema: codes of each stage"
-    )
-    quantizer.add_argument(
-        "--embed-dim", type=number(int, 1), default=256, help="ema: channels of a code"
-    )
-    quantizer.add_argument(
-        "--ema-stages", type=number(int, 1), default=1, help="ema: stages; above 1 a residual VQ"
-    )
-    quantizer.add_argument(
-        "--ema-decay", type=number(float, 0, 1), default=0.99, help="ema: decay of the codebook"
-    )
-
-    loss = parser.add_argument_group("loss (weighted sum of named terms)")
-    weight = number(float, 0)
-    loss.add_argument(
-        "--l1-weight", type=weight, default=1.0, help="weight of L1 on ImageNet-normalised images"
-    )
-    loss.add_argument(
-        "--perceptual-weight", type=weight, default=1.0, help="weight of LPIPS; 0 trains without"
-    )
-    loss.add_argument(
-        "--codebook-weight", type=weight, default=1.0, help="weight of the quantizer's own loss"
-    )
-    loss.add_argument(
-        "--lpips-net",
-        choices=("vgg", "alex", "squeeze"),
-        default="vgg",
-        help="network of LPIPS, in the loss and in the metric",
-    )
-
-    optimizer = parser.add_argument_group("optimisation (Adam)")
-    optimizer.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=128,
-        help="images a step, over all processes together",
-    )
-    optimizer.add_argument(
-        "--max-train-epochs", type=number(int, 1), default=50, help="passes over the training set"
-    )
-    optimizer.add_argument(
-        "--train-iters",
-        type=number(int, 1),
-        default=None,
-        help="at most this many steps, whatever the epochs; default: no such limit",
-    )
-    optimizer.add_argument(
-        "--lr", type=number(float, 0, above=True), default=8e-4, help="peak learning rate"
-    )
-    optimizer.add_argument(
-        "--warmup", type=number(float, 0, 1), default=0.01, help="share of the steps to warm up in"
-    )
-    optimizer.add_argument(
-        "--lr-decay-style",
-        choices=scheduler.STYLES,
-        default="linear",
-        help="how the learning rate falls from its peak to the end of the run",
-    )
-    optimizer.add_argument(
-        "--lr-decay-ratio",
-        type=number(float, 0, 1),
-        default=0.01,
-        help="learning rate at the end, as a share of the peak",
-    )
-    optimizer.add_argument(
-        "--weight-decay", type=number(float, 0), default=5e-5, help="Adam's L2 penalty"
-    )
-    optimizer.add_argument(
-        "--precision",
-        choices=("bf16", "fp32"),
-        default=None,
-        help="of encoder, decoder and LPIPS in training; the quantizer and the evaluation are "
-        "float32; default: bf16 on a GPU, fp32 on a CPU",
-    )
-    optimizer.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile the forward and the loss (torch.compile); default: on a GPU",
-    )
-    optimizer.add_argument(
-        "--clip-grad",
-        type=number(float, 0),
-        default=1.0,
-        help="largest norm of the gradient; 0 does not clip",
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of weights and order")
-    run.add_argument(
-        "--save",
-        default=None,
-        metavar="DIR",
-        help="run folder; default: a new one under runs/, named by the configuration",
-    )
-    run.add_argument(
-        "--overwrite", action="store_true", help="replace a run that --save already holds"
-    )
-    run.add_argument(
-        "--load",
-        default=None,
-        metavar="FILE",
-        help="checkpoint to start the weights from; default: random weights",
-    )
-    run.add_argument(
-        "--resume",
-        default=None,
-        metavar="auto|PATH",
-        help="continue a run: `auto` from the newest whole checkpoint of its folder (a new run if "
-        "there is none), or a checkpoint or run folder; default: a new run",
-    )
-    run.add_argument(
-        "--keep", type=number(int, 1), default=2, help="newest checkpoints kept (beside best.pt)"
-    )
-    run.add_argument(
-        "--max-skipped-steps",
-        type=number(int, 1),
-        default=10,
-        help="steps in a row whose loss or gradient is not finite, skipped, before the run stops",
-    )
-    run.add_argument(
-        "--log-interval", type=number(int, 1), default=50, help="steps between log lines"
-    )
-    run.add_argument(
-        "--save-interval",
-        type=number(int, 1),
-        default=None,
-        help="steps between checkpoints, each with an evaluation; default: an epoch",
-    )
+    _add_data(parser.group("data"))
+    _add_model(parser.group("model"))
+    _add_quantizer(parser.group("quantizer"))
+    _add_loss(parser.group("loss (weighted sum of named terms)"))
+    _add_optimizer(parser.group("optimisation (Adam)"))
+    _add_run(parser.group("run"))
     return parser
+
+
+# fmt: off
+def _add_data(add: Callable) -> None:
+    add("--train-data-path", str, "./data/imagenet/train", MAY_CHANGE, metavar="DIR",
+        help=IMAGES_HELP)
+    add("--val-data-path", str, "./data/imagenet/val", MAY_CHANGE, metavar="DIR", help=IMAGES_HELP)
+    add("--img-size", number(int, 16, 16384), 128,
+        help="pixels a side: the short side is resized to it, the centre is cropped")
+    add("--skip-corrupt", bool, False,
+        help="leave out images that cannot be read, and report them, instead of stopping")
+    add("--num-workers", number(int, 0, 1024), max(1, min(8, cpu_cores() // 2)), MAY_CHANGE,
+        help="loading processes for each training process; 0 loads in the training process")
+
+
+def _add_model(add: Callable) -> None:
+    add("--network", ("conv", "dct"), "conv", ARCHITECTURE,
+        help="conv: strided convolutions, as in the paper; dct: a block transform that starts as a"
+             " DCT, and a residual network beside it, all at the latent's resolution")
+    add("--channel", number(int, 8, 16384), 256, ARCHITECTURE,
+        help="width: of the encoder's last stage (conv), of the residual network (dct)")
+    add("--downsample", (4, 8, 16), 4, ARCHITECTURE, help="downsampling factor f")
+    add("--res-blocks", number(int, 0, 256), 0, ARCHITECTURE,
+        help="residual blocks at the lowest resolution, in encoder and decoder each")
+
+
+def _add_quantizer(add: Callable) -> None:
+    positive = number(float, 0, 1e6, above=True)
+    weight = number(float, 0)
+    add("--quantizer", tuple(QUANTIZERS), "rfsq", ARCHITECTURE, help="which quantizer")
+    add("--levels", int, None, ARCHITECTURE, nargs="+", metavar="L",
+        help="fsq, rfsq: levels of each channel (rfsq: in every stage); default 8 8 8 8 for fsq, "
+             "8 8 8 4 for rfsq with 2 stages, 4 4 4 4 4 with 4 stages")
+    add("--rfsq-stages", number(int, 1, 64), 2, ARCHITECTURE, help="rfsq: number of stages")
+    add("--rfsq-strategy", STRATEGIES, "layernorm", ARCHITECTURE,
+        help="rfsq: how a stage's residual is brought to the range of the FSQ")
+    add("--rfsq-initial-scale", positive, 1.0,
+        help="rfsq scale: the scale of every stage at the start")
+    add("--rfsq-slope", positive, None, ARCHITECTURE,
+        help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number"
+             " of levels; for entropy coding about 0.2, with more levels")
+    add("--rfsq-statistics", ("global", "image"), "global", ARCHITECTURE,
+        help="rfsq layernorm: statistics that are constants of the model, or of each image (side "
+             "information, counted in the bits)")
+    add("--rfsq-stage-dropout", number(float, 0, 1), 0.0,
+        help="rfsq: probability that an image in training is quantized by its first stages alone, "
+             "so that one model serves all its rates")
+    add("--lfq-dim", number(int, 1, 62), 12, ARCHITECTURE, help="lfq: channels, each one bit")
+    add("--entropy-loss-weight", weight, 0.1,
+        help="lfq: weight of the entropy term in the quantizer's loss")
+    add("--lfq-diversity-gamma", weight, 1.0,
+        help="lfq: weight of the entropy of the mean code distribution in the entropy term")
+    add("--lfq-temperature", positive, 1.0, help="lfq: t in p(c|z) ~ exp(-|z-c|^2/t)")
+    add("--lfq-entropy-groups", number(int, 1, 62), None,
+        help="lfq: groups of bits whose entropies are summed; default: the fewest of <= 24 bits")
+    add("--commitment-weight --codebook-loss-weight", weight, 0.25,
+        help="lfq, ema: weight of the commitment term in the quantizer's loss")
+    add("--n-embed", number(int, 2, 2**20), 4096, ARCHITECTURE, help="ema: codes of each stage")
+    add("--embed-dim", number(int, 1, 16384), 256, ARCHITECTURE, help="ema: channels of a code")
+    add("--ema-stages", number(int, 1, 64), 1, ARCHITECTURE,
+        help="ema: stages; above 1 a residual VQ")
+    add("--ema-decay", number(float, 0, 1), 0.99, help="ema: decay of the codebook")
+
+
+def _add_loss(add: Callable) -> None:
+    weight = number(float, 0)
+    add("--l1-weight", weight, 1.0, help="weight of L1 on ImageNet-normalised images")
+    add("--perceptual-weight", weight, 1.0, help="weight of LPIPS; 0 trains without")
+    add("--quantizer-loss-weight --codebook-weight", weight, 1.0,
+        help="weight of the loss that the quantizer itself returns (lfq, ema)")
+    add("--lpips-net", LPIPS_NETS, None,
+        help="network of LPIPS, in the loss and in the metric; none reports no LPIPS; default: "
+             "vgg, or none with --perceptual-weight 0")
+
+
+def _add_optimizer(add: Callable) -> None:
+    add("--batch-size", number(int, 1, 2**20), 128,
+        help="images a step, over all processes together")
+    add("--max-train-epochs", number(int, 1), 50, MAY_CHANGE, help="passes over the training set")
+    add("--train-iters", number(int, 1), None, MAY_CHANGE,
+        help="at most this many steps, however many epochs; default: no such limit")
+    add("--lr", number(float, 0, above=True), 8e-4, help="peak learning rate")
+    add("--warmup", number(float, 0, 1), 0.01, help="share of the steps to warm up in")
+    add("--lr-decay-style", scheduler.STYLES, "linear",
+        help="how the learning rate falls from its peak to the end of the run")
+    add("--lr-decay-ratio", number(float, 0, 1), 0.01,
+        help="learning rate at the end, as a share of the peak")
+    add("--weight-decay", number(float, 0), 5e-5, help="Adam's L2 penalty")
+    add("--clip-grad", number(float, 0), 1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--precision", ("bf16", "fp32"), None,
+        help="of encoder, decoder and LPIPS in training; the quantizer and the evaluation are "
+             "float32; default: bf16 on a GPU, fp32 on a CPU")
+    add("--compile", bool, None, MAY_CHANGE,
+        help="compile the forward and the loss (torch.compile); default: on a GPU")
+
+
+def _add_run(add: Callable) -> None:
+    add("--seed", number(int, 0, 2**31), 0, help="seed for initialisation and data order")
+    add("--name", str, None, MAY_CHANGE,
+        help="name of the configuration in results and tables; default: the quantizer's name")
+    add("--save", str, None, MAY_CHANGE, metavar="DIR",
+        help="run folder; default: a new one under runs/, named by the configuration")
+    add("--overwrite", bool, False, MAY_CHANGE, help="replace a run that --save already holds")
+    add("--load", str, None, MAY_CHANGE, metavar="FILE",
+        help="checkpoint to start the weights from; default: random weights")
+    add("--resume", str, None, MAY_CHANGE, metavar="auto|PATH",
+        help="continue a run: `auto` from the newest whole checkpoint of its folder (a new run if "
+             "there is none), or a checkpoint or run folder; default: a new run")
+    add("--keep", number(int, 1), 2, MAY_CHANGE, help="newest checkpoints kept (beside best.pt)")
+    add("--max-skipped-steps", number(int, 1), 10, MAY_CHANGE,
+        help="steps in a row whose loss or gradient is not finite, skipped, before the run stops")
+    add("--log-interval", number(int, 1), 50, MAY_CHANGE, help="steps between log lines")
+    add("--save-interval", number(int, 1), None, MAY_CHANGE,
+        help="steps between checkpoints; default: an epoch")
+    add("--eval-interval", number(int, 1), None, MAY_CHANGE,
+        help="steps between evaluations; default: an epoch")
+    add("--profile", number(int, 0, 1000), 0, MAY_CHANGE, metavar="N",
+        help="record N steps after the first ten with torch.profiler: trace.json in the run folder")
+# fmt: on
+
+
+def architecture_flags() -> tuple[str, ...]:
+    """The flags that decide what the weights of a model mean."""
+    return _with_role(ARCHITECTURE)
+
+
+def may_change_flags() -> tuple[str, ...]:
+    """The flags that may differ when a run is resumed."""
+    return _with_role(MAY_CHANGE)
+
+
+def _with_role(role: str) -> tuple[str, ...]:
+    return tuple(a.dest for a in get_parser()._actions if getattr(a, "role", None) == role)
+
+
+def flags_of_group(title: str) -> list[str]:
+    """The flags of the group with this title."""
+    group = next(group for group in get_parser()._action_groups if group.title == title)
+    return [action.dest for action in group._group_actions]
+
+
+def current_flags(saved: dict) -> dict:
+    """Flags as a checkpoint or a results.json holds them, under the names that they have today."""
+    renamed = {
+        old.removeprefix("--").replace("-", "_"): action.dest
+        for action in get_parser()._actions
+        for old in action.option_strings
+        if not old.startswith("--no-")
+    }
+    return {renamed.get(name, name): value for name, value in saved.items()}
+
+
+def args_of(checkpoint: dict) -> Namespace:
+    """The flags of a checkpoint; those that are younger than it have their defaults."""
+    args = get_args([])
+    vars(args).update(current_flags(checkpoint["args"]))
+    return args
+
+
+def add_evaluation_flags(parser: Parser, *names: str) -> None:
+    """Declare the flags that the scripts which evaluate checkpoints share; `names` chooses some."""
+    flags = {
+        "--val-data-path": dict(default="./data/imagenet/val", metavar="DIR", help=IMAGES_HELP),
+        "--img-size": dict(type=number(int, 16, 16384), help="pixels a side; default: as trained"),
+        "--batch-size": dict(
+            type=number(int, 1, 2**20), default=64, help="images at a time; no effect on values"
+        ),
+        "--num-workers": dict(type=number(int, 0, 1024), default=1, help="loading processes"),
+        "--lpips-net": dict(choices=LPIPS_NETS, help="network of LPIPS; default: as trained"),
+        "--json": dict(metavar="FILE", help="write the results there as well"),
+    }
+    for name in names or flags:
+        parser.add_argument(name, **flags[name])
 
 
 def get_args(argv: Sequence[str] | None = None) -> Namespace:
     """The flags of the command line, or of the list `argv`.
 
-    Exits with code 2 and one line on standard error for flags that cannot be.
+    Exits with code 2 and one line on standard error for flags that do not fit together.
     """
     parser = get_parser()
     args = parser.parse_args(argv)
@@ -367,4 +282,8 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
     if args.ema_decay == 1:
         parser.error("--ema-decay must be below 1, or the codebook would never move")
+    if args.lpips_net is None:
+        args.lpips_net = "vgg" if args.perceptual_weight else "none"
+    if args.lpips_net == "none" and args.perceptual_weight:
+        parser.error("--lpips-net none needs --perceptual-weight 0")
     return args

@@ -5,14 +5,13 @@
     train_loader: one endless stream of shuffled epochs, any step of which can be resumed at
     val_loader:   every image once, in order        |
                                                     v
-                               batches, uint8 (B, 3, S, S) -> normalize, on the device
+                               batches, uint8 (B, 3, S, S)
 
 Datasets return bytes: a quarter of the traffic of float32 between workers, host and GPU.
 """
 
 import functools
 import json
-import math
 import operator
 import os
 import signal
@@ -25,6 +24,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from synthetic import SyntheticDataset
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # fmt: off
@@ -33,24 +34,6 @@ IMAGE_SUFFIXES = (
 )
 # fmt: on
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
-
-
-# --------------------------------------------------------------------------------------
-# The model's space
-# --------------------------------------------------------------------------------------
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8, or floats in [0, 1], (..., 3, H, W) -> float32 with ImageNet mean 0 and std 1."""
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    # Channel by channel with Python numbers: a tensor of means would be copied to the GPU at
-    # every call, and such a copy waits for all the work that is queued there.
-    channels = zip(images.unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=-3)
-
-
-def denormalize(images: torch.Tensor) -> torch.Tensor:
-    """The inverse of `normalize`: float32 (..., 3, H, W), [0, 1] for real images, not clamped."""
-    channels = zip(images.float().unbind(-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    return torch.stack([channel * std + mean for channel, mean, std in channels], dim=-3)
 
 
 # --------------------------------------------------------------------------------------
@@ -328,200 +311,6 @@ class PackedDataset(Dataset):
             shard, row = divmod(index % self._count, self._full)
             image[:] = self._shard(shard)[row]
         return torch.from_numpy(batch)
-
-
-# --------------------------------------------------------------------------------------
-# Generated images
-# --------------------------------------------------------------------------------------
-# fmt: off
-_COLOURS = np.array((  # sRGB bytes: sky, leaves, earth, stone, skin, water, flowers
-    (135, 178, 224), (38, 77, 133), (237, 237, 232), (77, 107, 41), (28, 46, 23), (143, 166, 64),
-    (92, 64, 41), (209, 184, 138), (133, 130, 125), (26, 26, 28), (153, 71, 51), (217, 163, 133),
-    (158, 112, 69), (224, 179, 56), (184, 31, 31), (56, 122, 128), (199, 212, 230), (179, 77, 133),
-    (222, 120, 41), (245, 242, 237),
-))
-# fmt: on
-
-
-@functools.lru_cache(maxsize=2)
-def _textures(size: int) -> np.ndarray:
-    """Surfaces to cut leaves from, float32 (15, 2 size, 2 size), mean 0, std 1; 0 is the smoothest.
-
-    Noise with amplitudes 1/f^a, the same drawn out into fibres, and bent stripes.
-    """
-    rng = np.random.default_rng(0)
-    side = 2 * size
-    fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
-
-    def noise(exponent: float, angle: float = 0.0, stretch: float = 1.0) -> np.ndarray:
-        along = fx * math.cos(angle) + fy * math.sin(angle)
-        across = fy * math.cos(angle) - fx * math.sin(angle)
-        frequency = np.hypot(along, stretch * across)
-        frequency[0, 0] = np.inf  # no mean
-        phase = np.exp(2j * math.pi * rng.random(frequency.shape))
-        return np.fft.irfft2(phase * frequency**-exponent, s=(side, side))
-
-    surfaces = [noise(a) for a in (2.0, 2.0, 1.4, 1.4, 1.1, 1.1, 0.9, 0.7)]
-    surfaces += [noise(1.2, angle, 7) for angle in rng.uniform(0, math.pi, 5)]
-    bend = 0.8 * surfaces[0] / surfaces[0].std()
-    y, x = np.mgrid[:side, :side]
-    for angle in rng.uniform(0, math.pi, 2):
-        period = max(3.0, size * math.exp(rng.uniform(math.log(0.035), math.log(0.12))))
-        phase = 2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + bend
-        surfaces.append(np.tanh(2 * np.sin(phase)))
-    return np.stack([(s - s.mean()) / s.std() for s in surfaces]).astype(np.float32)
-
-
-def _box_blur(canvas: np.ndarray, radius: int) -> np.ndarray:
-    for axis in (1, 2, 1, 2):
-        lines = np.moveaxis(canvas, axis, -1)
-        padded = np.pad(lines, ((0, 0), (0, 0), (radius + 1, radius)), mode="edge")
-        sums = np.cumsum(padded, axis=-1)
-        means = (sums[..., 2 * radius + 1 :] - sums[..., : -2 * radius - 1]) / (2 * radius + 1)
-        canvas = np.moveaxis(means, -1, axis)
-    return np.ascontiguousarray(canvas)
-
-
-def _dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """One generated picture, uint8 (3, size, size).
-
-    Natural images owe much of their statistics to things that hide each other at all distances:
-    opaque shapes with radii of density r^-3, each over the ones before (Lee, Mumford, Huang 2001).
-    Here they have surfaces, shading, shadows and colours that go together.
-    """
-    textures = _textures(size)
-    # --- what is drawn, for all leaves at once: cheap, and no Python per leaf -----------------
-    smallest, largest = size * math.exp(rng.uniform(math.log(0.018), math.log(0.09))), 0.6 * size
-    mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest**-2 - largest**-2)
-    count = int(min(75, max(14, 2 * size**2 / mean_area)))  # two layers, or what time allows
-    u = iter(rng.random((12, count), dtype=np.float32))
-    normal = iter(rng.standard_normal((8, count), dtype=np.float32))
-
-    radius = (smallest**-2 - next(u) * (smallest**-2 - largest**-2)) ** -0.5
-    # The ground, and a few large ones: so small a number of leaves would leave most of it bare.
-    radius[:7] = size * np.array([3, *np.exp(rng.uniform(math.log(0.12), math.log(0.45), 6))])
-    stretch = np.exp(0.3 * np.abs(next(normal)))
-    long, short = radius * stretch, radius / stretch
-    angle = math.pi * next(u) * rng.choice([1, 1, 0.12])  # some scenes are upright
-    cos, sin = np.cos(angle), np.sin(angle)
-    groups = rng.uniform(0, size, (2, 3))[:, (3 * next(u)).astype(int)]  # three heaps ...
-    heap = groups + 0.15 * size * np.stack([next(normal), next(normal)])
-    free = size * np.stack([next(u), next(u)])
-    x, y = np.clip(np.where(next(u) < 0.55, heap, free), 0, size - 1)  # ... of half the leaves
-    shadow = np.minimum(0.25 * radius + 1, 0.05 * size)
-    shape = (next(u) * rng.choice([4, 5, 6])).astype(int)
-    wobble = np.where(next(u) < 0.65, 0.2 * next(u) * short, 0)
-    margin = 1 + (1.5 * shadow + 2.2 * wobble + 1) / short
-    reach_x = np.hypot(long * cos, short * sin) * margin
-    reach_y = np.hypot(long * sin, short * cos) * margin
-    surface = (next(u) * len(textures)).astype(int)
-    contrast = np.minimum(0.18 * np.exp(0.8 * next(normal)), 0.4) * rng.choice([0.3, 1, 1.5])
-    shade = 0.25 * next(u) / radius
-
-    # Five colours a picture; a smooth map makes neighbours alike.
-    five = _COLOURS[rng.permutation(len(_COLOURS))[:5]].T / 255
-    mood = 1.5 * textures[1, y.astype(int), x.astype(int)] + 1.6 * (2 * next(u) - 1)
-    colour = five[:, np.clip(2.5 + mood, 0, 4).astype(int)] * np.exp(0.4 * next(normal))
-    colour += 0.03 * np.stack([next(normal), next(normal), next(normal)])
-    grey = colour.mean(0)
-    colour = grey + rng.uniform(0.25, 1.0) * (colour - grey)
-    colour *= 1 + 0.04 * rng.standard_normal((3, 1))  # the colour of the light
-    colour = np.clip(colour, 0.02, 0.95).astype(np.float32).T[:, :, None, None]
-    gloss = 0.6 * colour + 0.15  # how much light and surface show
-
-    # --- painting, back to front, each leaf within its box ------------------------------------
-    light = rng.uniform(0, 2 * math.pi)
-    light_x, light_y = math.cos(light), math.sin(light)
-    # In some pictures, what is behind is out of focus.
-    focus = int(rng.integers(1, count // 2)) if rng.random() < 0.3 else -1
-    defocus = int(rng.integers(1, max(3, size // 40 + 1)))
-    offset = rng.integers(0, size, (count, 2)).tolist()
-    lefts, rights = (np.clip(x + s * reach_x, 0, size).astype(int).tolist() for s in (-1, 1))
-    tops, bottoms = (np.clip(y + s * reach_y, 0, size).astype(int).tolist() for s in (-1, 1))
-    leaves = np.stack([x, y, cos / long, sin / long, cos / short, sin / short, short, shadow])
-    leaves = np.concatenate([leaves, np.stack([wobble, contrast, shade, 0.5 / long])]).T.tolist()
-    shape, surface = shape.tolist(), surface.tolist()
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    canvas = np.empty((3, size, size), np.float32)
-    for i, leaf in enumerate(leaves):
-        px, py, cos_a, sin_a, cos_b, sin_b, b, soft, wave, grain, slope, cast = leaf
-        box = np.s_[tops[i] : bottoms[i], lefts[i] : rights[i]]
-        dx, dy = axis[box[1]] - px, (axis[box[0]] - py)[:, None]
-        down, right = offset[i]
-        texture = textures[surface[i], down:, right:][box]
-        lit = dx * light_x + dy * light_y
-        relief = texture * grain
-        relief += lit * slope
-        under = canvas[:, box[0], box[1]]
-        layer = gloss[i] * relief
-        layer += colour[i]
-        if i == 0:
-            under[:] = layer
-            continue
-        p, q = dx * cos_a + dy * sin_a, dy * cos_b - dx * sin_b
-        if shape[i] < 2:  # a disc
-            rim = np.sqrt(p * p + q * q)
-        elif shape[i] == 2:  # a rounded box
-            p, q = p * p, q * q
-            rim = 1.19 * np.sqrt(np.sqrt(p * p + q * q))
-        elif shape[i] == 3:  # a triangle
-            rim = np.maximum(1.73 * np.abs(p) - q, 2 * q)
-        else:  # a box
-            rim = 1.41 * np.maximum(np.abs(p), np.abs(q))
-        inside = b * (1 - rim)  # about the distance to the edge, in pixels
-        if wave:
-            inside += wave * textures[0, down:, right:][box]
-        if soft > 3:  # small ones lie close to what is below
-            dark = np.clip(1 + inside / soft + cast * lit, 0, 1)
-            under *= 1 - 0.25 * dark * dark
-        layer -= under
-        layer *= np.clip(inside + 0.5, 0, 1)  # an edge one pixel wide: no aliasing
-        under += layer
-        if i == focus:
-            canvas = _box_blur(canvas, defocus)
-
-    # --- light over the whole picture, then the camera: optics and grain ----------------------
-    fall_x, fall_y = 0.3 * rng.random() * light_x / size, 0.3 * rng.random() * light_y / size
-    sun = 1 + fall_x * (axis - size / 2) + fall_y * (axis[:, None] - size / 2)
-    sun += 0.1 * rng.random() * textures[0, :size, -size:]
-    canvas *= sun * math.exp(0.15 * rng.standard_normal() - 0.08)
-    side = rng.uniform(0.02, 0.09)
-    padded = np.pad(canvas, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    padded = (1 - 2 * side) * padded[:, 1:-1] + side * (padded[:, :-2] + padded[:, 2:])
-    canvas = (1 - 2 * side) * padded[..., 1:-1] + side * (padded[..., :-2] + padded[..., 2:])
-    canvas += 0.01 * rng.standard_normal((size, size), dtype=np.float32)
-    return np.clip(255 * canvas + 0.5, 0, 255).astype(np.uint8)
-
-
-class SyntheticDataset(Dataset):
-    """Endless generated images with the statistics of photographs, to train and test without data.
-
-    Item i, for any i >= 0, is uint8 (3, img_size, img_size) and a pure function of (img_size,
-    seed, stream, i): the same in every process and order. Streams share no image. `length` is what
-    `len` says and where iteration ends: the nominal epoch.
-    """
-
-    endless = True
-
-    def __init__(self, img_size: int, seed: int, length: int, stream: int = 0) -> None:
-        if img_size < 8:
-            raise ValueError(f"img_size is {img_size}: generated images have at least 8 pixels")
-        if min(seed, stream, length) < 0:
-            raise ValueError(f"seed {seed}, stream {stream}, length {length}: none may be negative")
-        self.img_size, self.seed, self.length, self.stream = img_size, seed, length, stream
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self[i] for i in range(self.length))
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        index = operator.index(index)
-        if index < 0:
-            raise IndexError(f"index {index}: generated images are counted from 0, without an end")
-        key = np.random.SeedSequence(self.seed, spawn_key=(self.stream, index))
-        return torch.from_numpy(_dead_leaves(np.random.default_rng(key), self.img_size))
 
 
 class SkipCorrupt(Dataset):

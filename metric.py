@@ -12,7 +12,7 @@ taken per image and then averaged. LPIPS: arXiv 1801.03924.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import util
-from dataset import denormalize, normalize
+from checkpoint import NotFinite
+from dataset import IMAGENET_STD
 from loss.perceptual import Perceptual
 
 PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean must stay finite
@@ -44,18 +45,26 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
 
 
 class ImageMetrics:
-    """Means over images of `COLUMNS`. `perceptual` is on the images' device; None: no LPIPS."""
+    """Means over images of the metrics of the table above.
 
-    def __init__(self, perceptual: Perceptual | None) -> None:
-        self.perceptual = perceptual
-        self.sums = torch.zeros(len(COLUMNS) + 1, dtype=torch.float64)  # the last is the count
+    Args:
+        perceptual: LPIPS on the images' device; None: no LPIPS.
+        paper: whether to compute the paper's units as well, which doubles the work for LPIPS.
+    """
+
+    def __init__(self, perceptual: Perceptual | None, paper: bool = True) -> None:
+        self.perceptual, self.paper = perceptual, paper
+        self.names = COLUMNS if paper else COLUMNS[:3]
+        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # the last is the count
 
     @torch.no_grad()
     def update(self, images: Tensor, reconstruction: Tensor) -> None:
-        """Add a batch of ImageNet-normalised images and reconstructions, (B, 3, H, W) each.
+        """Add a batch of images in [0, 1] and their reconstructions, (B, 3, H, W) each.
 
-        Raises ValueError for unequal shapes, originals that are not ImageNet-normalised images, and
-        images too small for the LPIPS network.
+        Reconstructions may exceed [0, 1]; they are clamped for all units but the paper's.
+
+        Raises:
+            ValueError: unequal shapes, originals outside [0, 1], images too small for LPIPS.
         """
         if images.shape != reconstruction.shape:
             got = f"images {tuple(images.shape)}, reconstruction {tuple(reconstruction.shape)}"
@@ -63,46 +72,55 @@ class ImageMetrics:
         if len(images) == 0:
             return
         images, reconstruction = images.float(), reconstruction.float()
-        raw_a, raw_b = denormalize(images), denormalize(reconstruction)
-        low, high = (value.item() for value in raw_a.aminmax())
+        low, high = (value.item() for value in images.aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also true of NaN
-            raise ValueError(f"denormalised images are {low:.3f} to {high:.3f}, not within [0, 1]")
-        a, b = raw_a.clamp(0, 1), raw_b.clamp(0, 1)
-        lpips = paper_lpips = torch.zeros(len(images), device=images.device)
-        if self.perceptual is not None:
-            lpips = self.perceptual(a, b)
-            paper_lpips = self.perceptual(raw_a, raw_b, paper_range=True)
-        paper = l1(images, reconstruction), psnr(images, reconstruction, peak=2.0), paper_lpips
-        values = torch.stack([l1(a, b), psnr(a, b), lpips, *paper])
-        self.sums[:-1] += values.cpu().double().sum(dim=1)
+            raise ValueError(f"the original images are {low:.3f} to {high:.3f}, not within [0, 1]")
+        none = torch.zeros(len(images), device=images.device)
+        a, b = images.clamp(0, 1), reconstruction.clamp(0, 1)
+        values = [l1(a, b), psnr(a, b), self.perceptual(a, b) if self.perceptual else none]
+        if self.paper:
+            # The mean cancels in every difference, so only ImageNet's std is divided by.
+            std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+            a, b = images / std, reconstruction / std
+            values += [l1(a, b), psnr(a, b, peak=2.0)]
+            values += [self.perceptual(images, reconstruction, True) if self.perceptual else none]
+        self.sums[:-1] += torch.stack(values).cpu().double().sum(dim=1)
         self.sums[-1] += len(images)
 
-    def compute(self) -> dict[str, float | int | None]:
-        """Means over the images of all processes: 'images' (their number) and `COLUMNS`.
+    def compute(self) -> dict:
+        """Means over the images of all processes (a collective: every process calls it).
 
-        A collective: every process calls it, and all get the same. LPIPS is None without a network.
-        Raises ValueError if no process had an image, NotFinite for reconstructions that have no
-        distance.
+        Returns:
+            'l1', 'psnr', 'lpips', 'images' (their number), and 'paper' {l1, psnr, lpips} unless
+            the paper's units are left out. LPIPS is None without a network.
+
+        Raises:
+            ValueError: if no process had an image.
+            NotFinite: for reconstructions that have no distance.
         """
         *sums, images = sum(util.from_all(self.sums)).tolist()
         if images == 0:
             raise ValueError("there are no images to evaluate: the split is empty")
         if not all(map(math.isfinite, sums)):
-            raise util.NotFinite("the reconstructions are not finite: the model has diverged")
-        means = {name: total / images for name, total in zip(COLUMNS, sums, strict=True)}
+            raise NotFinite("the reconstructions are not finite: the model has diverged")
+        means = {name: total / images for name, total in zip(self.names, sums, strict=True)}
         if self.perceptual is None:
-            means["lpips"] = means["paper_lpips"] = None
-        return {"images": int(images), **means}
+            means |= {name: None for name in self.names if name.endswith("lpips")}
+        field = {name: means[name] for name in COLUMNS[:3]}
+        if not self.paper:
+            return {**field, "images": int(images)}
+        paper = {name: means[f"paper_{name}"] for name in field}
+        return {**field, "paper": paper, "images": int(images)}
 
 
 def bicubic_floor(images: Tensor, f: int) -> Tensor:
     """What a plain f-times smaller image keeps: antialiased bicubic down, bicubic up, clamped.
 
-    Normalised (B, 3, H, W) in and out; the resizing and the clamp happen in [0, 1].
+    Images (B, 3, H, W) in [0, 1] in and out.
     """
     size = [max(1, side // f) for side in images.shape[2:]]
-    small = interpolate(denormalize(images), size=size, mode="bicubic", antialias=True)
-    return normalize(interpolate(small, size=images.shape[2:], mode="bicubic").clamp(0, 1))
+    small = interpolate(images, size=size, mode="bicubic", antialias=True)
+    return interpolate(small, size=images.shape[2:], mode="bicubic").clamp(0, 1)
 
 
 def mean_colour_floor(images: Tensor) -> Tensor:
@@ -195,44 +213,50 @@ def evaluate(
     perceptual: Perceptual | None,
     device: torch.device | str,
     progress: bool = False,
-    floors: bool = True,
+    final: bool = True,
+    stop: Callable[[], bool] = bool,
 ) -> dict:
     """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
 
     Args:
         model: not inside DistributedDataParallel, whose forward waits for all processes. Returns
-            (reconstruction, indices, loss) for normalised images; has `f` and a `quantizer` with
+            (reconstruction, indices, loss) for images in [0, 1]; has `f` and a `quantizer` with
             `bits`, `side_bits` (side information an image), `codebook_sizes` and `stage_axis`.
         loader: yields uint8 batches (B, 3, H, W) of one image size; this process's shard, which
             may be empty.
         perceptual: LPIPS on `device`, or None.
         device: where the model is. `progress` shows a bar.
-        floors: measure the two floors as well; they depend on the images only, not on training.
+        final: also report the paper's units and the two lower bounds (bicubic, mean colour).
+        stop: asked between batches; True in any process ends the evaluation in all of them.
 
     Returns:
         'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
         positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'lpips',
-        'lpips_net', 'paper' {l1, psnr, lpips}, 'floors' {bicubic, mean_colour: {l1, psnr, lpips,
-        paper}} (empty without floors) and 'stages' (see `CodeUsage.compute`).
+        'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1, psnr,
+        lpips, paper}} (both only if `final`), and 'stages' (see `CodeUsage.compute`).
 
-    Raises NotFinite for a model that has diverged, ValueError without any image, and where
-    `ImageMetrics` and `CodeUsage` do.
+    Raises:
+        util.Interrupted: `stop` ended it.
+        NotFinite: the model has diverged.
+        ValueError: no image, and where `ImageMetrics` and `CodeUsage` raise it.
     """
     quantizer = model.quantizer
     usage = CodeUsage(quantizer.codebook_sizes, quantizer.stage_axis)
-    names = ["model", "bicubic", "mean_colour"] if floors else ["model"]
-    metrics = {name: ImageMetrics(perceptual) for name in names}
+    names = ["model", "bicubic", "mean_colour"] if final else ["model"]
+    metrics = {name: ImageMetrics(perceptual, paper=final) for name in names}
     shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
-            if batch is None:  # not one image of it could be read
+            if stop():
+                break
+            if batch is None:  # none of its images could be read
                 continue
-            images = normalize(batch.to(device))
+            images = batch.to(device).float() / 255
             reconstruction, indices, _ = model(images)
             metrics["model"].update(images, reconstruction)
-            if floors:
+            if final:
                 metrics["bicubic"].update(images, bicubic_floor(images, model.f))
                 metrics["mean_colour"].update(images, mean_colour_floor(images))
             if reconstruction.isfinite().all():  # else `compute` refuses, in all processes
@@ -242,27 +266,25 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
+    if any(util.from_all(stop())):
+        raise util.Interrupted("the evaluation was stopped")
 
     computed = {name: metric.compute() for name, metric in metrics.items()}
+    images = [row.pop("images") for row in computed.values()]
     height, width, positions = torch.stack(util.from_all(shape)).amax(dim=0).tolist()
     bits = quantizer.bits + quantizer.side_bits / positions
-    return {
-        "images": computed["model"]["images"],
+    result = {
+        "images": images[0],
         "image_size": [height, width],
         "bits": bits,
         "f": model.f,
         "bpp": bits * positions / (height * width),
-        **_units(computed.pop("model")),
+        **computed.pop("model"),
         "lpips_net": None if perceptual is None else perceptual.net,
-        "floors": {name: _units(values) for name, values in computed.items()},
-        "stages": usage.compute(),
     }
-
-
-def _units(values: dict) -> dict:
-    """{l1, psnr, lpips, paper: {l1, psnr, lpips}} of what `ImageMetrics.compute` gives."""
-    field = {name: values[name] for name in ("l1", "psnr", "lpips")}
-    return {**field, "paper": {name: values[f"paper_{name}"] for name in field}}
+    if final:
+        result["floors"] = computed
+    return {**result, "stages": usage.compute()}
 
 
 def format_results(result: dict) -> str:

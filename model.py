@@ -7,18 +7,22 @@ reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <-----------------
 
 from __future__ import annotations
 
+import contextlib
 import math
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import util
-from arguments import ARCHITECTURE, get_args
-from quantizers import build_quantizer
+from arguments import architecture_flags, args_of
+from checkpoint import load_checkpoint
+from dataset import IMAGENET_MEAN, IMAGENET_STD
+from quantizers import Quantized, build_quantizer
 
 DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions
+TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
 
 
 class ResidualBlock(nn.Module):
@@ -180,18 +184,19 @@ NETWORKS = {"conv": (Encoder, Decoder), "dct": (DCTEncoder, DCTDecoder)}
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder, as the flags of `arguments.py` describe them.
 
-    The defaults are the network of the public implementation: 1,063,687 parameters in encoder
-    and decoder with 4 latent channels. Images are ImageNet-normalised throughout (`dataset.py`).
+    Takes and gives images as floats in [0, 1]; ImageNet's mean and std are subtracted and divided
+    inside. The defaults are the network of the public implementation: 1,063,687 parameters in
+    encoder and decoder with 4 latent channels.
 
     Attributes:
         quantizer: the quantizer; its `dim` is the number of latent channels.
         f: downsampling factor.
 
     Raises:
-        ValueError: for flags out of range, or images whose sides are no multiples of f.
+        ValueError: for flags out of range, integer images, or sides that are no multiples of f.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         super().__init__()
         self.quantizer = build_quantizer(args)
         self.f = args.downsample
@@ -199,51 +204,86 @@ class VQVAE(nn.Module):
         encoder, decoder = NETWORKS[args.network]
         self.encoder = encoder(*shape)
         self.decoder = decoder(*shape)
+        for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W) -> (reconstruction, indices, loss).
+        """Images (B, 3, H, W) in [0, 1] -> (reconstruction, indices, loss).
 
-        The loss is the quantizer's own, a zero where it has none.
+        The reconstruction has the same scale; it is not clamped, so that its gradient is not cut
+        off. The loss is the quantizer's own, a zero where it has none.
         """
-        quantized, indices, *rest = self.quantizer(self._latent(images))
-        loss = rest[0] if rest else quantized.new_zeros(())
-        return self._images(quantized), indices, loss
+        quantized = Quantized(*self.quantizer(self.to_latent(images)))
+        loss = quantized.loss
+        if loss is None:
+            loss = quantized.codes.new_zeros(())
+        return self.to_images(quantized.codes), quantized.indices, loss
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> indices (B, H/f, W/f[, stages]), all that `decode` needs.
+        """Images (B, 3, H, W) in [0, 1] -> indices (B, H/f, W/f[, stages]), all `decode` needs.
 
         For a quantizer with side information: (indices, statistics), to be passed to `decode`
         together. The model's state does not change, whichever mode it is in.
+
+        Raises:
+            ValueError: also for values outside [0, 1], such as those of normalised images.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            _, indices, *rest = self.quantizer(self._latent(images))
-        finally:
-            for module, training in modes:
-                module.training = training
-        return (indices, rest[1]) if len(rest) > 1 else indices
+        if images.numel() and images.is_floating_point():
+            low, high = (value.item() for value in images.aminmax())
+            if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
+                raise ValueError(
+                    f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: the "
+                    "model normalises them itself"
+                )
+        with in_evaluation_mode(self):
+            quantized = Quantized(*self.quantizer(self.to_latent(images)))
+        if quantized.statistics is None:
+            return quantized.indices
+        return quantized.indices, quantized.statistics
 
     @torch.no_grad()
     def decode(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
-        """Indices, all stages or the first k -> images (B, 3, H, W), as `forward` gives them."""
-        side = () if statistics is None else (statistics,)
-        return self._images(self.quantizer.indices_to_codes(indices, *side))
+        """Indices, all stages or the first k -> images (B, 3, H, W), as `forward` gives them.
 
-    def _latent(self, images: Tensor) -> Tensor:
+        Values may lie a little outside [0, 1]: clamp them before they are shown or stored.
+        """
+        side = () if statistics is None else (statistics,)
+        return self.to_images(self.quantizer.indices_to_codes(indices, *side))
+
+    def to_latent(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> what the quantizer gets, (B, dim, H/f, W/f)."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (batch, 3, height, width), not {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats in [0, 1], not {images.dtype}: give images.float() / 255"
+            )
         if images.shape[2] % self.f or images.shape[3] % self.f:
             height, width = images.shape[2:]
             raise ValueError(
                 f"images of {height}x{width} do not fit: both sides must be multiples of {self.f}"
             )
-        return self.encoder(images)
+        normalised = (images.float() - self.mean.float()) / self.std.float()
+        return self.encoder(normalised.to(next(self.encoder.parameters()).dtype))
 
-    def _images(self, quantized: Tensor) -> Tensor:
-        # float32 from the quantizer; the decoder may have been cast.
-        return self.decoder(quantized.to(next(self.decoder.parameters()).dtype))
+    def to_images(self, quantized: Tensor) -> Tensor:
+        """Codes (B, dim, H/f, W/f) -> images (B, 3, H, W), float32, [0, 1] but not clamped."""
+        # The codes are float32; the decoder may have been cast.
+        output = self.decoder(quantized.to(next(self.decoder.parameters()).dtype))
+        return output.float() * self.std.float() + self.mean.float()
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within `with`, all modules are in evaluation mode; afterwards each is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
@@ -254,9 +294,8 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
     Raises:
         ValueError: one line, if the file is no checkpoint, or its weights are not of its flags.
     """
-    saved = util.load_checkpoint(path)
-    args = get_args([])
-    vars(args).update(saved["args"])
+    saved = load_checkpoint(path)
+    args = args_of(saved)
     model = VQVAE(args)
     try:
         model.load_state_dict(saved["model"])
@@ -264,6 +303,30 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
         reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
         raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
     return model.eval(), args, saved
+
+
+def load_models(
+    paths: Sequence[str], device: torch.device, img_size: int | None
+) -> tuple[list[VQVAE], Namespace, list[int | None]]:
+    """Several checkpoints to compare: models in evaluation mode, flags, steps.
+
+    The flags are those of the first checkpoint; they decide image size and LPIPS network.
+
+    Raises:
+        ValueError: if they were trained at different sizes and `img_size` (pixels) chooses none.
+    """
+    models, flags, steps = [], [], []
+    for path in paths:
+        model, args, saved = load_model(path)
+        if img_size is None and flags and args.img_size != flags[0].img_size:
+            raise ValueError(
+                f"{path} was trained at {args.img_size} pixels, {paths[0]} at "
+                f"{flags[0].img_size}: give --img-size"
+            )
+        models.append(model.to(device))
+        flags.append(args)
+        steps.append(saved.get("step"))
+    return models, flags[0], steps
 
 
 def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:
@@ -276,7 +339,7 @@ def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:
     if repr(other) != repr(model):
         differ = [
             f"--{name.replace('_', '-')} {getattr(flags, name)} there, {getattr(args, name)} here"
-            for name in ARCHITECTURE
+            for name in architecture_flags()
             if getattr(flags, name) != getattr(args, name)
         ]
         raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")

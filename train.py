@@ -26,8 +26,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import util
-from arguments import MAY_CHANGE, get_args
-from dataset import build_dataset, denormalize, normalize, train_loader, val_loader
+from arguments import current_flags, get_args, may_change_flags
+from checkpoint import NotFinite, is_of_a_file, load_checkpoint, unwritable, write_json, write_whole
+from dataset import build_dataset, train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
@@ -93,7 +94,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         args.lpips_net, device, needed=args.perceptual_weight > 0, side=args.img_size
     )
     criterion = TrainingLoss(
-        args.l1_weight, args.perceptual_weight, args.codebook_weight, perceptual
+        args.l1_weight, args.perceptual_weight, args.quantizer_loss_weight, perceptual
     ).to(device, memory_format=torch.channels_last)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -136,7 +137,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         """What ends a run from within, numbers or the disk, in one line with what to do."""
         try:
             yield
-        except util.NotFinite as error:
+        except NotFinite as error:
             good = max(run.glob("step_*.pt"), default=None)
             raise ValueError(
                 f"step {done}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
@@ -144,17 +145,17 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
                 + (f"last good checkpoint: {good}" if good else "no checkpoint yet")
             ) from error
         except OSError as error:
-            if not util.is_of_a_file(error):
+            if not is_of_a_file(error):
                 raise
-            raise ValueError(util.unwritable(error.filename or run, error)) from error
+            raise ValueError(unwritable(error.filename or run, error)) from error
 
     resources.enter_context(named_errors())
     if main_process:
         resources.enter_context(util.lock_folder(run))
     weights = sum(p.numel() for p in parameters)
     if main_process:
-        util.write_json(run / "args.json", vars(args))
-        util.write_json(run / "environment.json", util.environment(device))
+        write_json(run / "args.json", vars(args))
+        write_json(run / "environment.json", util.environment(device))
         trim_log(run / "metrics.jsonl", first_step, steps)
         for newer in run.glob("step_*.pt"):
             if newer.name > f"step_{first_step:07d}.pt":
@@ -199,7 +200,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         nonlocal best
         final = step == steps  # the floors depend on the images alone: once is enough
         util.set_float32_precision("ieee")
-        result = evaluate(model, val_batches, perceptual, device, progress=bar_shown, floors=final)
+        result = evaluate(model, val_batches, perceptual, device, progress=bar_shown, final=final)
         util.set_float32_precision(float32)
         improved, best = result["psnr"] > best, max(best, result["psnr"])
         if main_process:
@@ -308,9 +309,9 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
         "args": vars(args),
     }
     if main_process:
-        util.write_json(run / "results.json", results)
+        write_json(run / "results.json", results)
         table = format_results(result)
-        util.write_whole(run / "results.txt", lambda file: file.write(f"{table}\n".encode()))
+        write_whole(run / "results.txt", lambda file: file.write(f"{table}\n".encode()))
         print(f"\n{table}\n\nresults, pictures and checkpoints: {run}", flush=True)
     return results
 
@@ -327,7 +328,7 @@ class TrainingStep(nn.Module):
         self.model, self.criterion, self.bf16 = model, criterion, bf16
 
     def forward(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        images = normalize(batch).contiguous(memory_format=torch.channels_last)
+        images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
             reconstruction, indices, quantizer_loss = self.model(images)
             return self.criterion(images, reconstruction, quantizer_loss), indices
@@ -376,7 +377,7 @@ def find_resumed(args, model: VQVAE, train_images: int) -> dict | str | None:
         folder = Path(args.resume)
     try:
         if folder.is_file():
-            found, folder = (folder, util.load_checkpoint(folder)), folder.parent
+            found, folder = (folder, load_checkpoint(folder)), folder.parent
         else:
             found = util.newest_checkpoint(folder)
         if found is None:
@@ -392,10 +393,13 @@ def find_resumed(args, model: VQVAE, train_images: int) -> dict | str | None:
                 f"{path} is of a run on {saved['train_images']:,} training images, here are "
                 f"{train_images:,}, which come in another order: give the same images to resume it"
             )
+        before, may_change = current_flags(saved["args"]), may_change_flags()
+        if not args.perceptual_weight:
+            may_change += ("lpips_net",)
         differ = [
-            f"--{name.replace('_', '-')} {saved['args'].get(name)} there, {value} here"
+            f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
             for name, value in vars(args).items()
-            if name not in MAY_CHANGE and saved["args"].get(name) != value
+            if name not in may_change and before.get(name) != value
         ]
         if differ:
             return (
@@ -418,7 +422,7 @@ def trim_log(path: Path, step: int, steps: int) -> None:
         again = step == steps and record["kind"] == "val"
         if record["step"] < step or (record["step"] == step and not again):
             kept.append(line + "\n")
-    util.write_whole(path, lambda file: file.write("".join(kept).encode()))
+    write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
 def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
@@ -439,12 +443,12 @@ def stop_agreed(stop: util.StopSignals, step: int) -> bool:
 def draw_samples(model: VQVAE, images, device: torch.device, path: Path) -> None:
     """A PNG of the first validation images, the originals over their reconstructions."""
     first = [images[i] for i in range(min(SAMPLES, len(images)))]
-    originals = normalize(torch.stack([image for image in first if image is not None]))
+    originals = torch.stack([image for image in first if image is not None]).float() / 255
     tokens = model.encode(originals.to(device))
     tokens = tokens if isinstance(tokens, tuple) else (tokens,)
     pictures = torch.cat([originals, model.decode(*tokens).float().cpu()])
-    pictures, row = denormalize(pictures).clamp(0, 1), len(originals)
-    util.write_whole(path, lambda file: save_image(pictures, file, nrow=row, format="png"))
+    pictures, row = pictures.clamp(0, 1), len(originals)
+    write_whole(path, lambda file: save_image(pictures, file, nrow=row, format="png"))
 
 
 def means(names: list[str], sums: Tensor, skipped: Tensor, limit: int) -> dict:
@@ -461,7 +465,7 @@ def means(names: list[str], sums: Tensor, skipped: Tensor, limit: int) -> dict:
     totals, bad = totals[: len(names) + 1], totals[len(names) + 1 :]
     if in_a_row >= limit:
         terms = ", ".join(name for name, count in zip(names, bad, strict=False) if count)
-        raise util.NotFinite(f"{in_a_row:.0f} steps in a row were not finite in {terms}")
+        raise NotFinite(f"{in_a_row:.0f} steps in a row were not finite in {terms}")
     good = totals.pop()
     record = {n: total / good if good else None for n, total in zip(names, totals, strict=True)}
     return record | ({"skipped_steps": int(in_all)} if in_all else {})
@@ -492,7 +496,7 @@ def report(record: dict, bar: tqdm, bar_shown: bool, steps: int) -> None:
         return
     terms = "  ".join(
         f"{name} {record[name]:.4f}"
-        for name in ("loss", "l1", "perceptual", "codebook", "grad_norm")
+        for name in ("loss", "l1", "perceptual", "quantizer", "grad_norm")
         if record.get(name) is not None
     )
     if "skipped_steps" in record:

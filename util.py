@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import os
 import platform
 import random
@@ -17,10 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-CHECKPOINT_FORMAT = 1
+from checkpoint import is_of_a_file, load_checkpoint, save_checkpoint
+
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
 
@@ -114,98 +110,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------
-def write_whole(path: Path, write: Callable) -> None:
-    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
-
-    Raises:
-        ValueError: one line, if there is no room or no permission.
-    """
-    path, temporary = Path(path), None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            if temporary:
-                os.unlink(temporary)
-        # Where the disk is full, `torch.save` raises another error while it handles that one.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise ValueError(unwritable(path, cause)) from error
-        raise
-
-
-def is_of_a_file(error: OSError) -> bool:
-    """Whether an error is about a file or a full disk, and not about a connection."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    return error.filename is not None or error.errno in full
-
-
-def unwritable(path: str | Path, error: OSError) -> str:
-    """What to say, and to do, about an error in writing `path`."""
-    return (
-        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
-        "was there before is untouched"
-    )
-
-
-def write_json(path: Path, value) -> None:
-    """Write `value` as readable JSON, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-class NotFinite(ValueError):
-    """A number that is NaN or infinite where it would be kept or reported."""
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint (tensors and plain types alone) with its checksum, whole or not at all.
-
-    Raises:
-        NotFinite: one of its tensors holds a NaN or an infinity; nothing is written then.
-    """
-    state = {"format": CHECKPOINT_FORMAT, **state}
-    state["checksum"] = _checksum(state)
-    write_whole(path, lambda file: torch.save(state, file))
-
-
-def _checksum(state: dict) -> str:
-    """SHA-256 of everything in a checkpoint but its checksum; NotFinite, if a tensor is not."""
-    digest = hashlib.sha256()
-
-    def add(value, name: str = "") -> None:
-        if isinstance(value, torch.Tensor):
-            if not value.isfinite().all():
-                raise NotFinite(f"{name} is not finite")
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                digest.update(f"{key!r}:".encode())
-                add(entry, f"{name} {key}".strip())
-        elif isinstance(value, list | tuple):
-            digest.update(f"{len(value)}[".encode())
-            for entry in value:
-                add(entry, name)
-        else:
-            digest.update(f"{value!r},".encode())
-
-    add({key: value for key, value in state.items() if key != "checksum"})
-    return digest.hexdigest()
-
-
 def save_run_checkpoint(run: Path, state: dict, keep: int, best: bool) -> None:
     """Write `step_*.pt` of a run, name it `last.pt` too, and `best.pt` if it is; keep `keep`.
 
@@ -275,37 +179,6 @@ def restore_random_states(states: dict) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Reading never executes anything from the file.
-
-    Raises:
-        ValueError: one line, if there is no such file or it is no checkpoint of this project.
-    """
-    path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint {path} {found}: give a file such as runs/NAME/last.pt")
-    wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage can raise nearly anything
-        raise ValueError(wrong) from error
-    if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
-        raise ValueError(wrong)
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{path} has checkpoint format {state['format']}, this version reads "
-            f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
-        )
-    try:
-        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
-    except NotFinite as error:
-        damage = str(error)
-    if damage:
-        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint")
-    return state
-
-
 def environment(device: torch.device) -> dict:
     """Where a run's numbers come from: command, commit, versions, hardware."""
     here = Path(__file__).parent
@@ -324,6 +197,30 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+
+
+# ---------------------------------------------------------------------------------------
+# Tables and figures
+# ---------------------------------------------------------------------------------------
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
+
+
+def load_figure() -> type:
+    """matplotlib's Figure class: the object-oriented interface needs no display.
+
+    Raises:
+        ValueError: matplotlib, an optional extra, is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "figures need matplotlib: pip install '.[figures]', or leave them out"
+        ) from error
+    return Figure
 
 
 # ---------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
-from dataset import denormalize
+from dataset import IMAGENET_STD
 from loss.perceptual import Perceptual, WeightsMissing, lpips_network
 
 __all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_network"]
@@ -13,12 +14,12 @@ __all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_network"]
 class TrainingLoss(nn.Module):
     """Weighted sum of the reconstruction, perceptual and quantizer losses.
 
-    loss = l1_weight * l1 + perceptual_weight * perceptual + codebook_weight * codebook
+    loss = l1_weight * l1 + perceptual_weight * perceptual + quantizer_weight * quantizer
 
     Args:
         l1_weight: weight of the mean absolute difference of ImageNet-normalised images.
         perceptual_weight: weight of LPIPS; 0 leaves the network out altogether.
-        codebook_weight: weight of the loss that the quantizer itself returns.
+        quantizer_weight: weight of the loss that the quantizer itself returns.
         perceptual: the LPIPS module; may be None if `perceptual_weight` is 0.
 
     Raises:
@@ -30,26 +31,28 @@ class TrainingLoss(nn.Module):
         self,
         l1_weight: float = 1.0,
         perceptual_weight: float = 1.0,
-        codebook_weight: float = 1.0,
+        quantizer_weight: float = 1.0,
         perceptual: Perceptual | None = None,
     ) -> None:
         super().__init__()
         self.weights = {
             "l1": l1_weight,
             "perceptual": perceptual_weight,
-            "codebook": codebook_weight,
+            "quantizer": quantizer_weight,
         }
         for name, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"{name} weight is {weight}; it must be finite and at least 0")
         if not any(self.weights.values()):
-            raise ValueError("the weights of l1, perceptual and codebook are all 0: nothing to do")
+            raise ValueError("the weights of l1, perceptual and quantizer are all 0: nothing to do")
         if perceptual_weight > 0 and perceptual is None:
             raise ValueError(
                 f"perceptual weight is {perceptual_weight} but there is no LPIPS network: "
                 "pass one, or set the weight to 0"
             )
         self.perceptual = perceptual if perceptual_weight > 0 else None
+        std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(
         self, images: Tensor, reconstruction: Tensor, quantizer_loss: Tensor
@@ -57,13 +60,13 @@ class TrainingLoss(nn.Module):
         """The loss and its unweighted terms, for logging by name.
 
         Args:
-            images: originals, ImageNet-normalised, (B, 3, H, W).
-            reconstruction: the model's output, same space and shape.
+            images: originals, (B, 3, H, W), floats in [0, 1].
+            reconstruction: the model's output, same scale and shape, not clamped.
             quantizer_loss: the quantizer's own loss, a scalar; zero where it has none.
 
         Returns:
-            Scalars 'loss' (weighted total), 'l1' (normalised images), 'perceptual' (LPIPS of the
-            [0, 1]-scale images, mean over the batch; absent if its weight is 0) and 'codebook'.
+            Scalars 'loss' (weighted total), 'l1' (of ImageNet-normalised images), 'perceptual'
+            (LPIPS, mean over the batch; absent if its weight is 0) and 'quantizer'.
 
         Raises:
             ValueError: shapes that differ, which L1 would broadcast in silence.
@@ -73,12 +76,12 @@ class TrainingLoss(nn.Module):
                 f"reconstruction has shape {tuple(reconstruction.shape)}, the images "
                 f"{tuple(images.shape)}; they must be equal"
             )
-        reconstruction = reconstruction.float()  # half precision under autocast
-        terms = {"l1": (reconstruction - images).abs().mean()}
+        # |(a - mean)/std - (b - mean)/std| = |a - b| / std
+        difference = reconstruction.float() - images
+        terms = {"l1": (difference.abs() / self.std).mean()}
         if self.perceptual is not None:
-            distance = self.perceptual(denormalize(images), denormalize(reconstruction))
-            terms["perceptual"] = distance.mean()
-        terms["codebook"] = quantizer_loss
+            terms["perceptual"] = self.perceptual(images, reconstruction).mean()
+        terms["quantizer"] = quantizer_loss
         # A weight of 0 leaves its term out, so that a term that overflows cannot turn it to NaN.
         loss = sum(self.weights[name] * term for name, term in terms.items() if self.weights[name])
         return {"loss": loss, **terms}

@@ -165,7 +165,7 @@ def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         raise WeightsMissing(
             f"{path} cannot be loaded as torchvision's weights of LPIPS-{net} "
             f"({type(error).__name__}): delete it and fetch {NETS[net][1].url} again; "
-            "--perceptual-weight 0 trains without it"
+            "--lpips-net none --perceptual-weight 0 does without it"
         ) from error
     return renamed
 
@@ -192,7 +192,7 @@ def _weights_file(net: str) -> Path:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsMissing(
             f"LPIPS-{net} needs {path.name} in {folder}, which could not be downloaded ({reason}): "
-            f"fetch {url} and put it there; --perceptual-weight 0 trains without it"
+            f"fetch {url} and put it there; --lpips-net none --perceptual-weight 0 does without it"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -211,6 +211,8 @@ def lpips_network(
     Raises:
         ValueError: it is needed and cannot be had (WeightsMissing), or the images are too small.
     """
+    if net == "none":
+        return None
     network, problem = None, None
     smallest = NETS[net][2]
     if side is not None and side < smallest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Quantizer, straight_through
+from .base import Quantized, Quantizer, straight_through
 from .ema import VectorQuantizeEMA
 from .fsq import FSQ
 from .lfq import LFQ
@@ -35,6 +35,7 @@ __all__ = [
     "LFQ",
     "QUANTIZERS",
     "RFSQ",
+    "Quantized",
     "Quantizer",
     "VectorQuantizeEMA",
     "build_quantizer",

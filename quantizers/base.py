@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What a quantizer's `forward` returns, by name: `Quantized(*quantizer(z))`."""
+
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor | None = None
+    statistics: Tensor | None = None
 
 
 class _StraightThrough(torch.autograd.Function):

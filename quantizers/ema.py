@@ -88,7 +88,7 @@ class VectorQuantizeEMA(Quantizer):
             dim=args.embed_dim,
             stages=args.ema_stages,
             decay=args.ema_decay,
-            commitment_loss_weight=args.codebook_loss_weight,
+            commitment_loss_weight=args.commitment_weight,
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,7 @@ class LFQ(Quantizer):
         return cls(
             dim=args.lfq_dim,
             entropy_loss_weight=args.entropy_loss_weight,
-            commitment_loss_weight=args.codebook_loss_weight,
+            commitment_loss_weight=args.commitment_weight,
             diversity_gamma=args.lfq_diversity_gamma,
             temperature=args.lfq_temperature,
             entropy_groups=args.lfq_entropy_groups,

@@ -49,7 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, get_args, number
-from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, normalize, train_loader
+from checkpoint import write_json
+from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from loss.perceptual import NETS
 from model import VQVAE
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             for part in results[section].values():
                 table(part["title"], part["rows"])
     if args.json:
-        util.write_json(Path(args.json), results)
+        write_json(Path(args.json), results)
     return results
 
 
@@ -315,7 +316,7 @@ class PlainStep(TrainingStep):
     """The same loss, with images and weights in PyTorch's default memory layout."""
 
     def forward(self, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        images = normalize(batch)
+        images = batch.float() / 255
         reconstruction, indices, quantizer_loss = self.model(images)
         return self.criterion(images, reconstruction, quantizer_loss), indices
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
-from dataset import build_dataset, denormalize, normalize
+from checkpoint import write_whole
+from dataset import build_dataset
 from metric import psnr
-from model import VQVAE
-from scripts.stages import load_models
+from model import VQVAE, load_models
 
 LABEL, GAP, TEXT = 220, 4, 18  # pixels: width of the labels, space, height of a line of text
 CHARACTERS = 26  # that fit into a label
@@ -36,9 +36,9 @@ CELL = 128  # pixels a side that an image has at least; smaller ones are enlarge
 @torch.no_grad()
 def reconstruct(model: VQVAE, originals: Tensor) -> tuple[Tensor, float]:
     """From the tokens alone: (images (N, 3, H, W) in [0, 1], bits a latent position)."""
-    tokens = model.encode(normalize(originals))
+    tokens = model.encode(originals)
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
-    images = denormalize(model.decode(indices, *side)).clamp(0, 1)
+    images = model.decode(indices, *side).clamp(0, 1)
     quantizer = model.quantizer
     positions = indices[0].numel() // quantizer.stages
     return images, quantizer.bits + quantizer.side_bits / positions
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         (name, *reconstruct(model, originals)) for name, model in zip(names, models, strict=True)
     ]
     picture = draw(originals, rows, flags.amplify)
-    util.write_whole(out, lambda file: picture.save(file, format="png"))
+    write_whole(out, lambda file: picture.save(file, format="png"))
     print(f"{count} images through {len(models)} checkpoints: {out}")
     return out
 

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
+from checkpoint import save_checkpoint, write_json, write_whole
+from codec import bitstream, entropy
+from codec.codec import Codec
 from dataset import IMAGE_SUFFIXES, list_files, read_image
-from scripts import bitstream, entropy
-from scripts.codec import Codec
 
 SUFFIX = ".rfsq"
 
@@ -163,7 +164,7 @@ def encode(flags) -> dict:
         del indices  # what is measured is what the file holds
         row["psnr"] = psnr(image, codec.decode(data))
         make_folder(out.parent)
-        util.write_whole(out, lambda file, data=data: file.write(data))
+        write_whole(out, lambda file, data=data: file.write(data))
         saving = f"  {saved(len(data), fixed)}" if flags.entropy_coding else ""
         say(
             f"{below}  {size[1]}x{size[0]}  {len(data):,} bytes  {row['bpp']:.4f} bpp "
@@ -204,7 +205,7 @@ def decode(flags) -> dict:
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
         make_folder(out.parent)
-        util.write_whole(out, lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+        write_whole(out, lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}
         say(f"{below}  {row['width']}x{row['height']}  {out}")
         rows.append({**row, "bytes": len(data), "output": str(out)})
@@ -223,7 +224,7 @@ def fit(flags) -> dict:
     for path, _ in progress(files, "image"):
         counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
     make_folder(out.parent)
-    util.save_checkpoint(out, codec.fit(counts))
+    save_checkpoint(out, codec.fit(counts))
     say(f"counted the codes of {len(files)} images\n{out}")
     return {"images": len(files), "output": str(out)}
 
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise ValueError("this script runs in one process: start it without torchrun")
     result = flags.run(flags)
     if flags.json:
-        util.write_json(Path(flags.json), result)
+        write_json(Path(flags.json), result)
     return result
 
 

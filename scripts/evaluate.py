@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
+from checkpoint import write_json
 from dataset import build_dataset, val_loader
 from loss import lpips_network
 from metric import evaluate, format_results
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if main_process:
         print(f"{result['name']}, step {result['step']}, {flags.load}\n\n{format_results(result)}")
         if flags.json:
-            util.write_json(Path(flags.json), {**result, "environment": util.environment(device)})
+            write_json(Path(flags.json), {**result, "environment": util.environment(device)})
     return result
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
+from checkpoint import write_json, write_whole
 from dataset import (
     PACK_FORMAT,
     PACK_INDEX,
@@ -102,7 +103,7 @@ def write_shard(path: Path, images: np.ndarray) -> dict:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
-    util.write_whole(path, lambda file: [file.write(part) for part in parts])
+    write_whole(path, lambda file: [file.write(part) for part in parts])
     size = sum(memoryview(part).nbytes for part in parts)
     return {"file": path.name, "count": len(images), "bytes": size, "sha256": digest.hexdigest()}
 
@@ -189,7 +190,7 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     if done:
         print(f"'{out}': continues after {done:,} of {total:,} files", flush=True)
     else:
-        util.write_json(out / PACK_UNFINISHED, index)
+        write_json(out / PACK_UNFINISHED, index)
 
     shard = np.empty((index["images_per_shard"], 3, img_size, img_size), np.uint8)
     filled, skipped = 0, []
@@ -204,7 +205,7 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
         index["sources_done"] = done
         skipped.clear()
         filled = 0
-        util.write_json(out / PACK_UNFINISHED, index)
+        write_json(out / PACK_UNFINISHED, index)
 
     progress = Progress(done, total)
     loader = DataLoader(
@@ -231,9 +232,9 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     finish_shard()
     bad = {entry["name"] for entry in index["skipped"]}
     lines = b"".join(os.fsencode(name) + b"\n" for name in names if name not in bad)
-    util.write_whole(out / NAMES, lambda file: file.write(lines))
+    write_whole(out / NAMES, lambda file: file.write(lines))
     index["names_sha256"] = hashlib.sha256(lines).hexdigest()
-    util.write_json(out / PACK_UNFINISHED, index)
+    write_json(out / PACK_UNFINISHED, index)
     os.replace(out / PACK_UNFINISHED, out / PACK_INDEX)
     return index
 

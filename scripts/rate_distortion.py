@@ -40,13 +40,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
+from checkpoint import write_json, write_whole
+from codec import bitstream
+from codec.codec import Codec
 from dataset import IMAGE_SUFFIXES, fit, read_image
 from loss import Perceptual, lpips_network
 from metric import PSNR_CAP
-from scripts import bitstream
-from scripts.codec import Codec
 from scripts.compress import find, progress, psnr, some
-from scripts.stages import load_figure
 
 PAYLOAD, BYTES, PSNR, LPIPS = range(4)  # columns of measurements: bytes, bytes, dB, distance
 RATES = (0.344, 0.625, 1.375, 2.5)  # bpp, where there is no checkpoint
@@ -248,7 +248,7 @@ def draw(result: dict, path: Path) -> None:
     rates = [rate[key] for rate in result["rates"] for key in ("bpp", "file_bpp")]
     left, right = 0.6 * min(rates), 1.7 * max(rates)
     keys = ["psnr", "lpips"] if result["lpips_net"] else ["psnr"]
-    figure = load_figure()(figsize=(6 * len(keys), 6), layout="constrained")
+    figure = util.load_figure()(figsize=(6 * len(keys), 6), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         seen = []
         for label, rows, style, files in lines:
@@ -268,7 +268,7 @@ def draw(result: dict, path: Path) -> None:
         axes.set(xlim=(left, right), ylim=(0.97 * np.nanmin(seen), 1.03 * np.nanmax(seen)))
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    util.write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--figure", metavar="PNG", help="draw the curves there (matplotlib)")
     flags = parser.parse_args(argv)
     if flags.figure:
-        load_figure()  # missing? better known before the work than after it
+        util.load_figure()  # missing? better known before the work than after it
     for out in filter(None, (flags.json, flags.figure)):
         if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
             raise ValueError(f"{out} cannot be written: give a file in a folder that exists")
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     print(format_results(result), flush=True)
     if flags.json:
-        util.write_json(Path(flags.json), result)
+        write_json(Path(flags.json), result)
     if flags.figure:
         draw(result, Path(flags.figure))
     return result

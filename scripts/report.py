@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, get_args
+from checkpoint import write_whole
 from scripts.runs import Row, comparisons, find_results, make_tables
 
 # The table of arXiv 2508.15860, in its units: L1 on normalised images, LPIPS, PSNR.
@@ -45,11 +46,6 @@ def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
     """Mean ± sample standard deviation; the mean alone of a single value."""
     mean = f"{statistics.fmean(values):{sign}.{decimals}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
 
 
 def floor_rows(rows: Sequence[Row]) -> tuple[list[Row], str]:
@@ -148,7 +144,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
         [row.label, *cells, *(show(row, metric, False) for metric in ("psnr", "l1", "lpips"))]
         for row, *cells in lines
     ]
-    parts += [markdown([*header, "L1 [0,1]", lpips], field), note]
+    parts += [util.markdown_table([*header, "L1 [0,1]", lpips], field), note]
     header, paper = ["configuration"], []
     for name in ("L1 normalised", f"{lpips} of [0,1] inputs", "PSNR dB (peak 2)"):
         header += [name, "the paper's"]
@@ -161,11 +157,14 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
         "In the paper's units, beside its figures (ImageNet's 1.28 M images, 50 epochs, one seed, "
         "LPIPS-vgg):"
     )
-    parts += [markdown(header, paper)]
+    parts += [util.markdown_table(header, paper)]
     lines = improvements(rows)
     if lines:
         header = ["improvement (above 0 is better)", "of", "ours", "ours, the paper's units"]
-        parts += ["Paired by seed:", markdown([*header, "the paper's", "seeds better"], lines)]
+        parts += [
+            "Paired by seed:",
+            util.markdown_table([*header, "the paper's", "seeds better"], lines),
+        ]
     parts += ["Where the rows come from (`--seed` and `--save` left out):"]
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     ]
     text = "\n\n".join([intro, *sections]) + "\n"
     if flags.out:
-        util.write_whole(Path(flags.out), lambda file: file.write(text.encode()))
+        write_whole(Path(flags.out), lambda file: file.write(text.encode()))
     else:
         print(text, end="")
     return text

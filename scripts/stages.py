@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, number
-from dataset import build_dataset, normalize, val_loader
+from checkpoint import write_json
+from dataset import build_dataset, val_loader
 from loss import Perceptual, lpips_network
 from metric import CodeUsage, ImageMetrics
-from model import VQVAE, load_model
+from model import VQVAE, load_models
 
 COLUMNS = {  # column: (heading, decimals)
     "stage": ("stage", 0),
@@ -42,33 +42,6 @@ COLUMNS = {  # column: (heading, decimals)
     "l1": ("L1 [0,1]", 4),
     "lpips": ("LPIPS", 4),
 }
-
-
-def load_models(
-    paths: Sequence[str], device: torch.device, img_size: int | None
-) -> tuple[list[VQVAE], Namespace, list[int | None]]:
-    """Checkpoints to be set beside each other: models in evaluation mode, flags, steps.
-
-    The flags are the first one's: they say what the images and LPIPS of all are.
-
-    Raises:
-        ValueError: if they were trained at different sizes and `img_size` (pixels) chooses none,
-            or in more than one process.
-    """
-    if util.world_size() > 1:
-        raise ValueError("this script runs in one process: start it without torchrun")
-    models, flags, steps = [], [], []
-    for path in paths:
-        model, args, saved = load_model(path)
-        if img_size is None and flags and args.img_size != flags[0].img_size:
-            raise ValueError(
-                f"{path} was trained at {args.img_size} pixels, {paths[0]} at "
-                f"{flags[0].img_size}: give --img-size"
-            )
-        models.append(model.to(device))
-        flags.append(args)
-        steps.append(saved.get("step"))
-    return models, flags[0], steps
 
 
 class MeanSquare:
@@ -106,8 +79,8 @@ def measure(
     usage = CodeUsage(quantizer.codebook_sizes, stage_axis=True)
     positions = 0
     for batch in loader:
-        images = normalize(batch.to(device))
-        z = model.encoder(images).float()
+        images = batch.to(device).float() / 255
+        z = model.to_latent(images).float()
         _, indices, *rest = quantizer(z)
         side = rest[1:]  # image statistics, for the quantizers whose decoder needs them
         quantized = None
@@ -135,7 +108,7 @@ def measure(
                 "residual_rms_after": residuals[k + 1].root(),
                 "fsq_input_rms": inputs[k].root() if inputs[k].count else None,
                 **{name: quality[name] for name in ("psnr", "l1", "lpips")},
-                "paper": {name: quality[f"paper_{name}"] for name in ("psnr", "l1", "lpips")},
+                "paper": quality["paper"],
             }
         )
     return rows
@@ -159,7 +132,7 @@ def draw(results: Sequence[dict], folder: Path) -> list[Path]:
     Raises:
         ValueError: if matplotlib is missing or the folder cannot be made.
     """
-    figure_class = load_figure()
+    figure_class = util.load_figure()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,17 +180,6 @@ def draw(results: Sequence[dict], folder: Path) -> list[Path]:
     ]
 
 
-def load_figure() -> type:
-    """matplotlib's Figure; matplotlib is an optional extra."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "figures need matplotlib: pip install '.[figures]', or leave them out"
-        ) from error
-    return Figure
-
-
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure every checkpoint on the same images, and return what `--json` writes."""
     parser = Parser(prog="stages.py", description=__doc__.split("\n")[0])
@@ -244,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
     flags = parser.parse_args(argv)
     if flags.figures:
-        load_figure()  # missing? better known before the work than after it
+        util.load_figure()  # missing? better known before the work than after it
 
     device = util.setup_processes()
     util.share_cores(flags.num_workers)
@@ -275,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "environment": util.environment(device),
     }
     if flags.json:
-        util.write_json(Path(flags.json), result)
+        write_json(Path(flags.json), result)
     if flags.figures:
         print(*draw(results, Path(flags.figures)), sep="\n")
     return result

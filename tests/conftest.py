@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-import util
 from arguments import get_args
+from checkpoint import save_checkpoint
 from model import VQVAE
 
 # The same examples in every run, and no limit on a machine that is busy with something else.
@@ -57,4 +57,4 @@ def make_checkpoint(path, *flags, contrast=1.0):
             weight.mul_(factor)
         for _ in range(2):
             model(torch.randn(4, 3, 32, 32))
-    util.save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
+    save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})

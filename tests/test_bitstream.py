@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts import bitstream, context, entropy, grid
-from scripts.bitstream import Header, pack, payload_bytes, unpack
+from codec import bitstream, context, entropy
+from codec.bitstream import Header, pack, payload_bytes, unpack
 
 
 # ---------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_context_by_hand():
     assert stage.sums == [(3 * 48, 36), (3 * 48, 36)]
     digits = np.array([[[0, 1, 2], [2, 2, 0], [1, 0, 1]], [[0, 4, 0], [3, 0, 1], [0, 2, 0]]])
     beside = np.array([[[0], [1]], [[2], [1]], [[1], [0]], [[1], [2]]])
-    here = grid.Pass(np.array([1]), np.array([1]), beside, np.array([1]), 0)
+    here = context.Pass(np.array([1]), np.array([1]), beside, np.array([1]), 0)
     weights = np.zeros((3, 10), np.int32)
     # A quarter of each neighbour, half of channel 0 here, minus what is left of it, and 3/4.
     weights[1] = np.array([1, 1, 1, 1, 2, 0, 0, -4, 0, 3]) * context.UNIT // 4
@@ -303,13 +303,13 @@ def test_a_stream_that_no_indices_give_is_refused():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (23, 1), (2, 2), (8, 9), (17, 33), (64, 5)])
 def test_lattice_visits_each_position_once_after_its_neighbours(shape):
     seen = np.zeros(shape, bool)
-    for step in grid.lattice(*shape):
+    for step in context.lattice(*shape):
         assert not seen[step.rows, step.columns].any()
         if not step.alone:
             assert seen[step.neighbours[:, 0], step.neighbours[:, 1]].all()
         seen[step.rows, step.columns] = True
     assert seen.all()
-    adjacent = [step for step in grid.lattice(*shape) if step.kind[0] == 0]
+    adjacent = [step for step in context.lattice(*shape) if step.kind[0] == 0]
     for step in adjacent:  # their four neighbours are the adjacent ones, inside the grid
         away = abs(step.neighbours - np.stack([step.rows, step.columns])[None]).sum(1)
         assert (away == 1).all()

@@ -16,10 +16,10 @@ import torch
 from conftest import make_checkpoint
 
 import util
+from checkpoint import load_checkpoint, save_checkpoint
+from codec import bitstream
+from codec.codec import Codec, _reach, tiles
 from dataset import SyntheticDataset, denormalize, normalize
-from scripts import bitstream
-from scripts.codec import Codec, _reach
-from scripts.grid import tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS = {
@@ -197,7 +197,7 @@ FRESH = ("two", "image", "ema")
 def test_a_fresh_process_decodes_identically(folder, tmp_path):
     """Another process, another number of threads; and the indices in a batch with other images."""
     code = (
-        "import sys, numpy, torch; torch.set_num_threads(2); from scripts.codec import Codec\n"
+        "import sys, numpy, torch; torch.set_num_threads(2); from codec.codec import Codec\n"
         "for name in sys.argv[3:]:\n"
         "    codec = Codec(f'{sys.argv[1]}/{name}.pt')\n"
         "    data = open(f'{sys.argv[2]}/{name}', 'rb').read()\n"
@@ -225,14 +225,14 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
 
 
 def test_fingerprint_is_of_what_decoding_depends_on(folder, tmp_path):
-    saved = util.load_checkpoint(folder / "two.pt")
+    saved = load_checkpoint(folder / "two.pt")
     original = Codec(folder / "two.pt").fingerprint
 
     def changed(key=None, **more) -> bytes:
         state = {**saved, "model": dict(saved["model"]), **more}
         if key:
             state["model"][key] = state["model"][key] + 1e-3
-        util.save_checkpoint(tmp_path / "x.pt", state)
+        save_checkpoint(tmp_path / "x.pt", state)
         return Codec(tmp_path / "x.pt").fingerprint
 
     assert len(original) == 8 and changed() == original
@@ -248,21 +248,21 @@ def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
     from model import load_model
 
     codec = fitted(folder / "two.pt")
-    util.save_checkpoint(tmp_path / "coded.pt", codec.checkpoint)
+    save_checkpoint(tmp_path / "coded.pt", codec.checkpoint)
     again = Codec(tmp_path / "coded.pt")
     assert again.fingerprint == codec.fingerprint == Codec(folder / "two.pt").fingerprint
     assert again.entropy_model.digest == codec.entropy_model.digest
     model, _, saved = load_model(tmp_path / "coded.pt")
     assert saved["step"] == 2 and not model.training
     older = {k: v for k, v in saved["entropy_model"].items() if k != "weights"}
-    util.save_checkpoint(
+    save_checkpoint(
         tmp_path / "older.pt",
         {k: older if k == "entropy_model" else v for k, v in saved.items() if k != "checksum"},
     )
     with pytest.raises(ValueError, match="older layout: run fit again"):
         Codec(tmp_path / "older.pt")
     saved["entropy_model"]["digits"] = [[8, 8, 4, 8]] * 2
-    util.save_checkpoint(tmp_path / "wrong.pt", {k: v for k, v in saved.items() if k != "checksum"})
+    save_checkpoint(tmp_path / "wrong.pt", {k: v for k, v in saved.items() if k != "checksum"})
     with pytest.raises(ValueError, match="entropy model"):
         Codec(tmp_path / "wrong.pt")
 

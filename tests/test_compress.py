@@ -14,9 +14,9 @@ from conftest import make_checkpoint
 from PIL import Image
 
 import util
+from codec.codec import Codec
 from dataset import SyntheticDataset, read_image
 from scripts import compress
-from scripts.codec import Codec
 
 ROOT = Path(__file__).resolve().parent.parent
 

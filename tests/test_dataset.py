@@ -321,8 +321,8 @@ def test_items_are_a_function_of_seed_and_index():
 
 def test_the_same_bytes_in_another_process():
     code = (
-        "import hashlib, dataset; assert dataset._textures.cache_info().currsize == 0\n"
-        "images = dataset.SyntheticDataset(32, 5, 9)\n"
+        "import hashlib, synthetic; assert synthetic._textures.cache_info().currsize == 0\n"
+        "images = synthetic.SyntheticDataset(32, 5, 9)\n"
         "print(hashlib.sha256(b''.join(images[i].numpy().tobytes() for i in (7, 2))).hexdigest())"
     )
     there = subprocess.run(

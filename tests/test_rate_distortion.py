@@ -15,6 +15,7 @@ from PIL import Image
 
 import util
 from arguments import get_args
+from checkpoint import save_checkpoint
 from dataset import SyntheticDataset, read_image
 from model import VQVAE
 from scripts import compress
@@ -47,7 +48,7 @@ def files(tmp_path_factory):
         for _ in range(2):
             model(torch.randn(4, 3, SIDE, SIDE))
     state = {"model": model.state_dict(), "args": vars(args), "step": 2}
-    util.save_checkpoint(root / "last.pt", state)
+    save_checkpoint(root / "last.pt", state)
     fit = ["fit", str(root / "val"), f"--load={root / 'last.pt'}", f"--out={root / 'coded.pt'}"]
     compress.main(fit)  # needs no extra: that is for coding
     return root

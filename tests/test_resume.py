@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import train
 import util
+from checkpoint import load_checkpoint, save_checkpoint
 from dataset import SyntheticDataset
 from loss import TrainingLoss
 from model import VQVAE
@@ -95,7 +96,7 @@ def same(a, b) -> bool:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimizer, random states and logs of two finished runs, but for times and paths."""
-    one, two = (util.load_checkpoint(folder / "last.pt") for folder in (a, b))
+    one, two = (load_checkpoint(folder / "last.pt") for folder in (a, b))
     parts = ("model", "optimizer", "step", "best_psnr", "skipped", "random", "train_images")
     for part in (*parts, "interval_sums", "interval_count"):
         assert same(one[part], two[part]), part
@@ -116,7 +117,7 @@ def test_interrupted_and_resumed_is_uninterrupted(step, flags, whole, tmp_path, 
         interrupt_after(patched, step)
         with pytest.raises(util.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
             run(tmp_path / "cut", *flags)
-    assert util.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
     run(tmp_path / "cut", *flags, "--resume=auto")
     assert_same_run(whole(*flags), tmp_path / "cut")
 
@@ -157,11 +158,9 @@ def test_speed_counts_the_time_before_the_interruption(tmp_path, monkeypatch):
         interrupt_after(patched, 7)
         with pytest.raises(util.Interrupted):
             run(tmp_path / "cut")
-    saved = util.load_checkpoint(tmp_path / "cut" / "step_0000007.pt")
+    saved = load_checkpoint(tmp_path / "cut" / "step_0000007.pt")
     assert 0 < saved["interval_seconds"] < saved["seconds"]
-    util.save_checkpoint(
-        tmp_path / "cut" / "step_0000007.pt", {**saved, "interval_seconds": 1000.0}
-    )
+    save_checkpoint(tmp_path / "cut" / "step_0000007.pt", {**saved, "interval_seconds": 1000.0})
     run(tmp_path / "cut", "--resume=auto")
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     speeds = {r["step"]: r["images_per_s"] for r in map(json.loads, lines) if "loss" in r}
@@ -235,7 +234,7 @@ def test_two_processes_stop_together_and_continue_to_the_bit(name, tmp_path):
 
     assert group("whole") == [0, 0]
     assert group("cut", signalled=True) == [util.EXIT_INTERRUPTED] * 2
-    assert util.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 16
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 16
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     assert group("cut") == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -306,7 +305,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_used(
     newest = sorted((tmp_path / "cut").glob("step_*.pt"))[-1]
     content = bytearray(newest.read_bytes())
     if damage == "flipped bit":
-        bias = util.load_checkpoint(newest)["model"]["decoder.layers.0.bias"]
+        bias = load_checkpoint(newest)["model"]["decoder.layers.0.bias"]
         content[content.index(bias.numpy().tobytes()) + 5] ^= 1
     elif damage == "executes":
         content = b"cos\nsystem\n(S'touch " + str(tmp_path / "made").encode() + b"'\ntR."
@@ -314,7 +313,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_used(
         content = content[: len(content) // 2] if damage == "truncated" else b""
     newest.write_bytes(content)  # last.pt is the same file
     with pytest.raises(ValueError, match=r"damaged|not a checkpoint"):
-        util.load_checkpoint(newest)
+        load_checkpoint(newest)
     capsys.readouterr()
     run(tmp_path / "cut", "--resume=auto")
     out = capsys.readouterr().out
@@ -435,7 +434,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(file, whole, tmp_
     # The copy names what it is made from, the log its folder.
     assert {"last.pt": "step_0000010.pt", "metrics.jsonl": f"{folder} "}.get(file, file) in message
     last = 14 if file.startswith("results") else 5
-    assert util.load_checkpoint(folder / "last.pt")["step"] == last
+    assert load_checkpoint(folder / "last.pt")["step"] == last
     run(folder, "--resume=auto")
     assert_same_run(whole(), folder)
     assert not list(folder.rglob(".*"))
@@ -459,7 +458,7 @@ def test_a_folder_that_becomes_read_only(whole, tmp_path):
         assert "step_0000010.pt cannot be written (Permission denied)" in error
         assert "Traceback" not in out.read_text()
         folder.chmod(0o755)
-        assert util.load_checkpoint(folder / "last.pt")["step"] == 5
+        assert load_checkpoint(folder / "last.pt")["step"] == 5
         run(folder, "--resume=auto")
         assert_same_run(whole(), folder)
     finally:
@@ -524,7 +523,7 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
     text = out.read_text()
     assert text.strip().splitlines()[-1].startswith(f"stopped by {number.name} after step")
     assert "Traceback" not in text
-    step = util.load_checkpoint(folder / "last.pt")["step"]
+    step = load_checkpoint(folder / "last.pt")["step"]
     assert f"after step {step};" in text
 
 
@@ -653,7 +652,7 @@ def test_a_skipped_step_leaves_the_weights_alone(tmp_path, monkeypatch):
     poison(monkeypatch, set(range(2, 10**6)), "loss")
     flags = ["--max-skipped-steps=100", "--save-interval=1", "--keep=9", "--train-iters=3"]
     run(tmp_path / "run", *flags)
-    one, two = (util.load_checkpoint(tmp_path / "run" / f"step_000000{i}.pt") for i in (1, 3))
+    one, two = (load_checkpoint(tmp_path / "run" / f"step_000000{i}.pt") for i in (1, 3))
     weights = [name for name in one["model"] if not name.startswith("quantizer")]
     assert all(torch.equal(one["model"][name], two["model"][name]) for name in weights)
     state = [list(c["optimizer"]["state"].values()) for c in (one, two)]

@@ -18,6 +18,7 @@ from PIL import Image
 import train
 import util
 from arguments import get_args
+from checkpoint import load_checkpoint, save_checkpoint
 from dataset import SyntheticDataset, normalize
 from model import VQVAE, load_model
 from scripts import evaluate
@@ -108,8 +109,8 @@ def test_run_folder_holds_everything(photographs, tmp_path, monkeypatch, capsys)
     assert (run / "results.txt").read_text().strip() in out
     assert "LPIPS is missing" in out and "step 6/6" in out
     best = max(records(run, "val"), key=lambda record: record["psnr"])
-    assert util.load_checkpoint(run / "best.pt")["step"] == best["step"]
-    assert util.load_checkpoint(run / "last.pt")["step"] == 6
+    assert load_checkpoint(run / "best.pt")["step"] == best["step"]
+    assert load_checkpoint(run / "last.pt")["step"] == 6
     pictures = sorted((run / "samples").iterdir())
     assert [p.name for p in pictures] == ["step_0000003.png", "step_0000006.png"]
     assert Image.open(pictures[0]).size == (8 * 34 + 2, 2 * 34 + 2)
@@ -138,7 +139,7 @@ def test_load_starts_from_the_checkpoint(photographs, tmp_path):
     train.main(
         [*flags, f"--save={tmp_path / 'b'}", f"--load={last}", "--lr=1e-12", "--clip-grad=0"]
     )
-    a, b = (util.load_checkpoint(tmp_path / run / "last.pt")["model"] for run in "ab")
+    a, b = (load_checkpoint(tmp_path / run / "last.pt")["model"] for run in "ab")
     weights = [name for name in a if "running" not in name and "batches" not in name]
     assert all(torch.allclose(a[name], b[name], atol=1e-9) for name in weights)
 
@@ -147,7 +148,7 @@ def test_same_seed_same_weights_other_seed_other_weights(photographs, tmp_path):
     def weights(name, *extra):
         run = tmp_path / name
         train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={run}", *extra])
-        return util.load_checkpoint(run / "last.pt")["model"]
+        return load_checkpoint(run / "last.pt")["model"]
 
     first, workers, other = weights("a"), weights("b", "--num-workers=2"), weights("c", "--seed=1")
     assert all(torch.equal(first[name], workers[name]) for name in first)
@@ -176,7 +177,7 @@ def test_clip_grad_and_weight_decay_work(photographs, tmp_path):
     def weights(name, *extra):
         flags = [*TINY, *paths(photographs), "--train-iters=2", f"--save={tmp_path / name}", *extra]
         train.main(flags)
-        return util.load_checkpoint(tmp_path / name / "last.pt")["model"]["decoder.layers.0.weight"]
+        return load_checkpoint(tmp_path / name / "last.pt")["model"]["decoder.layers.0.weight"]
 
     plain = weights("a", "--clip-grad=0")
     assert not torch.equal(plain, weights("b", "--clip-grad=0", "--weight-decay=0.5"))
@@ -234,11 +235,11 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
     (tmp_path / "fake.pt").write_bytes(b"this is no checkpoint")
     args = vars(get_args(["--channel=32"]))
     model = VQVAE(get_args(["--channel=32"]))
-    util.save_checkpoint(tmp_path / "real.pt", {"model": model.state_dict(), "args": args})
+    save_checkpoint(tmp_path / "real.pt", {"model": model.state_dict(), "args": args})
     lie = {"model": model.state_dict(), "args": {**args, "channel": 64}}
-    util.save_checkpoint(tmp_path / "lie.pt", lie)
+    save_checkpoint(tmp_path / "lie.pt", lie)
     huge = {name: value * 1e30 for name, value in model.state_dict().items()}
-    util.save_checkpoint(tmp_path / "huge.pt", {"model": huge, "args": args})
+    save_checkpoint(tmp_path / "huge.pt", {"model": huge, "args": args})
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "results.json").write_text('{"psnr": 2')
     good, val = paths(photographs), f"--val-data-path={photographs / 'val'}"

@@ -15,23 +15,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import util
-from arguments import ARCHITECTURE
-from dataset import denormalize, normalize
+from arguments import architecture_flags
+from codec import bitstream, entropy
 from model import load_model
 from quantizers import Quantizer
-from scripts import bitstream, entropy
-from scripts.grid import tiles
 
 ENTROPY_MODEL = "entropy_model"  # its key in a checkpoint
 
@@ -279,7 +275,7 @@ class Codec:
             pixels = torch.from_numpy(np.array(cut)).to(
                 self.device
             )  # a copy: torch warns of read-only
-            z = model.encoder(normalize(pixels.permute(2, 0, 1)[None]))
+            z = model.to_latent(pixels.permute(2, 0, 1)[None].float() / 255)
             z = z[..., top - outer[0] : bottom - outer[0], left - outer[2] : right - outer[2]]
             if self.side_values:
                 if latent is None:
@@ -317,7 +313,7 @@ class Codec:
             cut = indices[outer[0] : outer[1], outer[2] : outer[3]]
             cut = cut if model.quantizer.stage_axis else cut[..., 0]
             tokens = torch.from_numpy(np.array(cut)).to(self.device)[None]
-            pixels = denormalize(model.decode(tokens, *side))[0].clamp(0, 1).mul(255).round()
+            pixels = model.decode(tokens, *side)[0].clamp(0, 1).mul(255).round()
             pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             y, x = (top - outer[0]) * f, (left - outer[2]) * f
             part = image[top * f : bottom * f, left * f : right * f]
@@ -370,10 +366,32 @@ def _reach(network: nn.Module) -> int:
 def _fingerprint(model: nn.Module, flags: dict) -> bytes:
     """8 bytes of a SHA-256 over the flags of the architecture, the decoder and the quantizer."""
     digest = hashlib.sha256()
-    shape = {name: flags[name] for name in sorted(ARCHITECTURE) if name in flags}
+    shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
     digest.update(json.dumps(shape).encode())
     for part in (model.decoder, model.quantizer):
         for name, value in part.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.digest()[:8]
+
+
+def tiles(
+    shape: tuple[int, int], tile: int, margin: int
+) -> Iterator[tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]:
+    """Cores that cover `shape`, and what goes through the network for each of them.
+
+    Both are (top, bottom, left, right), in positions; the second is larger by `margin` on each side
+    that is not the image's own.
+    """
+    height, width = shape
+    for top in range(0, height, tile):
+        bottom = min(top + tile, height)
+        for left in range(0, width, tile):
+            right = min(left + tile, width)
+            outer = (
+                max(0, top - margin),
+                min(height, bottom + margin),
+                max(0, left - margin),
+                min(width, right + margin),
+            )
+            yield (top, bottom, left, right), outer

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Residual VQ-EMA with the codebooks of RFSQ-4x1024: 40.0 bits per position, 2.5 bits per pixel.
-exec "$(dirname "$0")/paper.sh" --quantizer ema --n-embed 1024 --ema-stages 4 --embed-dim 256 "$@"
+exec "$(dirname "$0")/../paper.sh" --quantizer ema --n-embed 1024 --ema-stages 4 --embed-dim 256 "$@"

@@ -20,8 +20,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scripts.context import AROUND, CLASSES, UNIT, Stage, planes, surroundings
-from scripts.grid import lattice, whole_lattice
+from codec.context import (
+    AROUND,
+    CLASSES,
+    UNIT,
+    Stage,
+    lattice,
+    planes,
+    surroundings,
+    whole_lattice,
+)
 
 MAX_SYMBOLS = 65536
 MIN_BITS, SLACK_BITS = 0.02, 64  # a symbol costs at least this, but for the coder's first word

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # LFQ with the bits of RFSQ-2x2048: 22.0 bits per position, 1.375 bits per pixel. Its entropy loss
 # is summed over 2 groups of 11 bits, as that of lfq_40bit.sh over 4 of 10.
-exec "$(dirname "$0")/paper.sh" --quantizer lfq --lfq-dim 22 --lfq-entropy-groups 2 "$@"
+exec "$(dirname "$0")/../paper.sh" --quantizer lfq --lfq-dim 22 --lfq-entropy-groups 2 "$@"

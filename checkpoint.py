@@ -1,0 +1,136 @@
+"""Files written whole and read safely: JSON, and checkpoints with their checksum."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+CHECKPOINT_FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
+
+    Raises:
+        ValueError: one line, if there is no room or no permission.
+    """
+    path, temporary = Path(path), None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if temporary:
+                os.unlink(temporary)
+        # Where the disk is full, `torch.save` raises another error while it handles that one.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise ValueError(unwritable(path, cause)) from error
+        raise
+
+
+def is_of_a_file(error: OSError) -> bool:
+    """Whether an error is about a file or a full disk, and not about a connection."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    return error.filename is not None or error.errno in full
+
+
+def unwritable(path: str | Path, error: OSError) -> str:
+    """What to say, and to do, about an error in writing `path`."""
+    return (
+        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
+        "was there before is untouched"
+    )
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+class NotFinite(ValueError):
+    """A number that is NaN or infinite where it would be kept or reported."""
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint (tensors and plain types alone) with its checksum, whole or not at all.
+
+    Raises:
+        NotFinite: one of its tensors holds a NaN or an infinity; nothing is written then.
+    """
+    state = {"format": CHECKPOINT_FORMAT, **state}
+    state["checksum"] = _checksum(state)
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def _checksum(state: dict) -> str:
+    """SHA-256 of everything in a checkpoint but its checksum; NotFinite, if a tensor is not."""
+    digest = hashlib.sha256()
+
+    def add(value, name: str = "") -> None:
+        if isinstance(value, torch.Tensor):
+            if not value.isfinite().all():
+                raise NotFinite(f"{name} is not finite")
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                digest.update(f"{key!r}:".encode())
+                add(entry, f"{name} {key}".strip())
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)}[".encode())
+            for entry in value:
+                add(entry, name)
+        else:
+            digest.update(f"{value!r},".encode())
+
+    add({key: value for key, value in state.items() if key != "checksum"})
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Reading never executes anything from the file.
+
+    Raises:
+        ValueError: one line, if there is no such file or it is no checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"checkpoint {path} {found}: give a file such as runs/NAME/last.pt")
+    wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling garbage can raise nearly anything
+        raise ValueError(wrong) from error
+    if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
+        raise ValueError(wrong)
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {state['format']}, this version reads "
+            f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
+        )
+    try:
+        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
+    except NotFinite as error:
+        damage = str(error)
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint")
+    return state
