@@ -1,4 +1,4 @@
-"""Files written whole and read safely: JSON, and checkpoints with their checksum."""
+"""Files written whole and read safely: JSON, checkpoints with their checksum, random states."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import errno
 import hashlib
 import json
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 CHECKPOINT_FORMAT = 1
+TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -25,7 +28,7 @@ def write_whole(path: Path, write: Callable) -> None:
     path, temporary = Path(path), None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
+            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
         ) as file:
             temporary = file.name
             write(file)
@@ -134,3 +137,25 @@ def load_checkpoint(path: str | Path) -> dict:
     if damage:
         raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint")
     return state
+
+
+def random_states() -> dict:
+    """The states of all random number generators, in plain types and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Put back what `random_states` gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

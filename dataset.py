@@ -25,6 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from synthetic import SyntheticDataset
+from util import StopSignals, from_all, rank
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -438,35 +439,37 @@ def _collate(batch: torch.Tensor | list) -> torch.Tensor | None:
     return default_collate(batch) if batch else None
 
 
-def _leave_signals_to_main(shield: torch.Tensor, worker: int) -> None:
+def _leave_signals_to_main(deferred: torch.Tensor, worker: int) -> None:
     # A scheduler sends its signals to all processes; the training process finishes its step, for
     # which it needs its workers, and ends them itself.
-    def obey_unless_shielded(number: int, frame: object) -> None:
-        if not shield:
-            os._exit(0)  # in peace, or PyTorch reports a worker that was killed
+    def exit_unless_deferred(number: int, frame: object) -> None:
+        if not deferred:
+            os._exit(0)  # PyTorch would report a worker that is killed as an error
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, obey_unless_shielded)
+    for number in StopSignals.SIGNALS:
+        signal.signal(number, exit_unless_deferred)
 
 
 def _loader(
-    dataset: Dataset, num_workers: int, device: torch.device | str, **options: object
+    dataset: Dataset,
+    num_workers: int,
+    device: torch.device | str,
+    stop: StopSignals | None,
+    **options: object,
 ) -> DataLoader:
     # A DataLoader draws a number from its generator whenever it is started: one of its own keeps
     # the global random state, and with it a resumed run, out of this. PyTorch itself gives each
     # worker one thread.
-    shield = torch.zeros(1, dtype=torch.bool).share_memory_()
-    loader = DataLoader(
+    deferred = (stop or StopSignals()).deferred
+    return DataLoader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=functools.partial(_leave_signals_to_main, shield),
+        worker_init_fn=functools.partial(_leave_signals_to_main, deferred),
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(0),
         **options,
     )
-    loader.shield = shield  # while it is True, signals leave the workers alone
-    return loader
 
 
 def train_loader(
@@ -479,8 +482,12 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    stop: StopSignals | None = None,
 ) -> DataLoader:
-    """This process's batches, uint8 (batch_size, 3, S, S), of steps start_step .. steps - 1."""
+    """This process's batches, uint8 (batch_size, 3, S, S), of steps start_step .. steps - 1.
+
+    While `stop` defers signals, the loading processes ignore them.
+    """
     batches = StreamSampler(
         len(dataset),
         batch_size,
@@ -491,7 +498,7 @@ def train_loader(
         world_size=world_size,
         endless=getattr(dataset, "endless", False),
     )
-    return _loader(dataset, num_workers, device, batch_sampler=batches)
+    return _loader(dataset, num_workers, device, stop, batch_sampler=batches)
 
 
 def val_loader(
@@ -501,7 +508,18 @@ def val_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    stop: StopSignals | None = None,
 ) -> DataLoader:
     """This process's share, images rank, rank + world_size, ..., in order; it may be empty."""
     share = range(rank, len(dataset), world_size)
-    return _loader(dataset, num_workers, device, sampler=share, batch_size=batch_size)
+    return _loader(dataset, num_workers, device, stop, sampler=share, batch_size=batch_size)
+
+
+def skipped_images(*datasets: Dataset) -> list[str]:
+    """The files that any process left out because they could not be read. A collective."""
+    own = [name for images in datasets for name in getattr(images, "skipped", list)()]
+    names = sorted(set().union(*from_all(own)))
+    if names and rank() == 0:
+        more = f" and {len(names) - 3} more, named in results.json" if len(names) > 3 else ""
+        print(f"{len(names)} images skipped: {', '.join(names[:3])}{more}", flush=True)
+    return names

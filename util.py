@@ -1,30 +1,31 @@
-"""Processes, devices, seeds, checkpoints, and how a script ends."""
+"""Processes, devices, seeds, signals, tables and figures, and how a script ends."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import platform
 import random
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import is_of_a_file, load_checkpoint, save_checkpoint
+from checkpoint import is_of_a_file
 
+Result = TypeVar("Result")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
 
@@ -85,13 +86,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_main(value):
-    """The main process's `value`, in every process (plain types only)."""
+def on_main(function: Callable[[], Result]) -> Result:
+    """Run `function` in the main process; all processes get its result, or raise its exception.
+
+    A collective. The result consists of plain types and tensors.
+    """
     if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+        return function()
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def from_all(value) -> list:
@@ -110,93 +121,52 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save_run_checkpoint(run: Path, state: dict, keep: int, best: bool) -> None:
-    """Write `step_*.pt` of a run, name it `last.pt` too, and `best.pt` if it is; keep `keep`.
-
-    The older ones go only after the new one is whole.
-    """
-    path = run / f"step_{state['step']:07d}.pt"
-    save_checkpoint(path, state)
-    for name in ("last.pt", "best.pt") if best else ("last.pt",):
-        link = run / f".{name}.link"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
-        os.replace(link, run / name)
-    for old in sorted(run.glob("step_*.pt"))[:-keep]:
-        old.unlink()
-
-
-def newest_checkpoint(run: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint of a run folder; says aloud which newer ones are damaged."""
-    for path in [*sorted(run.glob("step_*.pt"), reverse=True), run / "last.pt"]:
-        if path.is_file():
-            try:
-                return path, load_checkpoint(path)
-            except ValueError as error:
-                print(f"skipped: {error}", flush=True)
-    return None
-
-
-def lock_folder(folder: Path):
-    """Hold a run folder until the returned file is closed, or this process ends in any way.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    file = open(folder / "lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(
-            f"another process is training in {folder}: wait for it, or give another --save"
-        ) from error
-    return file
-
-
-def random_states() -> dict:
-    """The states of all random number generators, in plain types and tensors."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_states(states: dict) -> None:
-    """Put back what `random_states` gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
 def environment(device: torch.device) -> dict:
-    """Where a run's numbers come from: command, commit, versions, hardware."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    )
+    """Where a run's numbers come from: command, commit, versions, hardware.
+
+    The commit is None outside a git checkout, and where git is not installed.
+    """
     cuda = device.type == "cuda"
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit.stdout.strip() + (" (changed)" if changed.stdout.strip() else ""),
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "lpips", "numpy")},
         "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + (" (changed)" if changed.strip() else "")
+
+
+@contextlib.contextmanager
+def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
+    """Profile `steps` steps after the first ten into a trace file; yields what each step calls.
+
+    Records the main process alone; nothing for 0 steps.
+    """
+    if not steps or rank():
+        yield lambda: None
+        return
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(path))
+        print(f"profile: {path}", flush=True)
+
+    schedule = torch.profiler.schedule(wait=8, warmup=2, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step
 
 
 # ---------------------------------------------------------------------------------------
@@ -227,36 +197,52 @@ def load_figure() -> type:
 # How a script ends
 # ---------------------------------------------------------------------------------------
 class Interrupted(Exception):
-    """A run that stopped because a signal asked it to, with its checkpoint saved."""
+    """A run was stopped by a signal; what it had to save is saved."""
 
 
 class StopSignals:
-    """Within `with`, the signals that ask a run to stop are noted instead of obeyed.
+    """Within `with`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (a scheduler's warning) stop the run.
 
-    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, a scheduler's warning. `shield` (1,) is True meanwhile,
-    in shared memory, for the loading processes to see.
+    Until `defer` is called, a signal raises `Interrupted` at once. Afterwards it is only noted in
+    `received`, so that the run can finish its step and save.
+
+    Attributes:
+        received: the name of the signal, or None.
+        deferred: (1,) bool in shared memory: loading processes ignore signals while it is True,
+            because the step that is being finished needs them.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, shield: torch.Tensor):
-        self.shield = shield
+    def __init__(self) -> None:
         self.received: str | None = None
+        self.deferred = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def __enter__(self) -> StopSignals:
-        self.shield.fill_(True)
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
-        self.shield.fill_(False)
+        self.deferred.fill_(False)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """From now on, note signals instead of raising `Interrupted`."""
+        self.deferred.fill_(True)
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`. A collective: several processes agree every 16 steps."""
+        if world_size() == 1:
+            return self.received is not None
+        return step % 16 == 0 and any(from_all(self.received is not None))
+
     def _note(self, number: int, _) -> None:
         self.received = signal.Signals(number).name
+        if not self.deferred:
+            raise Interrupted(f"stopped by {self.received} before the first step: nothing to save")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,378 @@
+"""A run folder: its lock, log, checkpoints, samples and results, and how a run is resumed.
+
+    args.json environment.json   flags; command, commit, versions, hardware
+    metrics.jsonl                a line for every log interval and every evaluation
+    step_0000500.pt last.pt      the newest checkpoints, and the last one by a second name
+    best.pt                      the checkpoint of the highest validation PSNR
+    samples/step_0000500.png     validation images over their reconstructions
+    results.json results.txt     the final evaluation
+    lock                         held by the process that trains here
+
+All methods run in the main process alone, unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.utils import save_image
+
+import util
+from arguments import current_flags, may_change_flags
+from checkpoint import (
+    TEMPORARY,
+    NotFinite,
+    is_of_a_file,
+    load_checkpoint,
+    save_checkpoint,
+    unwritable,
+    write_json,
+    write_whole,
+)
+
+SAMPLES = 8  # validation images in a picture of samples
+STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; made by `create`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.log_path = self.path / "metrics.jsonl"
+        self.step = 0  # where the run is, for error messages
+
+    # -----------------------------------------------------------------------------------
+    # Begin and end
+    # -----------------------------------------------------------------------------------
+    @classmethod
+    def create(cls, args: Namespace, default_name: str) -> RunFolder:
+        """The folder of a new run: --save, or a new one under runs/.
+
+        Raises:
+            ValueError: it holds another run or somebody else's checkpoints, or cannot be made.
+        """
+        if args.save is None:
+            names = [default_name, *(f"{default_name}-{i}" for i in range(2, 10_000))]
+            folder = next(p for p in (Path("runs", name) for name in names) if not p.exists())
+        else:
+            folder = Path(args.save)
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--save {folder} is a file: give a folder")
+        run = cls(folder)
+        a_run = (folder / "args.json").exists()
+        if a_run and not args.overwrite and args.resume != "auto":
+            raise ValueError(
+                f"{folder} already holds a run: give another --save, --resume it, or --overwrite it"
+            )
+        if not a_run and any(folder.glob("*.pt")):
+            raise ValueError(
+                f"{folder} holds checkpoints but no args.json, so it is not a run folder: give "
+                "another --save"
+            )
+        try:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot be made ({error.strerror})"
+            raise ValueError(f"run folder {folder} {reason}: give another --save") from error
+        return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder until the end of `with`, or until this process ends in any way.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        with open(self.path / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(
+                    f"another process is training in {self.path}: wait for it, or give another "
+                    "--save"
+                ) from error
+            yield
+
+    def begin(self, args: Namespace, device: torch.device, step: int, steps: int) -> None:
+        """Record flags and environment, and discard what is newer than `step`, of an old run.
+
+        The new files are written first, so that a full disk leaves the old run as it was.
+        """
+        (self.path / "samples").mkdir(exist_ok=True)
+        write_json(self.path / "args.json", vars(args))
+        write_json(self.path / "environment.json", util.environment(device))
+        self._trim_log(step, steps)
+        for number, path in self.checkpoints():
+            if number > step:
+                path.unlink()
+        for half_written in self.path.glob(f".*{TEMPORARY}"):
+            half_written.unlink()
+        if not step:
+            for name in ("last.pt", "best.pt", "results.json", "results.txt"):
+                (self.path / name).unlink(missing_ok=True)
+            for picture in (self.path / "samples").glob("step_*.png"):
+                picture.unlink()
+
+    @contextlib.contextmanager
+    def explained_errors(self, args: Namespace) -> Iterator[None]:
+        """Within `with`, numbers that diverge and a full disk end the run with one line.
+
+        Raises:
+            ValueError: what happened, and what to do.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            good = max(self.checkpoints(), default=None)
+            checkpoint = f"last good checkpoint: {good[1]}" if good else "no checkpoint yet"
+            raise ValueError(
+                f"step {self.step}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
+                f"--clip-grad; {checkpoint}"
+            ) from error
+        except OSError as error:
+            if not is_of_a_file(error):
+                raise
+            raise ValueError(unwritable(error.filename or self.path, error)) from error
+
+    # -----------------------------------------------------------------------------------
+    # Log
+    # -----------------------------------------------------------------------------------
+    def log(self, record: dict) -> None:
+        """Append a record to metrics.jsonl."""
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """The records of metrics.jsonl; lines that are none are skipped with a warning."""
+        records, damaged = [], 0
+        text = self.log_path.read_bytes() if self.log_path.exists() else b""
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+                if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
+                    raise TypeError
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            print(f"warning: {self.log_path}: {damaged} damaged lines skipped", flush=True)
+        return records
+
+    def _trim_log(self, step: int, steps: int) -> None:
+        # A run that is resumed at its end is evaluated once more.
+        kept = [
+            record
+            for record in self.read_log()
+            if record["step"] < step
+            or (record["step"] == step and not (step == steps and record["kind"] == "val"))
+        ]
+        lines = "".join(json.dumps(record) + "\n" for record in kept if step)
+        write_whole(self.log_path, lambda file: file.write(lines.encode()))
+
+    def validated(self) -> dict[int, float]:
+        """Validation PSNR by step, as logged."""
+        return {r["step"]: r["psnr"] for r in self.read_log() if r["kind"] == "val"}
+
+    # -----------------------------------------------------------------------------------
+    # Checkpoints
+    # -----------------------------------------------------------------------------------
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, file) of every step_*.pt, the newest last."""
+        named = [(STEP_FILE.fullmatch(path.name), path) for path in self.path.glob("step_*.pt")]
+        return sorted((int(match[1]), path) for match, path in named if match)
+
+    def save(self, state: dict, keep: int) -> None:
+        """Write step_*.pt, name it last.pt too, then delete all but the newest `keep`."""
+        path = self.path / f"step_{state['step']:07d}.pt"
+        save_checkpoint(path, state)
+        self._link(path, "last.pt")
+        for _, old in self.checkpoints()[:-keep]:
+            old.unlink()
+
+    def mark_best(self, step: int) -> None:
+        """Name the checkpoint of `step` best.pt too."""
+        path = self.path / f"step_{step:07d}.pt"
+        self._link(path if path.exists() else self.path / "last.pt", "best.pt")
+
+    def _link(self, path: Path, name: str) -> None:
+        link = self.path / f".{name}{TEMPORARY}"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        os.replace(link, self.path / name)
+
+    def newest_checkpoint(self) -> tuple[Path, dict] | None:
+        """The newest whole checkpoint; warns about damaged ones. best.pt is the last resort."""
+        steps = [path for _, path in reversed(self.checkpoints())]
+        for path in [*steps, self.path / "last.pt", self.path / "best.pt"]:
+            if path.is_file():
+                try:
+                    state = load_checkpoint(path)
+                except ValueError as error:
+                    print(f"skipped: {error}", flush=True)
+                    continue
+                if path.name == "best.pt":
+                    print(f"all newer checkpoints are damaged: continuing from {path}", flush=True)
+                return path, state
+        return None
+
+    # -----------------------------------------------------------------------------------
+    # Pictures and results
+    # -----------------------------------------------------------------------------------
+    def draw_samples(self, model, images, device: torch.device, step: int) -> None:
+        """A PNG of the first validation images, the originals over their reconstructions."""
+        first = [images[i] for i in range(min(SAMPLES, len(images)))]
+        originals = torch.stack([image for image in first if image is not None]).float() / 255
+        tokens = model.encode(originals.to(device))
+        decoded = model.decode(*tokens) if isinstance(tokens, tuple) else model.decode(tokens)
+        pictures = torch.cat([originals, decoded.float().cpu().clamp(0, 1)])
+        path = self.path / "samples" / f"step_{step:07d}.png"
+        write_whole(
+            path, lambda file: save_image(pictures, file, nrow=len(originals), format="png")
+        )
+
+    def write_results(self, results: dict, text: str) -> None:
+        """Write results.json, and the table `text` as results.txt."""
+        write_whole(self.path / "results.txt", lambda file: file.write(f"{text}\n".encode()))
+        write_json(self.path / "results.json", results)
+
+
+def find_resumed(args: Namespace, default_name: str, train_images: int) -> dict | None:
+    """What --resume continues: a checkpoint with its `path` and `run` folder added; None: nothing.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it belongs to another run.
+    """
+    if args.resume is None:
+        return None
+    automatic = args.resume == "auto"
+    folder = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
+    if folder.is_file():
+        path, saved, folder = folder, load_checkpoint(folder), folder.parent
+    else:
+        found = RunFolder(folder).newest_checkpoint()
+        if found is None and automatic:
+            args.save = str(folder)
+            return None
+        if found is None:
+            raise ValueError(
+                f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
+            )
+        path, saved = found
+    if "interval_sums" not in saved:
+        raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
+    if saved["train_images"] != train_images:
+        raise ValueError(
+            f"{path} is of a run on {saved['train_images']:,} training images, here are "
+            f"{train_images:,}, which come in another order: give the same images to resume it"
+        )
+    before, may_change = current_flags(saved["args"]), may_change_flags()
+    if not args.perceptual_weight:
+        may_change += ("lpips_net",)  # then it is only measured
+    differ = [
+        f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
+        for name, value in vars(args).items()
+        if name not in may_change and before.get(name) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
+        )
+    return {**saved, "path": str(path), "run": str(folder)}
+
+
+class Meter:
+    """Means of the loss terms over an interval of steps, and the time that the interval took.
+
+    The sums stay on the device, because reading them would wait for it. A step whose loss or
+    gradient is not finite counts as skipped and enters no mean.
+    """
+
+    def __init__(self, device: torch.device):
+        # Row 0: sums of the terms of good steps, and the number of good steps; row 1: how often
+        # each was not finite. They take their size from the first step.
+        self.sums = torch.zeros((), device=device)
+        self.skipped = torch.zeros(2, device=device)  # steps in all, and in a row
+        self.count, self.names = 0, []
+        self.start = time.perf_counter()
+
+    def update(self, terms: dict[str, Tensor], bad: Tensor) -> None:
+        """Add a step's terms (scalars by name); `bad` is 1 if the step was skipped, else 0."""
+        self.names = list(terms)
+        values = torch.stack([*terms.values(), torch.ones_like(bad)]).detach()
+        good, infinite = torch.where(bad > 0, 0, values), (~values.isfinite()).float()
+        self.sums = self.sums + torch.stack([good, infinite])
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        self.count += 1
+
+    def seconds(self) -> float:
+        """Seconds since the interval began, evaluations left out."""
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within `with`, time does not count."""
+        before = self.seconds()
+        yield
+        self.start = time.perf_counter() - before
+
+    def compute(self, max_skipped: int) -> dict:
+        """The mean of each term over good steps and all processes; begins a new interval.
+
+        A collective. 'skipped_steps' is added if there were any; a mean is None without good steps.
+
+        Raises:
+            NotFinite: the last `max_skipped` steps or more were all skipped.
+        """
+        if util.world_size() > 1:
+            dist.all_reduce(self.sums)
+        *totals, in_all, in_a_row = torch.cat([self.sums.flatten(), self.skipped]).tolist()
+        totals, infinite = totals[: len(self.names) + 1], totals[len(self.names) + 1 :]
+        if in_a_row >= max_skipped:
+            terms = ", ".join(n for n, count in zip(self.names, infinite, strict=False) if count)
+            raise NotFinite(f"{in_a_row:.0f} steps in a row were not finite in {terms}")
+        good = totals.pop()
+        means = {
+            name: total / good if good else None
+            for name, total in zip(self.names, totals, strict=True)
+        }
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        self.start = time.perf_counter()
+        return means | ({"skipped_steps": int(in_all)} if in_all else {})
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds of it: one row of sums per rank. A collective."""
+        return {
+            "interval_sums": torch.stack(util.from_all(self.sums.cpu())),
+            "interval_count": self.count,
+            "interval_seconds": self.seconds(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the interval of a checkpoint."""
+        sums = state["interval_sums"]
+        # If the process count changed, every rank uses the mean of the rows.
+        sums = sums[util.rank()] if len(sums) == util.world_size() else sums.mean(0)
+        self.sums, self.skipped = (x.to(self.skipped.device) for x in (sums, state["skipped"]))
+        self.count = state["interval_count"]
+        self.start = time.perf_counter() - state["interval_seconds"]
