@@ -292,11 +292,14 @@ def format_results(result: dict) -> str:
     network, f, (height, width) = result["lpips_net"], result["f"], result["image_size"]
     lpips = f"LPIPS-{network}" if network else "LPIPS"
     labels = {"bicubic": f"bicubic x{f}", "mean_colour": "mean colour"}
-    rows = {"model": result, **{labels[name]: row for name, row in result["floors"].items()}}
+    rows = {"model": result}
+    rows |= {labels[name]: row for name, row in result.get("floors", {}).items()}
     field = [["", "L1 [0,1]", "PSNR dB (peak 1)", lpips]]
     paper = [["", "L1 normalised", "PSNR dB (peak 2)", f"{lpips} of [0,1] inputs"]]
     for label, row in rows.items():
-        for table, values in ((field, row), (paper, row["paper"])):
+        for table, values in ((field, row), (paper, row.get("paper"))):
+            if values is None:
+                continue
             distance = f"{values['lpips']:.4f}" if network else "missing"
             table.append([label, f"{values['l1']:.4f}", f"{values['psnr']:.2f}", distance])
     stages = [[name.replace("_", " ") for name in result["stages"][0]]]
@@ -304,10 +307,11 @@ def format_results(result: dict) -> str:
         stages.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     parts = [
         f"{result['images']} images of {height}x{width}\n" + _aligned(field),
-        "the paper's units (arXiv 2508.15860), not clamped\n" + _aligned(paper),
         _aligned(stages),
         f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
     ]
+    if "paper" in result:
+        parts.insert(1, "the paper's units (arXiv 2508.15860), not clamped\n" + _aligned(paper))
     if not network:
         parts[-1] += "\nLPIPS is missing: the evaluation ran without an LPIPS network"
     return "\n\n".join(parts)

@@ -204,8 +204,19 @@ class VQVAE(nn.Module):
         encoder, decoder = NETWORKS[args.network]
         self.encoder = encoder(*shape)
         self.decoder = decoder(*shape)
+        self._set_normalisation(device=None)
+
+    def _set_normalisation(self, device: torch.device | None) -> None:
         for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+            value = torch.tensor(value, device=device).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # A cast to half precision must not round ImageNet's mean and std, and a model that was
+        # made on the meta device must get them back.
+        super()._apply(fn, recurse)
+        self._set_normalisation(self.mean.device)
+        return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> (reconstruction, indices, loss).
@@ -229,7 +240,8 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: also for values outside [0, 1], such as those of normalised images.
         """
-        if images.numel() and images.is_floating_point():
+        self._check(images)
+        if images.numel():
             low, high = (value.item() for value in images.aminmax())
             if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
                 raise ValueError(
@@ -253,6 +265,24 @@ class VQVAE(nn.Module):
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> what the quantizer gets, (B, dim, H/f, W/f)."""
+        self._check(images)
+        normalised = (images.float() - self.mean) / self.std
+        return self.encoder(normalised.to(self._dtype(self.encoder)))
+
+    def to_images(self, quantized: Tensor) -> Tensor:
+        """Codes (B, dim, H/f, W/f) -> images (B, 3, H, W), [0, 1] but not clamped.
+
+        float32, or the precision that the decoder has been cast to.
+        """
+        dtype = self._dtype(self.decoder)
+        images = self.decoder(quantized.to(dtype)).float() * self.std + self.mean
+        return images.to(dtype)
+
+    @staticmethod
+    def _dtype(network: nn.Module) -> torch.dtype:
+        return next(network.parameters()).dtype
+
+    def _check(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (batch, 3, height, width), not {tuple(images.shape)}")
         if not images.is_floating_point():
@@ -264,14 +294,6 @@ class VQVAE(nn.Module):
             raise ValueError(
                 f"images of {height}x{width} do not fit: both sides must be multiples of {self.f}"
             )
-        normalised = (images.float() - self.mean.float()) / self.std.float()
-        return self.encoder(normalised.to(next(self.encoder.parameters()).dtype))
-
-    def to_images(self, quantized: Tensor) -> Tensor:
-        """Codes (B, dim, H/f, W/f) -> images (B, 3, H, W), float32, [0, 1] but not clamped."""
-        # The codes are float32; the decoder may have been cast.
-        output = self.decoder(quantized.to(next(self.decoder.parameters()).dtype))
-        return output.float() * self.std.float() + self.mean.float()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,6 @@ from dataset import (
     SyntheticDataset,
     UnreadableImage,
     build_dataset,
-    denormalize,
-    normalize,
     train_loader,
     val_loader,
 )
@@ -43,34 +41,6 @@ def load(folder: Path, size: int) -> np.ndarray:
     item = ImageFolderDataset(folder, size)[0]
     assert item.dtype == torch.uint8 and item.shape == (3, size, size) and item.is_contiguous()
     return item.permute(1, 2, 0).numpy()
-
-
-# ------------------------------------------------------------------ normalisation
-def test_normalize_by_hand():
-    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    expected = torch.tensor(
-        [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    ).view(1, 3, 1, 1)
-    assert normalize(images).dtype == torch.float32
-    torch.testing.assert_close(normalize(images), expected)
-    torch.testing.assert_close(normalize(images.double() / 255), expected)
-    torch.testing.assert_close(normalize(images[0]), expected[0])
-
-
-def test_denormalize_inverts_and_does_not_clamp():
-    images = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(3, 16, 16)
-    torch.testing.assert_close(denormalize(normalize(images)), images / 255, atol=1e-6, rtol=0)
-    assert denormalize(torch.full((1, 3, 2, 2), 10.0)).min() > 2
-    assert denormalize(torch.zeros(3, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32
-    mean = torch.tensor(dataset.IMAGENET_MEAN).view(3, 1, 1)
-    torch.testing.assert_close(denormalize(torch.zeros(3, 1, 1)), mean)
-
-
-def test_normalize_is_one_graph():
-    explained = torch._dynamo.explain(lambda images: denormalize(normalize(images)))(
-        torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    )
-    assert explained.graph_break_count == 0
 
 
 # ------------------------------------------------------------------ geometry

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 import metric
-from dataset import IMAGENET_STD, denormalize, normalize
+import util
+from dataset import IMAGENET_STD
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results
 
@@ -31,8 +32,8 @@ def squeeze(tmp_path_factory):
 
 
 def flat(*levels, side=4):
-    """Grey images of the given [0, 1] levels, normalised."""
-    return normalize(torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, side, side))
+    """Grey images of the given [0, 1] levels."""
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, side, side)
 
 
 def pictures(n, side=20, seed=0):
@@ -56,7 +57,7 @@ class Fake(nn.Module):
     def forward(self, images):
         self.seen_training = self.training
         small = avg_pool2d(images, self.f)
-        level = (denormalize(small) * 1e6).long()
+        level = (small * 1e6).long()
         indices = torch.stack([level[:, 0] % 16, level[:, 1] * 1_000_003], dim=-1)
         return interpolate(small, scale_factor=self.f), indices, torch.zeros(())
 
@@ -80,13 +81,13 @@ def test_field_and_paper_units_by_hand():
     metrics = ImageMetrics(None)
     metrics.update(flat(0.5, 0.5), flat(0.6, 0.51))
     result = metrics.compute()
-    assert result["images"] == 2 and result["lpips"] is None and result["paper_lpips"] is None
+    assert result["images"] == 2 and result["lpips"] is None and result["paper"]["lpips"] is None
     assert result["l1"] == pytest.approx((0.1 + 0.01) / 2, rel=1e-5)
     assert result["psnr"] == pytest.approx((20 + 40) / 2, abs=1e-3)  # not the PSNR of the mean MSE
-    assert result["paper_l1"] == pytest.approx(0.055 * (1 / STD).mean().item(), rel=1e-5)
+    assert result["paper"]["l1"] == pytest.approx(0.055 * (1 / STD).mean().item(), rel=1e-5)
     mse = (1 / STD**2).mean().item()  # of a difference of 1 in [0, 1]
     expected = [10 * math.log10(4 / (mse * d**2)) for d in (0.1, 0.01)]
-    assert result["paper_psnr"] == pytest.approx(sum(expected) / 2, abs=1e-3)
+    assert result["paper"]["psnr"] == pytest.approx(sum(expected) / 2, abs=1e-3)
 
 
 def test_only_the_field_s_units_are_clamped():
@@ -94,21 +95,21 @@ def test_only_the_field_s_units_are_clamped():
     metrics.update(flat(1.0, 0.0), flat(1.3, -0.3))
     result = metrics.compute()
     assert result["l1"] == pytest.approx(0, abs=1e-6) and result["psnr"] > 99
-    assert result["paper_l1"] == pytest.approx(0.3 * (1 / STD).mean().item(), rel=1e-5)
-    assert result["paper_psnr"] < 20
+    assert result["paper"]["l1"] == pytest.approx(0.3 * (1 / STD).mean().item(), rel=1e-5)
+    assert result["paper"]["psnr"] < 20
 
 
 def test_lpips_columns_and_their_inputs(squeeze):
-    images = normalize(pictures(2))
-    reconstruction = images * 1.5  # leaves [0, 1]
+    images = pictures(2) / 255
+    reconstruction = images * 1.5 - 0.2  # leaves [0, 1]
     metrics = ImageMetrics(squeeze)
     metrics.update(images, reconstruction)
     result = metrics.compute()
-    a, b = denormalize(images), denormalize(reconstruction)
+    a, b = images, reconstruction
     field = squeeze(a.clamp(0, 1), b.clamp(0, 1)).mean().item()
     paper = squeeze(a, b, paper_range=True).mean().item()
     assert result["lpips"] == pytest.approx(field, rel=1e-5)
-    assert result["paper_lpips"] == pytest.approx(paper, rel=1e-5)
+    assert result["paper"]["lpips"] == pytest.approx(paper, rel=1e-5)
     assert abs(field - paper) > 1e-4 and abs(field - squeeze(a, b).mean().item()) > 1e-4
 
 
@@ -145,8 +146,8 @@ def test_floors_keep_constant_images():
 
 
 def test_mean_colour_is_the_mean_of_each_channel():
-    images = normalize(pictures(2))
-    floor = denormalize(metric.mean_colour_floor(images))
+    images = pictures(2) / 255
+    floor = metric.mean_colour_floor(images)
     expected = pictures(2).double().mean(dim=(2, 3)) / 255
     torch.testing.assert_close(floor[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
     assert floor.shape == images.shape and floor.std(dim=(2, 3)).max() < 1e-6
@@ -155,11 +156,11 @@ def test_mean_colour_is_the_mean_of_each_channel():
 def test_bicubic_floor_is_antialiased_and_clamped():
     checks = torch.zeros(1, 3, 16, 16)
     checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = 1  # finer than any f = 4 image can show
-    floor = denormalize(metric.bicubic_floor(normalize(checks), 4))
+    floor = metric.bicubic_floor(checks, 4)
     assert (floor - 0.5).abs().max() < 0.05
     edge = torch.zeros(1, 3, 16, 16)
     edge[..., 8:] = 1  # bicubic rings at it
-    floor = denormalize(metric.bicubic_floor(normalize(edge), 4))
+    floor = metric.bicubic_floor(edge, 4)
     assert floor.min() >= -1e-6 and floor.max() <= 1 + 1e-6
     assert 0.01 < (floor - edge).abs().mean() < 0.2
 
@@ -239,11 +240,11 @@ def test_evaluate(squeeze):
     assert result["bpp"] == pytest.approx(46 / 16)
     assert result["lpips_net"] == "squeeze"
     expected = ImageMetrics(squeeze)
-    expected.update(normalize(images), model(normalize(images))[0])
+    expected.update(images / 255, model(images / 255)[0])
     expected = expected.compute()
     for name in ("l1", "psnr", "lpips"):
         assert result[name] == pytest.approx(expected[name], rel=1e-5)
-        assert result["paper"][name] == pytest.approx(expected[f"paper_{name}"], rel=1e-5)
+        assert result["paper"][name] == pytest.approx(expected["paper"][name], rel=1e-5)
     floors = result["floors"]
     assert floors["bicubic"]["psnr"] > floors["mean_colour"]["psnr"] > 5
     assert [stage["tokens"] for stage in result["stages"]] == [125, 125]
@@ -255,9 +256,10 @@ def test_evaluate(squeeze):
     assert "46 bits per position, f = 4, 2.875 bpp" in text and "missing" not in text
 
 
-def test_evaluate_without_lpips_or_floors():
-    result = evaluate(Fake(), pictures(2).split(2), None, "cpu", floors=False)
-    assert result["lpips"] is None and result["lpips_net"] is None and result["floors"] == {}
+def test_evaluate_without_lpips_the_paper_s_units_and_lower_bounds():
+    result = evaluate(Fake(), pictures(2).split(2), None, "cpu", final=False)
+    assert result["lpips"] is None and result["lpips_net"] is None
+    assert "floors" not in result and "paper" not in result
     text = format_results(result)
     assert "missing" in text and "LPIPS is missing: " in text and "bicubic" not in text
 
@@ -270,6 +272,18 @@ def test_evaluate_restores_the_mode_after_an_error():
     with pytest.raises(ValueError, match="stage 1"):
         evaluate(model, [pictures(1)], None, "cpu")
     assert model.training
+
+
+def test_evaluate_stops_between_batches():
+    model, asked = Fake().train(), []
+
+    def stop():
+        asked.append(True)
+        return len(asked) > 2
+
+    with pytest.raises(util.Interrupted):
+        evaluate(model, pictures(6).split(2), None, "cpu", stop=stop)
+    assert model.training and len(asked) == 4  # before each of three batches, and at the end
 
 
 def one_process(rank, folder, shards):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from arguments import ARCHITECTURE, get_args, get_parser
+from arguments import architecture_flags, current_flags, get_args, get_parser, may_change_flags
+from checkpoint import load_checkpoint, save_checkpoint, write_whole
+from dataset import IMAGENET_MEAN, IMAGENET_STD
 from model import (
     NETWORKS,
     VQVAE,
@@ -22,7 +24,6 @@ from model import (
     load_weights,
 )
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
-from util import load_checkpoint, save_checkpoint, write_whole
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--channel", "32", "--img-size", "32"]
@@ -145,7 +146,7 @@ def test_shapes_that_cannot_be(shape):
 @every
 def test_forward(name):
     model = build(name)
-    images = 10 * torch.randn(2, 3, 32, 24)  # latents beyond the code of zero
+    images = 40 * torch.rand(2, 3, 32, 24)  # latents beyond the code of zero
     reconstruction, indices, loss = model(images)
     assert reconstruction.shape == images.shape
     stages = (model.quantizer.stages,) if model.quantizer.stage_axis else ()
@@ -176,9 +177,9 @@ def test_what_is_no_batch_of_images(shape):
 @every
 def test_decode_of_encode_is_the_reconstruction(name):
     model = build(name)
-    model(torch.randn(4, 3, 32, 32))
+    model(torch.rand(4, 3, 32, 32))
     model.eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.rand(2, 3, 32, 32)
     reconstruction, indices, _ = model(images)
     tokens = side(model.encode(images))
     assert torch.equal(tokens[0], indices)
@@ -189,8 +190,8 @@ def test_decode_of_encode_is_the_reconstruction(name):
 @every
 def test_a_model_from_a_checkpoint_decodes_the_same(name, tmp_path):
     model = build(name)
-    model(torch.randn(4, 3, 32, 32))
-    tokens = side(model.encode(torch.randn(2, 3, 32, 32)))
+    model(torch.rand(4, 3, 32, 32))
+    tokens = side(model.encode(torch.rand(2, 3, 32, 32)))
     state = {"model": model.state_dict(), "args": vars(get_args([*SMALL, *CONFIGURATIONS[name]]))}
     save_checkpoint(tmp_path / "last.pt", state)
     torch.manual_seed(99)
@@ -203,8 +204,8 @@ def test_a_model_from_a_checkpoint_decodes_the_same(name, tmp_path):
 def test_encode_leaves_state_and_modes_alone(name):
     """In training mode too, and with parts of the model in another mode than the whole."""
     model = build(name).train()
-    model(torch.randn(4, 3, 32, 32))
-    images = torch.randn(2, 3, 32, 32)
+    model(torch.rand(4, 3, 32, 32))
+    images = torch.rand(2, 3, 32, 32)
     wanted = side(copy.deepcopy(model).eval().encode(images))
     for frozen in (None, model.quantizer, model.decoder):
         model.train()
@@ -221,27 +222,51 @@ def test_encode_leaves_state_and_modes_alone(name):
     assert not any(token.requires_grad for token in tokens)
 
 
+def test_normalised_and_integer_images_are_refused():
+    """They would give tokens without an error."""
+    model, images = build(), torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], but these range from -"):
+        model.encode(images * 4 - 2)
+    with pytest.raises(ValueError, match="range from nan"):
+        model.encode(images * torch.nan)
+    for function in (model, model.encode):
+        with pytest.raises(ValueError, match=r"not torch.uint8: give images.float\(\) / 255"):
+            function((images * 255).byte())
+
+
+def test_the_network_sees_normalised_images():
+    model, images, seen = build().eval(), torch.rand(2, 3, 32, 32), []
+    model.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.decoder.register_forward_hook(lambda module, given, out: seen.append(out))
+    reconstruction = model(images)[0]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(seen[0], (images - mean) / std)
+    torch.testing.assert_close(reconstruction, seen[1] * std + mean)
+    for moved in (model.bfloat16(), model.to("meta").to_empty(device="cpu")):
+        assert torch.equal(moved.mean, mean) and torch.equal(moved.std, std)
+
+
 def test_encode_gives_the_mode_back_after_an_error():
     model = build().train()
     with pytest.raises(ValueError):
-        model.encode(torch.randn(1, 3, 30, 30))
+        model.encode(torch.rand(1, 3, 30, 30))
     assert model.training and model.quantizer.training
 
 
 def test_the_first_stages_decode_to_a_coarser_image():
     model = build("none").eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.rand(2, 3, 32, 32)
     indices = model.encode(images)
     for k in range(1, 5):
         codes = model.quantizer.indices_to_codes(indices[..., :k])
-        assert torch.equal(model.decode(indices[..., :k]), model.decoder(codes))
+        assert torch.equal(model.decode(indices[..., :k]), model.to_images(codes))
     assert torch.equal(model.decode(indices), model(images)[0])
 
 
 @every
 def test_a_model_cast_to_half_precision_still_decodes(name):
     model = build(name).eval().bfloat16()
-    images = torch.randn(2, 3, 32, 32).bfloat16()
+    images = torch.rand(2, 3, 32, 32).bfloat16()
     reconstruction, *_ = model(images)
     assert reconstruction.dtype == torch.bfloat16
     assert torch.equal(model.decode(*side(model.encode(images))), reconstruction)
@@ -316,8 +341,24 @@ def test_no_flag_is_dead():
     assert {action.dest for action in flags()} - read == set()
 
 
-def test_the_architecture_is_made_of_flags():
-    assert set(ARCHITECTURE) <= {action.dest for action in flags()}
+def test_roles_are_those_of_the_declarations():
+    assert "rfsq_slope" in architecture_flags() and "lr" not in architecture_flags()
+    assert "save" in may_change_flags() and "seed" not in may_change_flags()
+    assert not set(architecture_flags()) & set(may_change_flags())
+
+
+def test_old_names_of_flags_are_read():
+    args = get_args(["--codebook-weight", "2", "--codebook-loss-weight", "3"])
+    assert (args.quantizer_loss_weight, args.commitment_weight) == (2, 3)
+    saved = {"codebook_weight": 2, "codebook_loss_weight": 3, "lr": 1, "unknown": 4}
+    renamed = {"quantizer_loss_weight": 2, "commitment_weight": 3, "lr": 1, "unknown": 4}
+    assert current_flags(saved) == renamed
+
+
+def test_lpips_network_follows_its_weight():
+    assert get_args([]).lpips_net == "vgg"
+    assert get_args(["--perceptual-weight", "0"]).lpips_net == "none"
+    assert get_args(["--perceptual-weight", "0", "--lpips-net", "alex"]).lpips_net == "alex"
 
 
 def test_every_flag_is_in_a_group_with_help():
@@ -363,6 +404,9 @@ BAD_FLAGS = {
         ["--lr-decay-style", "exponential", "--lr-decay-ratio", "0"],
         "exponential.*--lr-decay-ratio",
     ),
+    "no lpips": (["--lpips-net", "none"], "--lpips-net none.*--perceptual-weight 0"),
+    "many codes": (["--n-embed", "1000000000"], "--n-embed.*'1000000000'.*at most"),
+    "wide": (["--channel", "100000000"], "--channel.*'100000000'.*at most"),
     "unknown": (["--no-such-flag"], "--no-such-flag"),
     "abbreviated": (["--batch", "4"], "--batch"),
     "no value": (["--lr"], "--lr"),

@@ -19,7 +19,7 @@ import train
 import util
 from arguments import get_args
 from checkpoint import load_checkpoint, save_checkpoint
-from dataset import SyntheticDataset, normalize
+from dataset import SyntheticDataset
 from model import VQVAE, load_model
 from scripts import evaluate
 
@@ -156,13 +156,13 @@ def test_same_seed_same_weights_other_seed_other_weights(photographs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, term", [(["--l1-weight=2"], 2.0), (["--l1-weight=0", "--codebook-weight=3"], 3.0)]
+    "flags, term", [(["--l1-weight=2"], 2.0), (["--l1-weight=0", "--quantizer-loss-weight=3"], 3.0)]
 )
 def test_loss_weights_work(flags, term, photographs, tmp_path):
     lfq = ["--quantizer=lfq", "--train-iters=1", f"--save={tmp_path / 'run'}"]
     train.main([*TINY, *paths(photographs), *lfq, *flags])
     record = records(tmp_path / "run", "train")[0]
-    weights = {"l1": 1.0, "codebook": 1.0, **{k: v for k, v in [_weight(f) for f in flags]}}
+    weights = {"l1": 1.0, "quantizer": 1.0, **{k: v for k, v in [_weight(f) for f in flags]}}
     expected = sum(weights[name] * record[name] for name in weights)
     assert record["loss"] == pytest.approx(expected, rel=1e-5)
     assert term in weights.values()
@@ -170,7 +170,7 @@ def test_loss_weights_work(flags, term, photographs, tmp_path):
 
 def _weight(flag: str) -> tuple[str, float]:
     name, value = flag.removeprefix("--").split("=")
-    return name.removesuffix("-weight"), float(value)
+    return name.removesuffix("-weight").removesuffix("-loss"), float(value)
 
 
 def test_clip_grad_and_weight_decay_work(photographs, tmp_path):
@@ -213,7 +213,7 @@ def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_pat
         "torch.save(load_model(sys.argv[1])[0].decode(indices), sys.argv[3])\n"
     )
     model, _, _ = load_model(run / "last.pt")
-    images = normalize(torch.stack([SyntheticDataset(32, 5, 3)[i] for i in range(3)]))
+    images = torch.stack([SyntheticDataset(32, 5, 3)[i] for i in range(3)]) / 255
     with torch.no_grad():
         reconstruction, indices, _ = model(images)
     assert torch.equal(model.encode(images), indices)
