@@ -140,7 +140,9 @@ class RunFolder:
         try:
             yield
         except NotFinite as error:
-            good = max(self.checkpoints(), default=None)
+            good = max(
+                (found for found in self.checkpoints() if found[0] < self.step), default=None
+            )
             checkpoint = f"last good checkpoint: {good[1]}" if good else "no checkpoint yet"
             raise ValueError(
                 f"step {self.step}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
@@ -205,6 +207,13 @@ class RunFolder:
         self._link(path, "last.pt")
         for _, old in self.checkpoints()[:-keep]:
             old.unlink()
+
+    def discard(self, step: int) -> None:
+        """Delete the checkpoint of `step`, whose evaluation showed that the model has diverged."""
+        (self.path / f"step_{step:07d}.pt").unlink(missing_ok=True)
+        (self.path / "last.pt").unlink(missing_ok=True)
+        for _, newest in self.checkpoints()[-1:]:
+            self._link(newest, "last.pt")
 
     def mark_best(self, step: int) -> None:
         """Name the checkpoint of `step` best.pt too."""

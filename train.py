@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import util
 from arguments import get_args
-from checkpoint import random_states, restore_random_states
+from checkpoint import NotFinite, random_states, restore_random_states
 from dataset import build_dataset, skipped_images, train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from metric import evaluate, format_results
@@ -274,6 +274,9 @@ class Training:
                 )
             except util.Interrupted as error:
                 raise self.interrupted(step) from error
+            except NotFinite:
+                util.on_main(lambda: self.run.discard(step))
+                raise
             self._set_training_precision()
             improved, self.best = result["psnr"] > self.best, max(result["psnr"], self.best)
             if self.main_process:

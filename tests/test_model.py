@@ -291,7 +291,7 @@ def test_the_set_up_of_the_paper_is_the_default():
     assert (args.lr, args.weight_decay, args.batch_size) == (8e-4, 5e-5, 128)
     assert (args.max_train_epochs, args.warmup, args.clip_grad) == (50, 0.01, 1.0)
     assert (args.img_size, args.downsample, args.channel) == (128, 4, 256)
-    assert (args.l1_weight, args.perceptual_weight, args.codebook_weight) == (1, 1, 1)
+    assert (args.l1_weight, args.perceptual_weight, args.quantizer_loss_weight) == (1, 1, 1)
     assert (args.lr_decay_style, args.lpips_net) == ("linear", "vgg")
 
 

@@ -28,12 +28,14 @@ from dataset import SyntheticDataset
 from loss import TrainingLoss
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
+from run import Meter, RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--img-size=16", "--channel=16", "--batch-size=4", "--perceptual-weight=0", "--lr=0.01"]
 DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic"]
 STEPS = 14
-FLAGS = [*SMALL, *DATA, f"--train-iters={STEPS}", "--log-interval=3", "--save-interval=5"]
+FLAGS = [*SMALL, *DATA, f"--train-iters={STEPS}", "--log-interval=3"]
+FLAGS += ["--save-interval=5", "--eval-interval=5"]
 QUANTIZERS = {
     "layernorm": ["--rfsq-strategy=layernorm"],
     "scale": ["--rfsq-strategy=scale"],
@@ -220,7 +222,8 @@ def fork_group(world: int, work, output: str | Path = os.devnull) -> list[int]:
 
 @pytest.mark.parametrize("name", ["layernorm", "ema"])
 def test_two_processes_stop_together_and_continue_to_the_bit(name, tmp_path):
-    flags = [*QUANTIZERS[name], "--train-iters=20", "--save-interval=7", "--resume=auto"]
+    flags = [*QUANTIZERS[name], "--train-iters=20", "--save-interval=7", "--eval-interval=7"]
+    flags.append("--resume=auto")
 
     def work(folder: str, signalled: bool, rank: int) -> None:
         if signalled and rank == 1:
@@ -252,7 +255,7 @@ def test_twenty_kills(tmp_path):
 
     KILLS=200 in the environment makes it a longer test.
     """
-    flags = ["--save-interval=2", "--keep=3"]
+    flags = ["--save-interval=2", "--eval-interval=4", "--keep=3"]
     started = time.perf_counter()
     run(tmp_path / "whole", *flags)
     duration = time.perf_counter() - started
@@ -358,7 +361,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     flags = [f"--save={tmp_path / 'run'}", "--num-workers=0", "--train-iters=3"]
     train.main([*FLAGS, *flags])
     with (
-        util.lock_folder(tmp_path / "run"),
+        RunFolder(tmp_path / "run").locked(),
         pytest.raises(ValueError, match="another process is training"),
     ):
         train.main([*FLAGS, *flags, "--resume=auto"])
@@ -374,7 +377,7 @@ def test_a_refused_resume_loses_no_checkpoint(tmp_path):
     older = f"--resume={folder / 'step_0000005.pt'}"
     with pytest.raises(ValueError, match="end the run at step 4"):
         run(folder, older, "--train-iters=4")
-    with util.lock_folder(folder), pytest.raises(ValueError, match="another process is training"):
+    with RunFolder(folder).locked(), pytest.raises(ValueError, match="another process is training"):
         run(folder, older)
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == files
     run(folder, older, "--train-iters=7", "--keep=9")
@@ -383,8 +386,9 @@ def test_a_refused_resume_loses_no_checkpoint(tmp_path):
 
 
 def before_call(monkeypatch, name: str, number: int, act) -> None:
-    """Do `act()` just before the call `number` of a function, named as `module.function`."""
-    module = {"train": train, "util": util, "shutil": shutil}[name.split(".")[0]]
+    """Do `act()` just before the call `number` of a function, named as `place.function`."""
+    places = {"train": train, "shutil": shutil, "RunFolder": RunFolder, "Meter": Meter}
+    module = places[name.split(".")[0]]
     function, calls = getattr(module, name.split(".")[1]), iter(range(1, 10**6))
 
     def patched(*args, **kwargs):
@@ -398,9 +402,9 @@ def before_call(monkeypatch, name: str, number: int, act) -> None:
 # What is written, and the call just before it, after which files may have so many bytes; None: a
 # few more than the log has, so that half a line is written.
 DISK = {
-    "metrics.jsonl": ("train.means", 3, None),
-    "step_0000010.png": ("train.draw_samples", 2, 50),
-    "step_0000010.pt": ("util.save_run_checkpoint", 2, 20_000),
+    "metrics.jsonl": ("Meter.compute", 3, None),
+    "step_0000010.png": ("RunFolder.draw_samples", 2, 50),
+    "step_0000010.pt": ("RunFolder.save", 2, 20_000),
     "last.pt": ("shutil.copyfile", 3, 20_000),
     "results.json": ("train.skipped_images", 1, 50),
     "results.txt": ("train.format_results", 1, 5),
@@ -449,7 +453,7 @@ def test_a_folder_that_becomes_read_only(whole, tmp_path):
             os.chown(place, 65534, 65534)
             os.seteuid(65534)
         with pytest.MonkeyPatch.context() as patched:
-            before_call(patched, "train.means", 3, lambda: folder.chmod(0o555))
+            before_call(patched, "Meter.compute", 3, lambda: folder.chmod(0o555))
             util.run_script(lambda: run(folder))
 
     try:
@@ -466,7 +470,7 @@ def test_a_folder_that_becomes_read_only(whole, tmp_path):
 
 
 def test_a_folder_that_vanishes_is_one_line(tmp_path, monkeypatch):
-    before_call(monkeypatch, "train.means", 2, lambda: shutil.rmtree(tmp_path / "run"))
+    before_call(monkeypatch, "Meter.compute", 2, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be written \(No such file"):
         run(tmp_path / "run")
 
@@ -679,7 +683,7 @@ def test_bad_numbers_in_one_of_two_processes_reach_no_checkpoint(flags, tmp_path
     made = []
 
     def work(rank: int) -> None:
-        latent, calls = VQVAE._latent, iter(range(1, 10**6))
+        latent, calls = VQVAE.to_latent, iter(range(1, 10**6))
 
         def latent_or_not(model, images):
             z = latent(model, images)
@@ -688,9 +692,9 @@ def test_bad_numbers_in_one_of_two_processes_reach_no_checkpoint(flags, tmp_path
                 z = z.index_fill(0, torch.tensor([0]), float("inf" if step == 6 else "nan"))
             return z
 
-        VQVAE._latent = latent_or_not
+        VQVAE.to_latent = latent_or_not
         train.VQVAE = lambda args: made.append(VQVAE(args)) or made[-1]
-        steps = ["--train-iters=7", "--save-interval=1", "--keep=9"]
+        steps = ["--train-iters=7", "--save-interval=1", "--eval-interval=1", "--keep=9"]
         assert run(tmp_path / "run", *flags, *steps)["skipped_steps"] in (3, 4)
         torch.save(made[0].state_dict(), tmp_path / f"{rank}.pt")
 
@@ -702,7 +706,7 @@ def test_bad_numbers_in_one_of_two_processes_reach_no_checkpoint(flags, tmp_path
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--lr=1e39"], r"step 5: the reconstructions are not finite"),
+        (["--lr=1e39"], r"step 5: model \S+ is not finite"),
         (["--lr=1e30"], r"step 5: the reconstructions are not finite"),
         (["--lr=1e39", "--max-skipped-steps=2"], r"step 3: 2 steps in a row were not finite in lo"),
     ],
