@@ -140,10 +140,8 @@ class RunFolder:
         try:
             yield
         except NotFinite as error:
-            good = max(
-                (found for found in self.checkpoints() if found[0] < self.step), default=None
-            )
-            checkpoint = f"last good checkpoint: {good[1]}" if good else "no checkpoint yet"
+            good = [path for number, path in self.checkpoints() if number < self.step]
+            checkpoint = f"last good checkpoint: {good[-1]}" if good else "no checkpoint yet"
             raise ValueError(
                 f"step {self.step}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
                 f"--clip-grad; {checkpoint}"
@@ -228,6 +226,7 @@ class RunFolder:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
         os.replace(link, self.path / name)
+        link.unlink(missing_ok=True)  # renaming a file onto itself does nothing
 
     def newest_checkpoint(self) -> tuple[Path, dict] | None:
         """The newest whole checkpoint; warns about damaged ones. best.pt is the last resort."""

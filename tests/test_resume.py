@@ -220,10 +220,13 @@ def fork_group(world: int, work, output: str | Path = os.devnull) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", ["layernorm", "ema"])
-def test_two_processes_stop_together_and_continue_to_the_bit(name, tmp_path):
-    flags = [*QUANTIZERS[name], "--train-iters=20", "--save-interval=7", "--eval-interval=7"]
-    flags.append("--resume=auto")
+@pytest.mark.parametrize(
+    "name, interval, stopped", [("layernorm", 20, 16), ("layernorm", 7, 7), ("ema", 7, 7)]
+)
+def test_two_processes_stop_together_and_continue_to_the_bit(name, interval, stopped, tmp_path):
+    """They agree every 16 steps, and in every evaluation."""
+    flags = [*QUANTIZERS[name], "--train-iters=20", f"--eval-interval={interval}"]
+    flags += ["--save-interval=7", "--resume=auto"]
 
     def work(folder: str, signalled: bool, rank: int) -> None:
         if signalled and rank == 1:
@@ -237,7 +240,7 @@ def test_two_processes_stop_together_and_continue_to_the_bit(name, tmp_path):
 
     assert group("whole") == [0, 0]
     assert group("cut", signalled=True) == [util.EXIT_INTERRUPTED] * 2
-    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 16
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stopped
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     assert group("cut") == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -388,6 +391,7 @@ def test_a_refused_resume_loses_no_checkpoint(tmp_path):
 def before_call(monkeypatch, name: str, number: int, act) -> None:
     """Do `act()` just before the call `number` of a function, named as `place.function`."""
     places = {"train": train, "shutil": shutil, "RunFolder": RunFolder, "Meter": Meter}
+    places["run"] = sys.modules["run"]
     module = places[name.split(".")[0]]
     function, calls = getattr(module, name.split(".")[1]), iter(range(1, 10**6))
 
@@ -406,8 +410,8 @@ DISK = {
     "step_0000010.png": ("RunFolder.draw_samples", 2, 50),
     "step_0000010.pt": ("RunFolder.save", 2, 20_000),
     "last.pt": ("shutil.copyfile", 3, 20_000),
-    "results.json": ("train.skipped_images", 1, 50),
-    "results.txt": ("train.format_results", 1, 5),
+    "results.json": ("run.write_json", 3, 50),
+    "results.txt": ("RunFolder.write_results", 1, 5),
 }
 
 
@@ -437,7 +441,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(file, whole, tmp_
     assert "\n" not in message and "make room" in message
     # The copy names what it is made from, the log its folder.
     assert {"last.pt": "step_0000010.pt", "metrics.jsonl": f"{folder} "}.get(file, file) in message
-    last = 14 if file.startswith("results") else 5
+    last = {"results.json": 14, "results.txt": 14, "step_0000010.png": 10}.get(file, 5)
     assert load_checkpoint(folder / "last.pt")["step"] == last
     run(folder, "--resume=auto")
     assert_same_run(whole(), folder)
