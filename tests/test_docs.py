@@ -206,6 +206,13 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 12_000
 
 
+def test_results_of_the_readme_are_those_of_the_results_page():
+    (table,) = re.findall(r"^## Results\n.*?\n(\|.*?)\n\n", TEXTS["README.md"], re.M | re.S)
+    decimals = re.findall(r"\d+\.\d{2,}", table)
+    assert len(decimals) > 30
+    assert set(decimals) <= set(re.findall(r"\d+\.\d{2,}", TEXTS["RESULTS.md"])) | {"1.375"}
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
