@@ -1,9 +1,11 @@
-"""Every block of the README runs, as it stands but for flags that make it small."""
+"""Every block of README.md and docs/ runs as it is written, but for flags that make it small."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,34 +14,54 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torchvision.utils import save_image
 
 import train
 from arguments import get_parser
-from dataset import SyntheticDataset
+from dataset import build_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # their blocks run
+PAGES = [*GUIDES, *(ROOT / f"{name}.md" for name in ("RESULTS", "CONTRIBUTING", "CHANGELOG"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+# (page, language, block), each block once.
+BLOCKS = {
+    block: (page, language)
+    for page in (str(page.relative_to(ROOT)) for page in GUIDES)
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", TEXTS[page], re.M | re.S)
+}
 # Appended to commands that train: the last flag wins.
 TINY = (
     "--train-data-path synthetic --val-data-path images --train-iters 1 --batch-size 4 "
     "--channel 16 --img-size 32 --perceptual-weight 0 --num-workers 0 --embed-dim 8"
 )
+# Flags of torchrun, SLURM and an example, and the names that flags had before.
+OTHER_FLAGS = {
+    *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id"),
+    *("--rdzv-endpoint", "--sign-dim", "--codebook-weight", "--codebook-loss-weight"),
+}
+
+
+def refuse_download(*args, **kwargs):
+    raise OSError("no network in tests")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the project, with a few images and one finished run named as the README does."""
+    """A copy of the project, with a few images and one finished run, named as in the guides."""
     folder = tmp_path_factory.mktemp("clone") / "rfsq"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, folder, ignore=ignored)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        patched.setattr(train, "lpips_network", lambda *args, **kwargs: None)
+        patched.setenv("TORCH_HOME", str(folder.parent / "torch"))
+        patched.setattr(torch.hub, "download_url_to_file", refuse_download)
         for name in ("images", "data/imagenet/train", "data/imagenet/val"):
             Path(name).mkdir(parents=True)
-            for i, image in enumerate(SyntheticDataset(32, 0, 4)):
-                save_image(image / 255, f"{name}/{i}.png")
+            images = build_dataset("synthetic", img_size=32, seed=0, train=False)
+            for i in range(4):
+                save_image(images[i] / 255, f"{name}/{i}.png")
         train.main([*TINY.split(), "--save", "runs/NAME"])
     return folder
 
@@ -64,18 +86,27 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def shrink(command: str) -> str:
-    """One shell command of the README, made small."""
-    if command.endswith("--help"):
-        return command
-    if "train.py" in command or re.search(r"scripts/(rfsq_|demo)", command):
+    """One shell command of a guide, made small."""
+    if "train.py" in command or re.search(r"scripts/(paper/|beyond/|demo)", command):
         return f"{command} {TINY}"
     if "scripts/test.sh" in command:
         return f"{command} --collect-only -q tests/test_scheduler.py"
     return command
 
 
-def shell_blocks() -> list[str]:
-    return [text.strip() for language, text in BLOCKS if language == "bash"]
+def commands_of(block: str) -> list[str]:
+    return [shrink(line) for line in block.replace("\\\n", " ").strip().splitlines()]
+
+
+def blocks(language: str, python_alone: bool | None = None) -> list:
+    """Blocks of a language; of shell blocks those that are `python` commands alone, or the rest."""
+    return [
+        pytest.param(block, id=f"{page}: {block.splitlines()[0][:50]}")
+        for block, (page, kind) in BLOCKS.items()
+        if kind == language
+        and python_alone
+        in (None, all(command.startswith("python ") for command in commands_of(block)))
+    ]
 
 
 def in_this_process(commands: list[str], clone: Path, monkeypatch, tmp_path: Path) -> None:
@@ -100,13 +131,14 @@ def in_this_process(commands: list[str], clone: Path, monkeypatch, tmp_path: Pat
         assert train.main(flags)["steps"] == 1
 
 
-@pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: block.splitlines()[0][:50])
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("bash", python_alone=False))
 def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
-    commands = [shrink(line) for line in block.replace("\\\n", " ").splitlines()]
+    commands = commands_of(block)
     if "--nnodes 2" in block:  # the same command on two machines; here, two agents on one
         (command,) = commands
         commands = [f"{command} & first=$!", command, "wait $first"]
-    if all("scripts/rfsq_" in command for command in commands):
+    if all("scripts/paper/" in command for command in commands):
         in_this_process(commands[1:], clone, monkeypatch, tmp_path)
         commands = commands[:1]  # one of them in full
     script = "set -euo pipefail\n" + "\n".join(commands)
@@ -116,17 +148,24 @@ def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "block", [text for language, text in BLOCKS if language == "python"], ids=lambda b: b[:30]
-)
+@pytest.mark.parametrize("block", blocks("bash", python_alone=True))
+def test_python_commands(block, clone, monkeypatch, no_lpips):
+    """In this process: a new interpreter takes several times as long as a small run."""
+    monkeypatch.chdir(clone)
+    for command in commands_of(block):
+        _, script, *flags = shlex.split(command)
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
 def test_python_block(block, clone, monkeypatch):
     monkeypatch.chdir(clone)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, BLOCKS[block][0], "exec"), {})
 
 
 def test_slurm_script_ends_when_training_is_killed(clone, tmp_path):
     """By the memory limit, say: neither an endless loop nor a job that is requeued for ever."""
-    (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
+    (script,) = (block for block in BLOCKS if "#SBATCH" in block)
     script = re.sub(r"^python .* &$", "sh -c 'kill -9 $$' &", script, flags=re.M)
     assert "kill -9" in script
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
@@ -136,9 +175,10 @@ def test_slurm_script_ends_when_training_is_killed(clone, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 def test_slurm_script_requeues_itself(clone, tmp_path):
     """The warning reaches the script alone; training saves and stops, and the job is requeued."""
-    (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
+    (script,) = (block for block in BLOCKS if "#SBATCH" in block)
     endless = TINY.replace("--train-iters 1", "--train-iters 1000000 --log-interval 1")
     script = script.replace("--resume auto &", f"--resume auto {endless} --save {tmp_path}/run &")
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
@@ -158,23 +198,58 @@ def test_slurm_script_requeues_itself(clone, tmp_path):
 
 
 def test_blocks_say_what_they_are():
-    assert {language for language, _ in BLOCKS} <= {"bash", "python", "bibtex", ""}
-    assert len(shell_blocks()) >= 6
+    assert {language for _, language in BLOCKS.values()} <= {"bash", "python", "bibtex", ""}
+    assert len(blocks("bash")) >= 12 and len(blocks("python")) >= 4
 
 
-def test_named_files_exist():
-    """Paths and flags that the README names exist."""
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(([\w./-]+)\)", text):
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 12_000
+
+
+def test_results_of_the_readme_are_those_of_the_results_page():
+    (table,) = re.findall(r"^## Results\n.*?\n(\|.*?)\n\n", TEXTS["README.md"], re.M | re.S)
+    decimals = re.findall(r"\d+\.\d{2,}", table)
+    assert len(decimals) > 30
+    assert set(decimals) <= set(re.findall(r"\d+\.\d{2,}", TEXTS["RESULTS.md"])) | {"1.375"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_exist(name):
+    """Relative links, their anchors, and pictures."""
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", TEXTS[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "CHANGELOG.md"])
+def test_named_files_exist(name):
+    pattern = (
+        r"(?:scripts|quantizers|codec|loss|tests|figures|docs)/(?:\w+/)?\w+\.(?:py|sh|md|png)\b"
+    )
+    for path in re.findall(pattern, TEXTS[name]):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"(?:scripts|quantizers|loss)/[\w]+\.\w+", text):
-        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_named_flags_exist(name):
     known = {flag for action in get_parser()._actions for flag in action.option_strings}
-    known |= {"--standalone", "--nproc-per-node", "--nnodes"}  # torchrun's
-    known |= {"--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r'"(--[a-z][\w-]+)"', script.read_text()))
     reproduce = (ROOT / "scripts" / "reproduce.sh").read_text()
     known |= set(re.findall(r"(--[a-z][\w-]+) ?(?:\||\))", reproduce))  # its cases
-    text = re.sub("#SBATCH .*", "", text)
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known
+    text = re.sub("#SBATCH .*", "", TEXTS[name])
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known | OTHER_FLAGS
+
+
+def test_every_figure_is_used():
+    used = "".join(TEXTS.values())
+    for figure in (ROOT / "figures").iterdir():
+        assert f"figures/{figure.name})" in used, f"{figure.name} is in no page"
