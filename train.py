@@ -290,7 +290,7 @@ def train(args: Namespace, resources: contextlib.ExitStack) -> dict:
     # Results
     # -----------------------------------------------------------------------------------
     results = {
-        "name": model.quantizer.name,
+        "name": args.name or model.quantizer.name,
         **result,
         "parameters": weights,
         "steps": steps,
