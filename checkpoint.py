@@ -1,15 +1,16 @@
-"""Files written whole and read safely: JSON, checkpoints with their checksum, random states."""
+"""Files written whole and read safely: JSON, results, checkpoints, random states."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 CHECKPOINT_FORMAT = 1
 TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
+RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}  # in results.json
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -65,6 +67,38 @@ def write_json(path: Path, value) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
+    """The `results.json` files in files, folders, folders of folders and patterns, each file once.
+
+    Returns:
+        The results, each with its file as `path`, and one line for each file that is damaged or
+        not written by train.py.
+
+    Raises:
+        ValueError: a name without results.
+    """
+    found: dict[Path, Path] = {}
+    for name in names:
+        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
+        files = [file for p in paths for file in ([p] if p.is_file() else p.rglob("results.json"))]
+        if not files:
+            raise ValueError(f"{name} holds no results.json: give finished runs, such as runs/NAME")
+        found |= {file.resolve(): file for file in sorted(files)}
+    results, faults = [], []
+    for path in found.values():
+        try:
+            run = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            faults.append(f"{path} is damaged ({str(error).splitlines()[0]}): remove it")
+            continue
+        missing = sorted(RESULTS - set(run)) if isinstance(run, dict) else sorted(RESULTS)
+        if missing:
+            faults.append(f"{path} lacks {', '.join(missing)}: give what train.py has written")
+        else:
+            results.append({**run, "path": path})
+    return results, faults
 
 
 class NotFinite(ValueError):

@@ -1,43 +1,50 @@
 #!/usr/bin/env bash
-# The best models here at 1.375, 2.5, 0.344 and 0.625 bits per pixel, from training to their files
-# beside JPEG, WebP and AVIF of as many bytes:
+# The best models at 1.375, 2.5, 0.344 and 0.625 bits per pixel, from training to a comparison of
+# their files with JPEG, WebP and AVIF files of the same size:
 #
 #   ./scripts/best.sh --train-data-path DIR --val-data-path DIR
 #
-# Trains coded_22bit_f4, coded_40bit_f4, coded_22bit_f8 and coded_40bit_f8 by reproduce.sh, whose
-# head says what the flags, JOBS and OUT (here runs/best) are; fits the entropy coder of each to
-# training images (FIT=N: at most N of them, 3000), NAME-sSEED/coded.pt; and measures the files of
-# validation images (LIMIT=N: at most N, 100): $OUT/rate_distortion.json and .png. The same command
-# again does what is left. Packed images are for training alone: IMAGES_TRAIN and IMAGES_VAL name
-# the folders of image files then.
+# Trains the configurations beyond/coded_*.sh by reproduce.sh, which explains the flags, JOBS and
+# OUT (here runs/best); fits the entropy coder of each to training images (at most FIT=3000 of
+# them), NAME-sSEED/coded.pt; and compares the files of validation images (at most LIMIT=100):
+# $OUT/rate_distortion.json and .png. The same command again runs what is left. Packed images
+# are for training only: IMAGES_TRAIN and IMAGES_VAL are the folders of image files then.
 set -euo pipefail
 here=$(dirname "$0")
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 export OUT=${OUT:-runs/best}
-train=./data/imagenet/train val=./data/imagenet/val flags=("$@")
-while [ $# -gt 0 ]; do
-    case $1 in
-        --train-data-path) train=${2:-} ;;
-        --train-data-path=*) train=${1#*=} ;;
-        --val-data-path) val=${2:-} ;;
-        --val-data-path=*) val=${1#*=} ;;
-    esac
-    shift
-done
-train=${IMAGES_TRAIN:-$train} val=${IMAGES_VAL:-$val}
 source "$here/setup.sh"
-# Better known before the training than after it.
-PYTHONPATH=$ROOT python - "$train" "$val" << 'END' || exit 2
+# Wrong flags, then folders without images, end the script here and not after the training.
+folders=$(
+    PYTHONPATH=$ROOT python - "$@" << 'END'
+import os
 import sys
 from pathlib import Path
 
+from arguments import Parser, get_args
 from dataset import IMAGE_SUFFIXES, list_files
 
-for folder in sys.argv[1:]:
+parser = Parser(prog="best.sh", add_help=False)  # the flags of reproduce.sh
+parser.add_argument("--dry-run", action="store_true")
+parser.add_argument("--only", nargs="+")
+parser.add_argument("--seeds", nargs="+")
+args = get_args(parser.parse_known_args()[1])
+for side, folder in (("TRAIN", args.train_data_path), ("VAL", args.val_data_path)):
+    folder = os.environ.get(f"IMAGES_{side}") or folder
     if not (Path(folder).is_dir() and list_files(Path(folder), IMAGE_SUFFIXES)[0]):
-        sys.exit(f"best.sh: error: {folder} is no folder of image files: set IMAGES_TRAIN and IMAGES_VAL")
+        print(
+            f"best.sh: error: {folder} is not a folder of image files: set IMAGES_{side}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    print(folder)
 END
-"$here/reproduce.sh" --only coded_{22,40}bit_f4 coded_{22,40}bit_f8 "${flags[@]}"
-[[ " ${flags[*]} " != *" --dry-run "* ]] || exit 0
+)
+{ read -r train && read -r val; } <<< "$folders"
+configurations=("$here"/beyond/coded_*.sh)
+names=("${configurations[@]##*/}")
+"$here/reproduce.sh" --only "${names[@]%.sh}" "$@"
+[[ " $* " != *" --dry-run "* ]] || exit 0
 coded=()
 for run in "$OUT"/coded_*; do
     [ -f "$run/results.json" ] || continue

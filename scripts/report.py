@@ -2,30 +2,35 @@
 
     python scripts/report.py runs/reproduce --out tables.md
 
-Runs are told apart by the flags in them, whatever their folders are called. Those that differ in
-the seed alone are one row: mean and sample standard deviation. Those that differ in anything but
-the quantizer (data, steps, network, LPIPS network, ...) are in separate tables.
+A row is one configuration: runs with the same `--name` and the same flags of the quantizer. Runs
+that differ in anything else but the seed (data, steps, network, ...) are in separate tables.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, get_args
-from checkpoint import write_whole
-from scripts.runs import Row, comparisons, find_results, make_tables
+from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
+from checkpoint import read_results, write_whole
+from quantizers import build_quantizer
+from quantizers.rfsq import STRATEGIES
 
-# The table of arXiv 2508.15860, in its units: L1 on normalised images, LPIPS, PSNR.
+# The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.
 PAPER = {
     "VQ-EMA 4096": (0.355, 0.489, 12.7),
     "LFQ 12 bits": (0.241, 0.361, 16.0),
-    "FSQ [8,8,8,8]": (0.143, 0.182, 20.3),
+    "FSQ 12 bits": (0.143, 0.182, 20.3),
     "RFSQ-2x2048-None": (0.130, 0.159, 21.1),
     "RFSQ-2x2048-Scale": (0.122, 0.152, 21.5),
     "RFSQ-2x2048-LN": (0.124, 0.148, 21.3),
@@ -34,11 +39,150 @@ PAPER = {
     "RFSQ-4x1024-LN": (0.102, 0.100, 22.9),
 }
 DECIMALS = {"l1": 4, "lpips": 4, "psnr": 2}  # metrics in the order of the paper's columns
+FIELD = ("psnr", "l1", "lpips")  # in the order of the first table
+ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
+# Flags that the table states by the results of its runs, and the seed.
+STATED = ("img_size", "batch_size", "lpips_net", "precision", "seed")
 
 
-def show(row: Row, metric: str, paper: bool) -> str:
-    """Mean and spread of a metric, in the field's units or the paper's."""
-    values = [(run["paper"] if paper else run)[metric] for run in row.runs]
+@dataclass
+class Row:
+    """One configuration in one setting; `runs` are its results, in the order of their seeds.
+
+    `flags` are those that the quantizer reads. `kind` is what the paper's table tells apart: the
+    quantizer without its weights and statistics.
+    """
+
+    name: str
+    args: Namespace
+    flags: dict
+    kind: str
+    runs: list[dict] = field(default_factory=list)
+    label: str = ""  # the name, and the flags that are not those of the configuration
+    paper: tuple[float, ...] | None = None  # the paper's figures
+
+
+# ---------------------------------------------------------------------------------------
+# What a run is: its configuration (the row) and its setting (the table)
+# ---------------------------------------------------------------------------------------
+def configurations(folder: str) -> dict[str, Row]:
+    """The configurations in scripts/`folder`, by name, as rows without runs."""
+    rows = {}
+    for file in sorted((Path(__file__).parent / folder).glob("*.sh")):
+        text = file.read_text().replace("\\\n", " ")
+        _, _, *flags, _ = shlex.split(text, comments=True)  # exec .../paper.sh FLAGS "$@"
+        args = get_args(flags)
+        rows[args.name] = make_row(args.name, args)
+    return rows
+
+
+def make_row(name: str, args: Namespace) -> Row:
+    """A row without runs. Its levels are those of the quantizer, also where no flag gave them."""
+    try:
+        quantizer = build_quantizer(args)
+    except ValueError:  # a quantizer that this version does not know: any flag may matter
+        used, own = flags_of_group("quantizer"), name
+    else:
+        used = getattr(type(quantizer), "flags", flags_of_group("quantizer"))
+        own = quantizer.name.removesuffix("-image")
+        args = Namespace(**{**vars(args), "levels": getattr(quantizer, "levels", args.levels)})
+    flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}
+    return Row(name, args, flags, f"{own} {args.levels}")
+
+
+def setting(run: dict, args: Namespace) -> dict:
+    """All that the rows of one table have in common, by the names that the table prints."""
+    common = {
+        "training images": run["train_images"],
+        "training data": str(Path(run["train_data"])),
+        "steps": run["steps"],
+        "batch size": run["batch_size"],
+        "images seen": run["images_seen"],
+        "validation images": run["images"],
+        "validation data": str(Path(run["val_data"])),
+        "pixels": "x".join(map(str, run["image_size"])),
+        "LPIPS network": run["lpips_net"] or "missing",
+        "precision": run.get("precision") or args.precision or "fp32",
+    }
+    apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load"}
+    # A flag that this version does not know is not among `apart`: it may make any difference.
+    flags = {flag: value for flag, value in sorted(vars(args).items()) if flag not in apart}
+    return common | {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()}
+
+
+def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
+    """(setting, rows) of each table; rows by bits and quantizer, runs by seed.
+
+    A run without `--name` has that of the paper's configuration of its kind, else the quantizer's.
+
+    Raises:
+        ValueError: a configuration has two runs of one seed in one setting.
+    """
+    paper = configurations("paper")
+    known = {**paper, **configurations("beyond")}
+    by_kind = {row.kind: name for name, row in paper.items()}
+    tables: dict[str, tuple[dict, dict[str, Row]]] = {}
+    for run in sorted(results, key=lambda run: run["seed"]):
+        row = make_row(run["name"], args_of(run))
+        row.name = row.args.name or by_kind.get(row.kind, row.name)
+        common = setting(run, row.args)
+        rows = tables.setdefault(json.dumps(common), (common, {}))[1]
+        row = rows.setdefault(json.dumps([row.name, row.flags]), row)
+        if row.runs and row.runs[-1]["seed"] == run["seed"]:
+            raise ValueError(
+                f"{row.runs[-1]['path']} and {run['path']} are both {row.name} with seed "
+                f"{run['seed']}: leave one of them out"
+            )
+        row.runs.append(run)
+
+    def place(row: Row) -> tuple:
+        kind, strategy = row.args.quantizer, row.args.rfsq_strategy
+        places = (*ORDER, kind).index(kind), STRATEGIES.index(strategy)
+        return round(row.runs[0]["bits"]), *places, row.label
+
+    for _, rows in tables.values():
+        for row in rows.values():
+            namesakes = [other for other in rows.values() if other.name == row.name]
+            others = [known[row.name]] if row.name in known else namesakes
+            row.label = row.name + differences(row, others)
+            if by_kind.get(row.kind) == row.name:
+                row.paper = PAPER.get(row.name)
+    return [(common, sorted(rows.values(), key=place)) for common, rows in tables.values()]
+
+
+def differences(row: Row, others: Iterable[Row]) -> str:
+    """The flags of a row that differ from one of the others, with their values."""
+    text = ""
+    for flag in dict.fromkeys(f for other in others for f in (*row.flags, *other.flags)):
+        value = getattr(row.args, flag)
+        if any(getattr(other.args, flag) != value for other in others):
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
+            text += f", {flag.replace('_', ' ')} {value}"
+    return text
+
+
+def comparisons(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
+    """(row, base): RFSQ against None, against image statistics, against FSQ of equal bits."""
+    for row, base in itertools.product(rows, rows):
+        a, b = row.args, base.args
+        if (a.quantizer, b.quantizer) == ("rfsq", "fsq"):
+            if abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5:
+                yield row, base
+        elif a.quantizer == b.quantizer == "rfsq":
+            same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
+            plain = b.rfsq_strategy == "none" != a.rfsq_strategy
+            both = a.rfsq_strategy == b.rfsq_strategy == "layernorm"
+            statistics_of_both = a.rfsq_statistics, b.rfsq_statistics
+            if same_codes and (plain or (both and statistics_of_both == ("global", "image"))):
+                yield row, base
+
+
+# ---------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------
+def show(runs: Sequence[dict], metric: str) -> str:
+    """Mean and spread of a metric."""
+    values = [run[metric] for run in runs]
     return "missing" if None in values else spread(values, DECIMALS[metric])
 
 
@@ -48,19 +192,20 @@ def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def floor_rows(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """The floors as rows, and a sentence if they show that the rows saw different images."""
-    runs, floors, note = [run for row in rows for run in row.runs], [], ""
+def find_floors(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
+    """The floors by label, and a sentence if they show that the rows saw different images."""
+    runs, floors, note = [run for row in rows for run in row.runs], {}, ""
     for name in runs[0]["floors"]:
         label = f"bicubic x{runs[0]['f']}" if name == "bicubic" else name.replace("_", " ")
         values = [run["floors"][name] for run in runs]
         low, high = (pick(value["psnr"] for value in values) for pick in (min, max))
-        if high - low > 1e-3:  # far more than devices differ on the same images
+        differ = high - low > 1e-3  # far more than devices differ on the same images
+        if differ:
             note = (
                 "**The validation images are not the same in all rows:** the PSNR of the floor "
                 f"{label} runs from {low:.2f} to {high:.2f} dB."
             )
-        floors.append(Row(label, rows[0].args, values if high - low > 1e-3 else values[:1]))
+        floors[label] = values if differ else values[:1]
     return floors, note
 
 
@@ -73,14 +218,16 @@ def improvements(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for row, base in comparisons(rows):
         pairs = [(a, b) for a in row.runs for b in base.runs if a["seed"] == b["seed"]]
-        theirs = PAPER.get(row.label), PAPER.get(base.label)
+        theirs = [each.paper for each in (row, base) if each.label == each.name]
         for i, metric in enumerate(DECIMALS):
             if not pairs or None in [run[metric] for pair in pairs for run in pair]:
                 continue
             decimals, unit = (2, "PSNR, dB") if metric == "psnr" else (1, f"{metric.upper()}, %")
             ours = [gain(metric, a[metric], b[metric]) for a, b in pairs]
             paper = [gain(metric, a["paper"][metric], b["paper"][metric]) for a, b in pairs]
-            claim = f"{gain(metric, *(t[i] for t in theirs)):+.{decimals}f}" if all(theirs) else "–"
+            claim = "–"
+            if len(theirs) == 2 and all(theirs):
+                claim = f"{gain(metric, *(figures[i] for figures in theirs)):+.{decimals}f}"
             line = [f"{row.label} against {base.label}", unit, spread(ours, decimals, "+")]
             better = f"{sum(value > 0 for value in ours)} of {len(ours)}"
             lines.append([*line, spread(paper, decimals, "+"), claim, better])
@@ -91,17 +238,15 @@ def origins(row: Row) -> str:
     """Where a row comes from: steps, images, seeds, commit, hardware and command of its runs."""
     parts: dict[str, list[int]] = {}
     for run in row.runs:
-        where, words = run["environment"], run["environment"]["command"].split()
-        words = [
-            Path(w).name if w.endswith("/train.py") else w for w in words if w != "--overwrite"
-        ]
+        where = run["environment"]
+        words = [word for word in shlex.split(where["command"]) if word != "--overwrite"]
+        words = [Path(word).name if word.endswith("/train.py") else word for word in words]
         for flag in ("--seed", "--save"):
             while flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]
         commit, _, changed = (where["commit"] or "unknown").partition(" ")
-        text = (
-            f"commit {f'{commit[:10]} {changed}'.strip()}, {where['device']}: `{' '.join(words)}`"
-        )
+        commit = f"{commit[:10]} {changed}".strip()
+        text = f"commit {commit}, {where['device']}: `{shlex.join(words)}`"
         parts.setdefault(text, []).append(run["seed"])
     seen = f"{row.runs[0]['steps']:,} steps, {row.runs[0]['images_seen']:,} images seen"
     ran = [
@@ -111,15 +256,14 @@ def origins(row: Row) -> str:
     return f"- {row.label}: {seen}; {'; '.join(ran)}"
 
 
-def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
-    """Everything about one setting; `others` are the settings of the other sections."""
-    c, network = common, common["LPIPS network"]
+def describe(c: dict, others: Sequence[dict]) -> list[str]:
+    """The paragraphs about a setting `c`; `others` are the settings of the other tables."""
     parts = [
         f"## {c['training images']:,} training images, {c['steps']:,} steps of {c['batch size']}",
         f"Trained on `{c['training data']}`, {c['images seen']:,} images seen; evaluated on "
         f"{c['validation images']:,} images of `{c['validation data']}`, {c['pixels']} pixels. "
         f"Width {c['--channel']}, f = {c['--downsample']}, {c['--res-blocks']} residual blocks, "
-        f"{c['precision']}. LPIPS network: {network}.",
+        f"{c['precision']}. LPIPS network: {c['LPIPS network']}.",
     ]
     known = {f"--{name.replace('_', '-')}": v for name, v in vars(get_args([])).items()}
     unlike = [f"`{k} {v}`" for k, v in c.items() if k[:2] == "--" and v != known.get(k, "unknown")]
@@ -127,44 +271,45 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
         parts.append(f"Flags unlike the defaults: {', '.join(unlike)}.")
     differ = [key for other in others for key in {**c, **other} if c.get(key) != other.get(key)]
     if differ:
-        names = (f"{key} (here {c.get(key)})" for key in dict.fromkeys(differ))
-        parts.append(
-            f"**Not to be compared with the other tables:** they differ in {', '.join(names)}."
-        )
-    floors, note = floor_rows(rows)
+        names = ", ".join(f"{key} (here {c.get(key)})" for key in dict.fromkeys(differ))
+        parts.append(f"**Not to be compared with the other tables:** they differ in {names}.")
+    return parts
+
+
+def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
+    """Everything about one setting; `others` are the settings of the other sections."""
+    network = common["LPIPS network"]
     lpips = "LPIPS" if network == "missing" else f"LPIPS-{network}"
-    lines = []
+    floors, note = find_floors(rows)
+    table = []
     for row in rows:
-        run = row.runs[0]
+        run, count = row.runs[0], len(row.runs)
         size = [f"{run['bits']:.2f}", run["f"], f"{run['bpp']:.3f}", f"{run['parameters']:,}"]
-        lines.append([row, len(row.runs), *size])
-    lines += [[floor, *"–––––"] for floor in floors]
+        table.append([row.label, count, *size, *(show(row.runs, m) for m in FIELD)])
+    table += [[label, *"–––––", *(show(runs, m) for m in FIELD)] for label, runs in floors.items()]
     header = ["configuration", "seeds", "bits", "f", "bpp", "parameters", "PSNR dB (peak 1)"]
-    field = [
-        [row.label, *cells, *(show(row, metric, False) for metric in ("psnr", "l1", "lpips"))]
-        for row, *cells in lines
+    parts = [
+        *describe(common, others),
+        util.markdown_table([*header, "L1 [0,1]", lpips], table),
+        note,
+        "In the paper's units, beside its figures (ImageNet's 1.28 M images, 50 epochs, one seed, "
+        "LPIPS-vgg):",
     ]
-    parts += [util.markdown_table([*header, "L1 [0,1]", lpips], field), note]
-    header, paper = ["configuration"], []
+
+    header, table = ["configuration"], []
     for name in ("L1 normalised", f"{lpips} of [0,1] inputs", "PSNR dB (peak 2)"):
         header += [name, "the paper's"]
-    for row in (*rows, *floors):
-        figures = PAPER.get(row.label.split(", ")[0])  # tuned weights are the same row
+    lines = [(row.label, row.runs, row.paper) for row in rows]
+    for label, runs, figures in (*lines, *((*floor, None) for floor in floors.items())):
         theirs = [f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in figures] if figures else "–––"
-        cells = zip((show(row, metric, True) for metric in DECIMALS), theirs, strict=True)
-        paper.append([row.label, *(cell for pair in cells for cell in pair)])
-    parts.append(
-        "In the paper's units, beside its figures (ImageNet's 1.28 M images, 50 epochs, one seed, "
-        "LPIPS-vgg):"
-    )
-    parts += [util.markdown_table(header, paper)]
-    lines = improvements(rows)
-    if lines:
+        ours = [show([run["paper"] for run in runs], metric) for metric in DECIMALS]
+        table.append([label, *(cell for pair in zip(ours, theirs, strict=True) for cell in pair)])
+    parts.append(util.markdown_table(header, table))
+
+    if table := improvements(rows):
         header = ["improvement (above 0 is better)", "of", "ours", "ours, the paper's units"]
-        parts += [
-            "Paired by seed:",
-            util.markdown_table([*header, "the paper's", "seeds better"], lines),
-        ]
+        header += ["the paper's", "seeds better"]
+        parts += ["Paired by seed:", util.markdown_table(header, table)]
     parts += ["Where the rows come from (`--seed` and `--save` left out):"]
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
@@ -177,7 +322,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)
-    tables = make_tables(find_results(flags.runs))
+    results, faults = read_results(flags.runs)
+    for fault in faults if results else faults[:-1]:
+        print(f"report.py: warning: {fault}", file=sys.stderr)
+    if not results:
+        raise ValueError(faults[-1])
+    tables = make_tables(results)
     intro = (
         "Mean ± sample standard deviation over the seeds. Bits are per latent position, side "
         "information included; parameters are those trained by gradient (the codebooks of VQ-EMA "

@@ -20,41 +20,25 @@ from quantizers import build_quantizer
 from scripts import report
 
 ROOT = Path(__file__).resolve().parent.parent
-BITS = {
-    "rfsq_2x2048_none": 22.0,
-    "rfsq_2x2048_scale": 22.0,
-    "rfsq_2x2048_ln": 22.0,
-    "rfsq_4x1024_none": 40.0,
-    "rfsq_4x1024_scale": 40.0,
-    "rfsq_4x1024_ln": 40.0,
-    "fsq_4096": 12.0,
-    "lfq_4096": 12.0,
-    "ema_4096": 12.0,
-    "fsq_22bit": 22.0,
-    "lfq_22bit": 22.0,
-    "ema_2x2048": 22.0,
-    "fsq_40bit": 40.0,
-    "lfq_40bit": 40.0,
-    "ema_4x1024": 40.0,
-}
-BEYOND = {
-    "geometric_22bit": 22.0,
-    "geometric_40bit": 40.0,
-    "coded_22bit_f4": None,  # what it takes is known once it is trained
-    "coded_40bit_f4": None,
-    "coded_22bit_f8": None,
-    "coded_40bit_f8": None,
-}
+SCRIPTS = ROOT / "scripts"
+PAPER = sorted(path.stem for path in SCRIPTS.glob("paper/*.sh"))
+BEYOND = sorted(path.stem for path in SCRIPTS.glob("beyond/*.sh"))
 TINY = (
     "--train-data-path synthetic --val-data-path IMAGES --train-iters 1 --batch-size 4 "
     "--channel 16 --img-size 32 --perceptual-weight 0 --num-workers 0"
 )
 
 
+def script(name: str) -> Path:
+    """The file of a configuration."""
+    (path,) = (path for path in SCRIPTS.glob(f"*/{name}.sh"))
+    return path
+
+
 def script_flags(name: str) -> list[str]:
-    """The flags that a configuration's script adds to those of paper.sh."""
-    text = (ROOT / "scripts" / f"{name}.sh").read_text().replace("\\\n", " ")
-    (flags,) = re.findall(r'paper\.sh" (.*) "\$@"$', text, re.M)
+    """The flags that a configuration adds to those of paper.sh."""
+    text = script(name).read_text().replace("\\\n", " ")
+    (flags,) = re.findall(r'^exec "\$\(dirname "\$0"\)/../paper\.sh" (.*) "\$@"$', text, re.M)
     return shlex.split(flags)
 
 
@@ -68,7 +52,7 @@ def make_run(folder: Path, flags: list[str] = (), seed: int = 0, **changes) -> P
     floor = {"l1": 0.06, "psnr": 21.5, "lpips": 0.3}
     floor["paper"] = {"l1": 0.26, "psnr": 14.5, "lpips": 0.28}
     results = {
-        "name": quantizer.name,
+        "name": args["name"] or quantizer.name,
         "images": 490,
         "image_size": [128, 128],
         "bits": quantizer.bits,
@@ -118,43 +102,71 @@ def none(stages: int) -> list[str]:
 # ---------------------------------------------------------------------------------------
 # Configurations
 # ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, bits", BITS.items())
-def test_every_configuration_has_its_bits(name, bits):
-    args = get_args(script_flags(name))
-    args.embed_dim = min(args.embed_dim, 8)  # no bits in it, but memory
-    assert build_quantizer(args).bits == bits
-    text = (ROOT / "scripts" / f"{name}.sh").read_text()
-    assert f"{bits} bits per position, {bits / 16:g} bits per pixel" in text
-    assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
-
-
-@pytest.mark.parametrize("name, bits", BEYOND.items())
-def test_presets_beyond_the_paper(name, bits):
-    args = get_args(script_flags(name))
-    text = (ROOT / "scripts" / f"{name}.sh").read_text()
-    assert args.network == "dct" and args.rfsq_strategy == "geometric"
-    if bits:
-        assert build_quantizer(args).bits == bits and f"{bits} bits per position" in text
+@pytest.mark.parametrize("name", [*PAPER, *BEYOND])
+def test_every_configuration_has_a_name_and_the_bits_that_it_states(name):
+    text, args = script(name).read_text(), get_args(script_flags(name))
+    assert args.name and os.access(script(name), os.X_OK)
+    args.embed_dim = min(args.embed_dim, 8)  # memory, which does not change the bits
+    bits, f = build_quantizer(args).bits, args.downsample
+    if name.startswith("coded_"):
+        most = int(re.search(r"_(\d+)bit_f", name)[1])
+        assert f"f = {f}" in text and f"at most {most} bits per position" in text
+        assert f"{most / f**2:.3f}".rstrip("0") in text
+        assert bits > 1.5 * most  # before entropy coding
     else:
-        bits, f = re.match(r"coded_(\d+)bit_f(\d)", name).groups()
-        bpp = int(bits) / int(f) ** 2
-        assert args.downsample == int(f) and f"at most {bits} bits per position" in text
-        assert f"{bpp:.3f}".rstrip("0") in text
-        # A position costs more without entropy coding than with it.
-        assert build_quantizer(args).bits > 1.5 * int(bits)
-    assert os.access(ROOT / "scripts" / f"{name}.sh", os.X_OK)
+        assert f"{bits} bits per position, {bits / f**2:g} bits per pixel" in text
+    # The shared settings alone would start no configuration; nothing else is in the file.
+    code = [line for line in text.replace("\\\n", " ").splitlines() if line[0] != "#"]
+    assert len(code) == 1 and text.startswith("#!/usr/bin/env bash\n# ")
 
 
-def test_nothing_beyond_the_paper_is_in_its_configurations():
-    for name in BITS:
+def test_names_are_unique_and_those_of_the_paper_are_there():
+    names = [get_args(script_flags(name)).name for name in (*PAPER, *BEYOND)]
+    assert len(set(names)) == len(names)
+    assert set(report.PAPER) <= set(names) and not set(PAPER) & set(BEYOND)
+    assert len(PAPER) == 15 and len(BEYOND) >= 6
+
+
+def test_the_paper_has_six_configurations_and_baselines_of_equal_bits():
+    found = {}
+    for name in PAPER:
         args = get_args(script_flags(name))
+        args.embed_dim = min(args.embed_dim, 8)
+        found.setdefault(build_quantizer(args).bits, []).append(args.quantizer)
         assert (args.network, args.downsample, args.res_blocks) == ("conv", 4, 0)
         assert args.rfsq_strategy != "geometric" and args.rfsq_slope is None
+    assert found == {
+        12: ["ema", "fsq", "lfq"],
+        22: ["ema", "fsq", "lfq", "rfsq", "rfsq", "rfsq"],
+        40: ["ema", "fsq", "lfq", "rfsq", "rfsq", "rfsq"],
+    }
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_configurations_beyond_the_paper(name):
+    args = get_args(script_flags(name))
+    assert args.network == "dct" and args.rfsq_strategy == "geometric"
+    if name.startswith("coded_"):
+        bits, f = re.fullmatch(r"coded_(\d+)bit_f(\d)", name).groups()
+        assert args.downsample == int(f) and f"at most {bits} bits" in script(name).read_text()
+    else:
+        assert build_quantizer(args).bits == int(re.search(r"_(\d+)bit", name)[1])
 
 
 def test_the_entropy_of_lfq_at_40_bits_is_over_groups_and_said_to_be():
     assert build_quantizer(get_args(script_flags("lfq_40bit"))).entropy_groups == 4
-    assert "4 groups of 10 bits" in (ROOT / "scripts" / "lfq_40bit.sh").read_text()
+    assert "4 groups of" in script("lfq_40bit").read_text()
+
+
+@pytest.mark.slow
+def test_a_configuration_stores_its_name_and_flags_of_the_user_win(tmp_path):
+    shutil.copytree(make_images(tmp_path), tmp_path / "images")
+    flags = [*TINY.replace("IMAGES", "images").split(), "--save", "run"]
+    done = reproduce(tmp_path, *flags, script="paper/rfsq_2x2048_ln.sh", GPUS="1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["name"] == results["args"]["name"] == "RFSQ-2x2048-LN"
+    assert results["args"]["quantizer_loss_weight"] == 1 and results["args"]["channel"] == 16
 
 
 # ---------------------------------------------------------------------------------------
@@ -189,12 +201,12 @@ def test_dry_run_lists_every_run_and_skips_the_finished(tmp_path):
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 15 * 2
     wanted = [
-        f"{ROOT}/scripts/{name}.sh --seed {seed} --save runs/reproduce/{name}-s{seed} "
+        f"{ROOT}/scripts/paper/{name}.sh --seed {seed} --save runs/reproduce/{name}-s{seed} "
         "--overwrite --lr 0.001"
         for seed in (0, 1)
-        for name in BITS
+        for name in PAPER
     ]
-    assert sorted(lines) == sorted(wanted)
+    assert lines == wanted  # all configurations with the first seed, then with the second
     assert not (tmp_path / "runs").exists()
 
     finished = tmp_path / "elsewhere" / "ema_4096-s1"
@@ -209,14 +221,19 @@ def test_dry_run_lists_every_run_and_skips_the_finished(tmp_path):
     runs = [f"elsewhere/{name}" for name in ("fsq_4096-s1", "ema_4096-s2", "fsq_4096-s2")]
     assert saved == ["# finished: elsewhere/ema_4096-s1", *runs]
 
+    done = reproduce(tmp_path, "--dry-run", "--only", *BEYOND, "ema_4096")
+    files = [line.split()[0] for line in done.stdout.splitlines()]
+    assert files == [str(script(name)) for name in (*BEYOND, "ema_4096")]
 
+
+@pytest.mark.slow
 def test_reproduce_runs_the_rest_and_reports_what_failed(tmp_path):
     # The queue alone: scripts that write a result, and one that fails.
     scripts = tmp_path / "scripts"
-    scripts.mkdir()
+    (scripts / "paper").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "reproduce.sh", scripts)
     (scripts / "setup.sh").write_text(f"ROOT={ROOT}\nPATH={Path(sys.executable).parent}:$PATH\n")
-    fake = scripts / "fsq_4096.sh"
+    fake = scripts / "paper" / "fsq_4096.sh"
     fake.write_text(
         '#!/bin/bash\n[ "$2" != 1 ] || { echo "train.py: error: no such luck"; exit 2; }\n'
         'mkdir "$4" && echo "$GPUS $OMP_NUM_THREADS" > "$4/results.json"\n'
@@ -246,13 +263,13 @@ def test_reproduce_runs_the_rest_and_reports_what_failed(tmp_path):
 
 def test_reproduce_spreads_over_the_gpus_there_are(tmp_path):
     scripts, log = tmp_path / "scripts", tmp_path / "log"
-    scripts.mkdir()
+    (scripts / "paper").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "reproduce.sh", scripts)
     # A `python` that finds two GPUs and eight cores.
     (tmp_path / "python").write_text("#!/bin/bash\necho 2 8\n")
     (tmp_path / "python").chmod(0o755)
     (scripts / "setup.sh").write_text(f"ROOT={ROOT}\nPATH={tmp_path}:$PATH\n")
-    fake = scripts / "fsq_4096.sh"
+    fake = scripts / "paper" / "fsq_4096.sh"
     fake.write_text(
         f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $GPUS" >> {log}\nsleep 0.3\n'
         'mkdir "$4" && echo > "$4/results.json"\n'
@@ -267,6 +284,7 @@ def test_reproduce_spreads_over_the_gpus_there_are(tmp_path):
         assert sorted(log.read_text().splitlines()) == sorted(wanted * 2)
 
 
+@pytest.mark.slow
 def test_reproduce_trains_and_resumes_and_report_reads_it(tmp_path):
     shutil.copytree(make_images(tmp_path), tmp_path / "images")
     tiny = TINY.replace("IMAGES", "images").split()
@@ -283,8 +301,8 @@ def test_reproduce_trains_and_resumes_and_report_reads_it(tmp_path):
     assert (first / "results.json").read_bytes() == before
     text = report.main([str(first.parent)])
     assert [row[1] for row in cells(text, "RFSQ-2x2048-None")][:1] == ["22.00"]
-    assert len(cells(text, "FSQ [8,8,8,8]")) == 2 and "Not to be compared" not in text
-    assert "missing" in cells(text, "FSQ [8,8,8,8]")[0]
+    assert len(cells(text, "FSQ 12 bits")) == 2 and "Not to be compared" not in text
+    assert "missing" in cells(text, "FSQ 12 bits")[0]
 
 
 def make_images(folder: Path) -> Path:
@@ -301,7 +319,8 @@ def make_images(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (["--only", "rfsq"], "choose from rfsq_2x2048_none"),
+        (["--only", "rfsq"], "choose from ema_2x2048 "),
+        (["--only", "fsq_4096", "*"], "--only * is unknown"),
         (["--only"], "--only is empty"),
         (["--seeds", "one"], "seed one"),
         (["--seed=1"], "--seeds"),
@@ -335,7 +354,7 @@ def test_report_states_values_spread_paper_and_floors(tmp_path, capsys):
     assert paper == [
         *["0.2040 ± 0.0040", "0.124", "0.1890 ± 0.0090", "0.148", "19.00 ± 1.00", "21.3"],
     ]
-    field, paper = cells(text, "FSQ [8,8,8,8]")
+    field, paper = cells(text, "FSQ 12 bits")
     assert field[0] == "1" and field[5] == "27.12" and paper[1::2] == ["0.143", "0.182", "20.3"]
     assert cells(text, "bicubic x4")[0][-3:] == ["21.50", "0.0600", "0.3000"]
     assert cells(text, "mean colour")[0][-3] == "12.25"
@@ -369,9 +388,9 @@ def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
     make_run(tmp_path / "fsq12", script_flags("fsq_4096"))
     make_run(tmp_path / "fsq40", script_flags("fsq_40bit"))
     text = report.main([str(tmp_path)])
-    image = "RFSQ-2x2048-LN, statistics image"
+    image = "RFSQ-2x2048-LN, rfsq statistics image"
     compared = set(re.findall(r"^\| (.*) against (.*?) \| L1", text, re.M))
-    fsq = "FSQ [16,16,16,16,8,8]"
+    fsq = "FSQ 22 bits"
     rfsq = ["RFSQ-2x2048-None", "RFSQ-2x2048-Scale", "RFSQ-2x2048-LN", image]
     wanted = {(row, fsq) for row in rfsq} | {(row, rfsq[0]) for row in rfsq[1:]}
     assert compared == wanted | {("RFSQ-2x2048-LN", image)}
@@ -380,7 +399,7 @@ def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
     assert [row for row in cells(text, image)][1][1] == "0.124"
     # By bits, then as the paper has them.
     labels = re.findall(r"^\| ([^|]*?) \| 1 \|", text, re.M)
-    assert labels == ["FSQ [8,8,8,8]", fsq, *rfsq, "FSQ [32]x8"]
+    assert labels == ["FSQ 12 bits", fsq, *rfsq, "FSQ 40 bits"]
 
 
 @pytest.mark.parametrize(
@@ -418,13 +437,71 @@ def test_unlike_rows_are_in_separate_tables_that_say_so(change, said, tmp_path):
 def test_flags_without_effect_do_not_separate(tmp_path):
     make_run(tmp_path / "a", args={"num_workers": 7, "save": "x", "log_interval": 9})
     make_run(tmp_path / "b", ["--quantizer=fsq"], args={"rfsq_stages": 4, "embed_dim": 8})
-    tuned = ["--quantizer=lfq", "--entropy-loss-weight=0.5"]
-    make_run(tmp_path / "c", tuned)
+    make_run(tmp_path / "c", [*script_flags("lfq_4096"), "--entropy-loss-weight=0.5"])
     text = report.main([str(tmp_path)])
     assert text.count("\n## ") == 1
-    assert len(cells(text, "FSQ [8,8,8,8]")) == 2
+    assert len(cells(text, "FSQ 12 bits")) == 2
     label = "LFQ 12 bits, entropy loss weight 0.5"
     assert cells(text, label)[1][1] == "0.241"
+
+
+def test_rows_have_the_names_of_their_runs(tmp_path):
+    fsq = ["--quantizer=fsq", "--levels", *["4"] * 4]
+    make_run(tmp_path / "mine", [*fsq, "--name=mine"])
+    make_run(tmp_path / "other", [*none(2), "--name=mine", "--rfsq-stage-dropout=0.5"])
+    make_run(tmp_path / "ours", [*fsq, "--name=ours"])
+    make_run(tmp_path / "again", [*fsq, "--name=ours"], seed=1)
+    make_run(tmp_path / "unnamed", fsq)
+    make_run(tmp_path / "wide", [*fsq, "4"])
+    # A name of the paper with other codes: its flags are stated, and not the paper's figures.
+    make_run(tmp_path / "changed", [*script_flags("rfsq_2x2048_ln"), "--levels", *["4"] * 4])
+    text = report.main([str(tmp_path)])
+    labels = dict(re.findall(r"^\| ([^|]*?) \| ([12]) \|", text, re.M))
+    both = [label for label in labels if label.startswith("mine, ")]
+    assert len(both) == 2 and labels["ours"] == "2" and len(labels) == 6
+    assert any("quantizer fsq" in label and "levels 4 4 4 4" in label for label in both)
+    assert any("quantizer rfsq" in label and "rfsq strategy none" in label for label in both)
+    assert {"fsq-4x4x4x4", "fsq-4x4x4x4x4"} <= set(labels)
+    (changed,) = (label for label in labels if label.startswith("RFSQ"))
+    assert changed == "RFSQ-2x2048-LN, levels 4 4 4 4"
+    assert cells(text, changed)[1][1::2] == ["–"] * 3
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    """No name among the flags, and flags that have other names today."""
+    for name, seed in (("lfq_4096", 0), ("rfsq_2x2048_ln", 0), ("rfsq_2x2048_none", 0)):
+        flags = script_flags(name)
+        folder = make_run(tmp_path / "old" / name, flags, seed)
+        results = json.loads((folder / "results.json").read_text())
+        results["name"] = build_quantizer(get_args(flags)).name
+        args = results["args"]
+        args["codebook_weight"] = args.pop("quantizer_loss_weight")
+        args["codebook_loss_weight"] = 0.5 if name == "lfq_4096" else args["commitment_weight"]
+        for young in ("name", "commitment_weight", "eval_interval", "profile"):
+            del args[young]
+        (folder / "results.json").write_text(json.dumps(results))
+    make_run(tmp_path / "new", script_flags("rfsq_2x2048_none"), seed=1)
+    text = report.main([str(tmp_path)])
+    assert text.count("\n## ") == 1 and "Not to be compared" not in text
+    assert cells(text, "RFSQ-2x2048-None")[0][0] == "2"
+    assert cells(text, "LFQ 12 bits, commitment weight 0.5")[1][1] == "0.241"
+    assert cells(text, "RFSQ-2x2048-LN against RFSQ-2x2048-None")[0][3] == "+4.6"
+
+
+def test_damaged_results_are_left_out_with_a_warning(tmp_path, capsys):
+    make_run(tmp_path / "whole")
+    for name, content in (("half", '{"psnr": 2'), ("other", '{"psnr": 3}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(content)
+    text = report.main([str(tmp_path)])
+    warnings = sorted(capsys.readouterr().err.splitlines())
+    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and len(warnings) == 2
+    assert all(line.startswith("report.py: warning: ") for line in warnings)
+    assert "half/results.json is damaged" in warnings[0]
+    assert "other/results.json lacks args" in warnings[1]
+    with pytest.raises(ValueError, match="lacks args"):
+        report.main([str(tmp_path / "half"), str(tmp_path / "other")])
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_floors_show_that_validation_images_differ(tmp_path):
@@ -471,6 +548,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
 # ---------------------------------------------------------------------------------------
 # best.sh
 # ---------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_best_trains_fits_and_measures(tmp_path):
     images = make_images(tmp_path)
     data = ["--train-data-path", str(images), f"--val-data-path={images}"]
@@ -492,11 +570,22 @@ def test_best_trains_fits_and_measures(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in best.glob("*/*.pt")}
 
 
+@pytest.mark.slow
+def test_best_reports_wrong_flags_before_folders(tmp_path):
+    for flags, part in ((["--nope"], "--nope"), (["--lr=-1", "--seeds", "0", "1"], "--lr")):
+        done = reproduce(tmp_path, "--train-data-path=nowhere", *flags, script="best.sh")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert part in done.stderr and "nowhere" not in done.stderr
+    done = reproduce(tmp_path, "--help", script="best.sh")
+    assert done.returncode == 0 and "--train-data-path DIR" in done.stdout
+
+
+@pytest.mark.slow
 def test_best_wants_folders_of_files(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "index.json").write_text("{}")
     for where in ("nowhere", "packed"):
         done = reproduce(tmp_path, f"--train-data-path={where}", script="best.sh")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert f"{where} is no folder of image files: set IMAGES_TRAIN" in done.stderr
+        assert f"{where} is not a folder of image files: set IMAGES_TRAIN" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Residual VQ-EMA with the codebooks of RFSQ-2x2048: 22.0 bits per position, 1.375 bits per pixel.
-exec "$(dirname "$0")/../paper.sh" --quantizer ema --n-embed 2048 --ema-stages 2 --embed-dim 256 "$@"
+# VQ-EMA with the codebooks of RFSQ-2x2048: 22.0 bits per position, 1.375 bits per pixel.
+exec "$(dirname "$0")/../paper.sh" --name "residual VQ-EMA 2x2048" \
+    --quantizer ema --n-embed 2048 --ema-stages 2 --embed-dim 256 "$@"
