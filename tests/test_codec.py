@@ -19,7 +19,7 @@ import util
 from checkpoint import load_checkpoint, save_checkpoint
 from codec import bitstream
 from codec.codec import Codec, _reach, tiles
-from dataset import SyntheticDataset, denormalize, normalize
+from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS = {
@@ -70,11 +70,11 @@ def of_model(codec: Codec, image: np.ndarray, stages: int) -> tuple[np.ndarray, 
         for n, m in ((height, -(-height // f) * f), (width, -(-width // f) * f))
     )
     padded = torch.from_numpy(image[rows][:, columns].copy()).permute(2, 0, 1)
-    tokens = codec.model.encode(normalize(padded[None]))
+    tokens = codec.model.encode(padded[None].float() / 255)
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
     if codec.model.quantizer.stage_axis:
         indices = indices[..., :stages]
-    pixels = denormalize(codec.model.decode(indices, *side))[0].clamp(0, 1) * 255
+    pixels = codec.model.decode(indices, *side)[0].clamp(0, 1) * 255
     whole = pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
     return whole[:height, :width], indices
 
@@ -112,9 +112,8 @@ def test_bytes_are_the_formula(name, folder):
 def test_image_statistics_of_the_kept_stages_are_in_the_file(folder):
     codec = Codec(folder / "image.pt")
     image = picture(32, 40)
-    _, statistics = codec.model.encode(
-        normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
-    )
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    _, statistics = codec.model.encode(pixels)
     for stages in (1, 2):
         data = codec.encode(image, stages)
         side = np.frombuffer(data[23 : 23 + 16 * stages], "<f2").reshape(stages, 2, 4)
@@ -220,7 +219,7 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
         batch = torch.from_numpy(indices)[None].repeat(5, 1, 1, 1)
         batch[1:] = 0
         images = codec.model.decode(batch, *(x[None].repeat(5, 1, 1, 1) for x in side))
-        pixels = (denormalize(images)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        pixels = (images[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         assert np.abs(pixels.numpy()[:61, :90].astype(int) - codec.decode(data)).max() <= 1
 
 
