@@ -37,7 +37,7 @@ def load_constriction():
         ValueError: the package is not installed.
     """
     try:
-        from constriction import stream
+        from constriction import stream  # pyright: ignore  (optional; its stubs lack this)
     except ImportError as error:
         raise ValueError("entropy coding needs constriction: pip install '.[compress]'") from error
     return stream
@@ -222,9 +222,7 @@ class Counts:
     def _fit(self) -> None:
         """Fit the regressions on the images kept so far, by least squares; then count these."""
         if self.ordered:
-            shapes = [
-                [s.weights_shape(place) for place in range(len(s.digits))] for s in self.stages
-            ]
+            shapes = [[x.weights_shape(i) for i in range(len(x.digits))] for x in self.stages]
             squares = [[np.zeros((*shape, shape[1])) for shape in row] for row in shapes]
             products = [[np.zeros(shape) for shape in row] for row in shapes]
             for indices in self.kept:

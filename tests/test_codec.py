@@ -18,7 +18,8 @@ from conftest import make_checkpoint
 import util
 from checkpoint import load_checkpoint, save_checkpoint
 from codec import bitstream
-from codec.codec import Codec, _reach, tiles
+from codec.codec import Codec
+from codec.tiles import reach, tiles
 from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,7 @@ def test_the_margin_exceeds_the_reach(name, folder):
         (model.encoder, torch.randn(1, 3, side * f, side * f)),
         (model.decoder, torch.randn(1, model.quantizer.dim, side, side)),
     ):
-        reach = _reach(network)
+        limit = reach(network)
         changed = start.clone()
         scale_in, scale_out = (f, 1) if network is model.encoder else (1, f)
         middle = side // 2
@@ -174,16 +175,19 @@ def test_the_margin_exceeds_the_reach(name, folder):
         with torch.no_grad():
             differ = (network(changed) - network(start)).abs().amax((0, 1, 3)) > 1e-5
         rows = differ.nonzero()[:, 0] // scale_out
-        assert middle in rows and 0 < reach < middle
-        assert middle - reach <= rows.min() and rows.max() <= middle + reach
+        assert middle in rows and 0 < limit < middle
+        assert middle - limit <= rows.min() and rows.max() <= middle + limit
 
 
 def test_tiles_cover_everything_once():
     seen = np.zeros((17, 23), int)
-    for (top, bottom, left, right), (first, last, west, east) in tiles((17, 23), 5, 3):
-        seen[top:bottom, left:right] += 1
-        assert (first, west) == (max(0, top - 3), max(0, left - 3))
-        assert (last, east) == (min(17, bottom + 3), min(23, right + 3))
+    place = np.arange(17 * 23).reshape(17, 23)
+    for core, outer, inner in tiles((17, 23), 5, 3):
+        seen[core] += 1
+        assert np.array_equal(place[outer][inner], place[core])
+        for length, own, around in zip((17, 23), core, outer, strict=True):
+            assert own.stop - own.start <= 5
+            assert (around.start, around.stop) == (max(0, own.start - 3), min(length, own.stop + 3))
     assert (seen == 1).all()
 
 
@@ -284,9 +288,9 @@ def test_each_bad_file_says_what_is_wrong(folder):
     for bad, part in (
         (b"", "empty"),
         (data[:20], "truncated"),
-        (data[:-1], f"truncated or damaged: {len(data) - 1} bytes, of {len(data)}"),
+        (data[:-1], f"truncated or damaged: {len(data) - 1} of the {len(data)} bytes"),
         (data + b"x", "checksum"),
-        (b"J" + data[1:], "no RFSQ file"),
+        (b"J" + data[1:], "not an RFSQ file"),
         (edit(4, b"\x02"), "newer version, 2"),
         (edit(5, b"\x80"), "unknown flags 0x80"),
         (edit(5, b"\x01"), "no entropy model"),
@@ -294,7 +298,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         (edit(6, b"\x03"), "3 stages"),
         (edit(7, b"whatever"), "another model"),
         (other.encode(picture(32, 32)), "another model"),
-        (edit(15, bytes(4)), "0x32"),
+        (edit(15, bytes(4)), "0x32 pixels is empty"),
         (edit(15, b"\xff" * 8), "more than the limit"),
         (edit(15, struct.pack("<II", 13000, 13000)), "its header says"),
         (edit(15, struct.pack("<I", 36)), "its header says"),
@@ -308,7 +312,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         flipped[bad // 8] ^= 1 << bad % 8
         with pytest.raises(ValueError):
             codec.check(bytes(flipped))
-    with pytest.raises(ValueError, match="3 stages are not there: the file holds 2"):
+    with pytest.raises(ValueError, match="3 stages were asked for, but the file holds 2"):
         codec.decode(data, 3)
     with pytest.raises(ValueError, match="no entropy model"):
         codec.encode(picture(8, 8), entropy_coding=True)

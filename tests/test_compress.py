@@ -167,7 +167,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
         ("cut", data[:100], "truncated"),
         ("head", data[:10], "truncated"),
         ("flipped", bytes(flipped), "checksum"),
-        ("png", Path("images/a.png").read_bytes(), "no RFSQ file"),
+        ("png", Path("images/a.png").read_bytes(), "not an RFSQ file"),
         ("newer", data[:4] + b"\x09" + data[5:], "newer version, 9"),
         ("gigantic", bytes(gigantic), "more than the limit"),
         ("long", data + bytes(5), "damaged"),
