@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from checkpoint import is_of_a_file, load_checkpoint, save_checkpoint
 
@@ -257,6 +258,11 @@ class StopSignals:
 
     def _note(self, number: int, _) -> None:
         self.received = signal.Signals(number).name
+
+
+def progress(items: Sequence, unit: str) -> Iterable:
+    """`items` with a progress bar on standard error, if that is a terminal."""
+    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
 
 
 def one_line(error: BaseException) -> str:

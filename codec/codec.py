@@ -69,7 +69,7 @@ class Codec:
         self.fingerprint = _fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
         if ENTROPY_MODEL in self.checkpoint:
-            self.entropy_model = _load_entropy_model(self.checkpoint[ENTROPY_MODEL])
+            self.entropy_model = entropy.EntropyModel.from_state(self.checkpoint[ENTROPY_MODEL])
         self.seconds = {"network": 0.0, "packing": 0.0}
 
     # --- image <-> bytes -----------------------------------------------------------------
@@ -243,13 +243,11 @@ class Codec:
 
     def fit(self, counts: entropy.Counts) -> dict:
         """Use the entropy model of these counts. Returns the checkpoint that includes it."""
-        model = counts.entropy_model()
-        tables = [[torch.from_numpy(table) for table in row] for row in model.tables]
-        weights = [[torch.from_numpy(weight) for weight in row] for row in model.weights]
+        model = self.entropy_model = counts.entropy_model()
         state = {"digits": model.digits, "ordered": model.ordered}
-        state |= {"tables": tables, "weights": weights}
+        for name, rows in (("tables", model.tables), ("weights", model.weights)):
+            state[name] = [[torch.from_numpy(array) for array in row] for row in rows]
         self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
-        self.entropy_model = model
         return self.checkpoint
 
     # --- image <-> indices ---------------------------------------------------------------
@@ -350,13 +348,3 @@ def _stages(stages: int | None, most: int, who: str) -> int:
     if stages is not None and not 1 <= stages <= most:
         raise ValueError(f"{stages} stages were asked for, but {who} {most}")
     return most if stages is None else stages
-
-
-def _load_entropy_model(state: dict) -> entropy.EntropyModel:
-    """The entropy model of a checkpoint."""
-    if "weights" not in state:
-        raise ValueError("the checkpoint's entropy model has an older layout: run fit again")
-    tables, weights = (
-        [[x.numpy() for x in row] for row in state[name]] for name in ("tables", "weights")
-    )
-    return entropy.EntropyModel(state["digits"], state["ordered"], tables, weights)

@@ -197,6 +197,7 @@ def test_tiles_cover_everything_once():
 FRESH = ("two", "image", "ema")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_decodes_identically(folder, tmp_path):
     """Another process, another number of threads; and the indices in a batch with other images."""
     code = (
@@ -384,6 +385,7 @@ print(outcomes["error"], outcomes["image"], growth // 1024)
 """
 
 
+@pytest.mark.slow
 def test_2400_mutations_give_an_error_or_an_image(folder):
     """In a process of its own, so that a crash, a hang and the peak of its memory are seen."""
     code = FUZZ.replace("CODED)", "True)")
