@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
                     argparse.BooleanOptionalAction if default is None else "store_true"
                 )
             elif isinstance(kind, tuple):
-                options |= {"choices": kind, "type": type(kind[0])}
+                options.update(type=type(kind[0]), choices=kind)
             else:
                 options["type"] = kind
             group.add_argument(*names.split(), default=default, **options).role = role

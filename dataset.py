@@ -152,6 +152,34 @@ def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | No
     return sorted(paths), other
 
 
+def find(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
+    """(file, its path below the folder that was given) of every input, in order.
+
+    Inputs are files, with any suffix, and folders, which are searched by `list_files`.
+
+    Raises:
+        ValueError: an input does not exist, or a folder holds no such file.
+    """
+    found = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            below, _ = list_files(path, suffixes)
+            if not below:
+                raise ValueError(f"folder {path} holds no file named {' '.join(suffixes)}")
+            found += [(path / file, Path(file)) for file in below]
+        elif path.is_file():
+            found.append((path, Path(path.name)))
+        else:
+            raise ValueError(f"{path} does not exist: give files or folders")
+    return found
+
+
+def some(items: Sequence, limit: int | None) -> list:
+    """At most `limit` of the items, evenly over all of them; all for None."""
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 class ImageFolderDataset(Dataset):
     """All images below a folder, nested in any way, in the order of their relative paths.
 

@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from checkpoint import is_of_a_file
 
@@ -243,6 +244,11 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if not self.deferred:
             raise Interrupted(f"stopped by {self.received} before the first step: nothing to save")
+
+
+def progress(items: Sequence, unit: str) -> Iterable:
+    """`items` with a progress bar on standard error, if that is a terminal."""
+    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
 
 
 def one_line(error: BaseException) -> str:

@@ -16,24 +16,26 @@ Layout, version 1. Integers and half floats are little-endian; bits are packed f
     then    payload
     last 4  CRC-32 (zlib's) of all bytes before
 
-so that a file is 27 bytes (31 entropy-coded) longer than statistics and payload. The image has
-P = ceil(height/f) x ceil(width/f) positions, row by row, for the model's downsampling factor f.
+A file is thus 27 bytes (31 if entropy-coded) longer than its statistics and payload. An image has
+P = ceil(height/f) x ceil(width/f) positions, in row-major order, for the model's downsampling
+factor f.
 
 Fixed-rate payload: all positions of stage 1, then of stage 2, to k. A stage of N codes takes
 
     - N a power of two: log2 N bits a position, the index with its highest bit first;
     - any other N: blocks of B = max(1, floor(32768 / log2 N)) positions, the last one shorter. A
       block of indices i_0 .. i_(n-1) is the integer sum of i_j N^j, written in ceil(n log2 N) bits:
-      less than one bit a block is lost, below 0.004 % for N up to 65,536.
+      less than one bit per block is lost, below 0.004 % for N up to 65,536.
 
-Stages and blocks follow each other without alignment; zero bits fill the last byte, once a file.
+Stages and blocks follow each other without alignment; zero bits fill the last byte of the payload.
 With powers of two this is exactly ceil(bits x P / 8) bytes.
 
-Entropy-coded payload: one ANS stream of the `constriction` package, as `entropy.py` has it.
+Entropy-coded payload: one ANS stream of the `constriction` package, specified in `entropy.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
@@ -54,7 +56,11 @@ BLOCK_BITS, CHUNK = 32768, 65536
 # ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Header:
-    """What stands before the statistics; `payload` is its length in bytes, None at fixed rate."""
+    """The fields before the statistics.
+
+    `width` and `height` are in pixels; `payload` is the length of an entropy-coded payload in
+    bytes, None at fixed rate.
+    """
 
     stages: int
     fingerprint: bytes
@@ -70,45 +76,37 @@ class Header:
 
 
 def check_size(width: int, height: int) -> None:
-    """ValueError for an image that is empty, or larger than MAX_PIXELS."""
+    """Raises ValueError for an image without pixels, or with more than MAX_PIXELS."""
     if width < 1 or height < 1:
-        raise ValueError(f"{width}x{height} pixels are no image")
+        raise ValueError(f"an image of {width}x{height} pixels is empty")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
 
 
 def write(header: Header, side: bytes, payload: bytes) -> bytes:
-    """A whole file. The header's `payload` and `flags` say whether the payload is entropy-coded."""
-    head = _HEAD.pack(
-        MAGIC,
-        VERSION,
-        header.flags,
-        header.stages,
-        header.fingerprint,
-        header.width,
-        header.height,
-    )
-    if header.flags & CODED:
-        head += struct.pack("<I", header.payload)
+    """The bytes of a file: header, statistics, payload, checksum."""
+    h = header
+    head = _HEAD.pack(MAGIC, VERSION, h.flags, h.stages, h.fingerprint, h.width, h.height)
+    if h.flags & CODED:
+        head += struct.pack("<I", h.payload)
     body = head + side + payload
     return body + struct.pack("<I", zlib.crc32(body))
 
 
 def read_header(data: bytes) -> Header:
-    """The header of a file, from its first 27 bytes or more; the checksum is not looked at.
+    """The header of a file, from its first 27 bytes or more; the checksum is not verified.
 
     Raises:
-        ValueError: no such file, a newer version, or cut off within the header.
+        ValueError: the file has another format or version, or ends within the header.
     """
     if not data:
         raise ValueError("is empty (zero bytes)")
     if data[:4] != MAGIC[: len(data)]:
-        raise ValueError(f"is no {MAGIC.decode()} file: it starts with {bytes(data[:4])!r}")
+        raise ValueError(f"is not an {MAGIC.decode()} file: it starts with {bytes(data[:4])!r}")
     if len(data) > 4 and data[4] != VERSION:
-        newer = data[4] > VERSION
-        what = "is of a newer version" if newer else "is of an unknown version"
-        raise ValueError(f"{what}, {data[4]}: this program reads version {VERSION}")
-    if len(data) < _HEAD.size + 4:
+        kind = "a newer" if data[4] > VERSION else "an unknown"
+        raise ValueError(f"has {kind} version, {data[4]}: this program reads version {VERSION}")
+    if len(data) < HEAD_BYTES:
         raise ValueError(f"is truncated: it ends within the header, after {len(data)} bytes")
     _, _, flags, stages, fingerprint, width, height = _HEAD.unpack(data[: _HEAD.size])
     payload = struct.unpack_from("<I", data, _HEAD.size)[0] if flags & CODED else None
@@ -124,16 +122,13 @@ def intact(data: bytes) -> bool:
 # Fixed rate
 # ---------------------------------------------------------------------------------------
 def payload_bytes(positions: int, sizes: Sequence[int]) -> int:
-    """Bytes of a fixed-rate payload, from the numbers of codes of the stages that are kept."""
-    return -(-sum(_stage_bits(positions, size) for size in sizes) // 8)
-
-
-def _stage_bits(positions: int, size: int) -> int:
-    if _power_of_two(size):
-        return positions * (size.bit_length() - 1)
-    block = _block(size)
-    whole, rest = divmod(positions, block)
-    return whole * _integer_bits(size, block) + _integer_bits(size, rest)
+    """Bytes of a fixed-rate payload, from the numbers of codes of its stages."""
+    bits = 0
+    for size in sizes:
+        block = _block(size)
+        whole, rest = divmod(positions, block)
+        bits += whole * _bits(size, block) + _bits(size, rest)
+    return -(-bits // 8)
 
 
 def _power_of_two(size: int) -> bool:
@@ -141,12 +136,14 @@ def _power_of_two(size: int) -> bool:
 
 
 def _block(size: int) -> int:
-    """Positions whose indices make one integer."""
-    return max(1, int(BLOCK_BITS / math.log2(size)))
+    """Indices that are packed at a time; for N no power of two, those that make one integer."""
+    return CHUNK if _power_of_two(size) else max(1, int(BLOCK_BITS / math.log2(size)))
 
 
-def _integer_bits(size: int, count: int) -> int:
-    """Bits of `count` indices as one integer: ceil(count log2 size), exactly."""
+def _bits(size: int, count: int) -> int:
+    """Bits of a block of `count` indices: ceil(count log2 size), exactly."""
+    if _power_of_two(size):
+        return count * (size.bit_length() - 1)
     return (size**count - 1).bit_length()
 
 
@@ -154,16 +151,14 @@ def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
     """Indices (positions, stages) -> the fixed-rate payload.
 
     Raises:
-        ValueError: for an index out of range.
+        ValueError: an index is out of range.
     """
     out, rest = bytearray(), np.empty(0, np.uint8)
     for column, size in zip(indices.T, sizes, strict=True):
-        if len(column) and not 0 <= int(column.min()) <= int(column.max()) < size:
+        if not 0 <= int(column.min()) <= int(column.max()) < size:
             raise ValueError(f"indices must be from 0 to {size - 1}")
-        step = CHUNK if _power_of_two(size) else _block(size)
-        for start in range(0, len(column), step):
-            bits = _to_bits(column[start : start + step], size)
-            bits = np.concatenate([rest, bits])
+        for start in range(0, len(column), _block(size)):
+            bits = np.concatenate([rest, _to_bits(column[start : start + _block(size)], size)])
             whole = len(bits) // 8 * 8
             out += np.packbits(bits[:whole]).tobytes()
             rest = bits[whole:]
@@ -174,87 +169,77 @@ def unpack(payload: bytes, positions: int, sizes: Sequence[int]) -> np.ndarray:
     """The inverse of `pack`: indices (positions, stages), int64.
 
     Raises:
-        ValueError: if the length is wrong, a value out of range, or a padding bit set.
+        ValueError: the length is wrong, a value is out of range, or a padding bit is set.
     """
     wanted = payload_bytes(positions, sizes)
     if len(payload) != wanted:
         raise ValueError(f"the payload has {len(payload)} bytes, not {wanted}")
     data = np.frombuffer(payload, np.uint8)
     indices = np.empty((positions, len(sizes)), np.int64)
-    place = 0
+    place = 0  # in bits
     for stage, size in enumerate(sizes):
-        step = CHUNK if _power_of_two(size) else _block(size)
-        for start in range(0, positions, step):
-            count = min(step, positions - start)
-            length = _stage_bits(count, size)
-            bits = np.unpackbits(data[place // 8 : -(-(place + length) // 8)])
-            bits = bits[place % 8 : place % 8 + length]
+        for start in range(0, positions, _block(size)):
+            count = min(_block(size), positions - start)
+            end = place + _bits(size, count)
+            bits = np.unpackbits(data[place // 8 : -(-end // 8)])[place % 8 :][: end - place]
             indices[start : start + count, stage] = _from_bits(bits, count, size)
-            place += length
+            place = end
     if place % 8 and data[-1] & (0xFF >> place % 8):
         raise ValueError("a padding bit after the last index is set")
     return indices
 
 
+def _groups(size: int) -> np.ndarray:
+    """Place values (1, N, N^2, ...) of as many indices as fit 62 bits, for N no power of two."""
+    return np.array([size**j for j in range(max(1, int(62 / math.log2(size))))], np.int64)
+
+
+_power = functools.lru_cache(maxsize=64)(pow)
+
+
+def _join(digits: list[int], base: int) -> int:
+    """The sum of digit_j base^j, by halves: Python multiplies long integers in quadratic time."""
+    if len(digits) == 1:
+        return digits[0]
+    half = 2 ** ((len(digits) - 1).bit_length() - 1)
+    return _join(digits[:half], base) + _join(digits[half:], base) * _power(base, half)
+
+
+def _split(number: int, base: int, count: int) -> list[int]:
+    """The inverse of `_join`: `count` digits."""
+    if count == 1:
+        return [number]
+    half = 2 ** ((count - 1).bit_length() - 1)
+    high, low = divmod(number, _power(base, half))
+    return _split(low, base, half) + _split(high, base, count - half)
+
+
 def _to_bits(column: np.ndarray, size: int) -> np.ndarray:
-    """The bits, 0 and 1, of a chunk or block of one stage."""
+    """The bits, 0 and 1, of a block of indices (count,) of one stage."""
     if _power_of_two(size):
         width = size.bit_length() - 1
-        octets = column.astype(">u8").view(np.uint8).reshape(len(column), 8)
-        skip = 8 - -(-width // 8)  # octets that are zero
-        bits = np.unpackbits(np.ascontiguousarray(octets[:, skip:]), axis=1)
-        return bits[:, bits.shape[1] - width :].reshape(-1)
-    # Groups that fit 62 bits at once in numpy, then neighbours pairwise: (a, b) -> a + b base.
-    group = max(1, int(62 / math.log2(size)))
-    padded = np.zeros(-(-len(column) // group) * group, np.int64)
-    padded[: len(column)] = column
-    digits = padded.reshape(-1, group)
-    values = digits[:, -1].copy()
-    for digit in digits[:, -2::-1].T:
-        values = values * size + digit
-    numbers, base = values.tolist(), size**group
-    while len(numbers) > 1:
-        odd = numbers[-1:] if len(numbers) % 2 else []
-        pairs = zip(numbers[::2], numbers[1::2], strict=False)
-        numbers = [a + b * base for a, b in pairs] + odd
-        base *= base
-    length = _integer_bits(size, len(column))
-    octets = numbers[0].to_bytes(-(-length // 8), "big")
+        octets = column.astype(">u8").view(np.uint8).reshape(-1, 8)
+        return np.unpackbits(octets, axis=1)[:, 64 - width :].reshape(-1)
+    # numpy adds up the indices of a group; Python's integers, which have any length, the groups.
+    places = _groups(size)
+    padded = np.pad(column, (0, -len(column) % len(places)))
+    groups = padded.reshape(-1, len(places)) @ places
+    number = _join(groups.tolist(), size ** len(places))
+    length = _bits(size, len(column))
+    octets = number.to_bytes(-(-length // 8), "big")
     return np.unpackbits(np.frombuffer(octets, np.uint8))[-length % 8 :]
 
 
 def _from_bits(bits: np.ndarray, count: int, size: int) -> np.ndarray:
     """The inverse of `_to_bits`: `count` indices."""
     if _power_of_two(size):
-        width = size.bit_length() - 1
-        octets = -(-width // 8)
-        padded = np.zeros((count, 8 * octets), np.uint8)
-        padded[:, 8 * octets - width :] = bits.reshape(count, width)
-        whole = np.zeros((count, 8), np.uint8)
-        whole[:, 8 - octets :] = np.packbits(padded, axis=1)
-        return whole.view(">u8")[:, 0].astype(np.int64)
-    lead = np.zeros(-len(bits) % 8, np.uint8)
-    number = int.from_bytes(np.packbits(np.concatenate([lead, bits])).tobytes(), "big")
+        padded = np.zeros((count, 64), np.uint8)
+        padded[:, 64 - size.bit_length() + 1 :] = bits.reshape(count, -1)
+        return np.packbits(padded, axis=1).view(">u8")[:, 0].astype(np.int64)
+    padded = np.pad(bits, (-len(bits) % 8, 0))
+    number = int.from_bytes(np.packbits(padded).tobytes(), "big")
     if number >= size**count:
         raise ValueError(f"a block of indices is out of range for {size} codes")
-    group = max(1, int(62 / math.log2(size)))
-    groups = -(-count // group)
-    bases = [size**group]
-    while 2 ** len(bases) < groups:
-        bases.append(bases[-1] ** 2)
-    # The tree that `_to_bits` climbed, downwards: (how many groups it holds, number).
-    nodes = [(groups, number)]
-    for level in range(len(bases) - 1, -1, -1):
-        below = []
-        for held, value in nodes:
-            if held > 2**level:
-                high, low = divmod(value, bases[level])
-                below += [(2**level, low), (held - 2**level, high)]
-            else:
-                below.append((held, value))
-        nodes = below
-    values = np.array([value for _, value in nodes], np.int64)
-    digits = np.empty((groups, group), np.int64)
-    for j in range(group):
-        values, digits[:, j] = np.divmod(values, size)
-    return digits.reshape(-1)[:count]
+    places = _groups(size)
+    groups = _split(number, size ** len(places), -(-count // len(places)))
+    return (np.array(groups, np.int64)[:, None] // places % size).reshape(-1)[:count]

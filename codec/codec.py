@@ -4,10 +4,10 @@
                                                      |
     image (H,W,3) <--tiles-- codes <--quantizer------+
 
-The image is padded by reflection, at the right and the bottom, to multiples of the model's f. One
-that is not larger than a tile goes through the network in one piece: what is decoded is
+The image is padded by reflection, on the right and at the bottom, to multiples of the model's f. An
+image of at most one tile goes through the network in one piece: it decodes to
 `model.decode(model.encode(image))`, bit for bit. A larger one goes through in tiles that overlap by
-more than the network's reach, so that memory is bounded and no seam can be seen.
+more than the network's reach, so that memory is bounded and no seam is visible.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import util
 from arguments import architecture_flags
 from codec import bitstream, entropy
-from model import load_model
-from quantizers import Quantizer
+from codec.tiles import in_pixels, reach, tiles
+from model import VQVAE, load_model
+from quantizers import Quantized, Quantizer
 
 ENTROPY_MODEL = "entropy_model"  # its key in a checkpoint
 
@@ -36,20 +36,21 @@ class Codec:
     """A checkpoint as a codec.
 
     Args:
-        checkpoint: `last.pt`, `best.pt`, or what `compress.py fit` wrote.
-        device: where the network runs, in plain float32.
-        tile: pixels a side that go through the network at once, a multiple of f or rounded up.
+        checkpoint: `last.pt`, `best.pt`, or the output of `compress.py fit`.
+        device: where the network runs, in float32 (no TF32).
+        tile: side, in pixels, of what goes through the network at once; rounded up to a multiple
+            of f.
 
     Attributes:
         model: the model, in evaluation mode.
-        stages: how many stages the model has.
-        bits: bits of a position, statistics of the image aside.
-        fingerprint: 8 bytes, of the model's architecture and all that decoding depends on.
+        stages: number of stages of the model.
+        bits: bits per position, without image statistics.
+        fingerprint: 8 bytes that identify the architecture and all that decoding depends on.
         entropy_model: the `EntropyModel` of the checkpoint, or None.
-        seconds: time spent so far in the `network` (and quantizer) and in `packing`.
+        seconds: time spent so far in the `network` (with the quantizer) and in `packing`.
 
     Raises:
-        ValueError: one line, if the file is no checkpoint.
+        ValueError: the file is not a checkpoint, or its entropy model does not fit.
     """
 
     def __init__(
@@ -62,23 +63,23 @@ class Codec:
         quantizer = self.model.quantizer
         self.sizes = quantizer.codebook_sizes
         self.stages, self.bits = quantizer.stages, quantizer.bits
-        # 2 half floats for each channel and stage, where there are any.
+        # Per stage; each is stored as a half float.
         self.side_values = round(quantizer.side_bits / 16 / self.stages)
         self.tile = -(-max(1, tile) // self.model.f)  # in positions
         self.fingerprint = _fingerprint(self.model, self.checkpoint["args"])
-        self.entropy_model = None
+        self.entropy_model: entropy.EntropyModel | None = None
         if ENTROPY_MODEL in self.checkpoint:
-            self.entropy_model = _load_entropy_model(self.checkpoint[ENTROPY_MODEL], self.sizes)
+            self.entropy_model = entropy.EntropyModel.from_state(self.checkpoint[ENTROPY_MODEL])
         self.seconds = {"network": 0.0, "packing": 0.0}
 
-    # --- bytes ---------------------------------------------------------------------------
+    # --- image <-> bytes -----------------------------------------------------------------
     def encode(
         self, image: np.ndarray, stages: int | None = None, entropy_coding: bool = False
     ) -> bytes:
         """uint8 (H, W, 3) -> the bytes of a file, of the first `stages` stages (default: all).
 
         Raises:
-            ValueError: for an image or number of stages that cannot be, or no entropy model.
+            ValueError: the image or the number of stages is invalid, or there is no entropy model.
         """
         self.check_stages(stages)
         if entropy_coding:
@@ -90,20 +91,22 @@ class Codec:
         """The bytes of a file -> uint8 (H, W, 3), from the first `stages` stages (default: all).
 
         Raises:
-            ValueError: one line, without a name in front, that says what is wrong with the file.
+            ValueError: what is wrong with the file, as a sentence whose subject is left out: put
+                the name of the file in front.
         """
         indices, statistics, size = self.read(data, stages)
         return self.decode_indices(indices, statistics, size)
 
+    # --- indices <-> bytes ---------------------------------------------------------------
     def write(
         self,
         indices: np.ndarray,
         statistics: np.ndarray | None,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         stages: int | None = None,
         entropy_coding: bool = False,
     ) -> bytes:
-        """What `encode_indices` gave, and the image's height and width, -> the bytes of a file."""
+        """The result of `encode_indices` and the image's (height, width) -> the bytes of a file."""
         start = time.perf_counter()
         k = self.check_stages(stages)
         kept = indices[..., :k]
@@ -124,27 +127,26 @@ class Codec:
     ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
         """The bytes of a file -> indices (h, w, k), statistics (k, 2, C) or None, (height, width).
 
-        Nothing is allocated before the header's claims are known to fit the length of the data.
+        Nothing is allocated before the length of the data is known to agree with the header.
         """
         start = time.perf_counter()
         header = self.check(data)
-        k = _stages(stages, header.stages, "the file holds")
-        f, kept = self.model.f, header.stages
-        shape = (-(-header.height // f), -(-header.width // f))
+        kept, k = header.stages, _stages(stages, header.stages, "the file holds")
         end = header.size + 2 * kept * self.side_values
-        side, payload = data[header.size : end], data[end:-4]
+        payload = data[end:-4]
         statistics = None
         if self.side_values:
-            statistics = np.frombuffer(side, "<f2").reshape(kept, 2, -1)[:k]
+            statistics = np.frombuffer(data[header.size : end], "<f2").reshape(kept, 2, -1)[:k]
             if not (np.isfinite(statistics).all() and (statistics[:, 1] > 0).all()):
                 raise ValueError(
                     "is damaged: its image statistics are not positive, finite numbers"
                 )
+        shape = self.grid(header)
         try:
             if header.flags & bitstream.CODED:
-                indices = self.entropy_model.decode(payload, shape, kept)
+                indices = self.check_entropy_model().decode(payload, shape, kept)
             else:
-                indices = bitstream.unpack(payload, shape[0] * shape[1], self.sizes[:kept])
+                indices = bitstream.unpack(payload, math.prod(shape), self.sizes[:kept])
         except ValueError as error:
             raise ValueError(f"is damaged: {error}") from error
         self.seconds["packing"] += time.perf_counter() - start
@@ -154,7 +156,7 @@ class Codec:
         """The header of a file of this model.
 
         Raises:
-            ValueError: for anything that is wrong with it, its length or its checksum.
+            ValueError: the header, the length or the checksum is wrong.
         """
         header = bitstream.read_header(data)
         known = header.fingerprint == self._mark(header.flags)
@@ -162,11 +164,12 @@ class Codec:
             try:
                 bitstream.check_size(header.width, header.height)
             except ValueError as error:
-                raise ValueError(f"claims a size that cannot be: {error}") from error
+                raise ValueError(f"has an invalid size in its header: {error}") from error
         if not bitstream.intact(data):
             if known and len(data) < (wanted := self.length(header)):
                 raise ValueError(
-                    f"is truncated or damaged: {len(data)} bytes, of {wanted} that its header says"
+                    f"is truncated or damaged: {len(data)} of the {wanted} bytes that its header "
+                    "says"
                 )
             raise ValueError("is damaged: its checksum is wrong")
         if header.flags & ~bitstream.CODED:
@@ -177,125 +180,119 @@ class Codec:
             raise ValueError(f"claims {header.stages} stages: the model has {self.stages}")
         if len(data) != (wanted := self.length(header)):
             raise ValueError(f"has {len(data)} bytes, but its header says {wanted}")
-        if header.flags & bitstream.CODED:
-            self.entropy_model.check_length(header.payload, self.positions(header), header.stages)
+        if header.payload is not None:
+            positions = math.prod(self.grid(header))
+            self.check_entropy_model().check_length(header.payload, positions, header.stages)
         return header
 
-    def positions(self, header: bitstream.Header) -> int:
-        """Latent positions of the image that a header describes."""
-        return -(-header.height // self.model.f) * -(-header.width // self.model.f)
-
-    def length(self, header: bitstream.Header) -> int:
-        """Bytes of the file that a header begins."""
-        payload = header.payload
-        if payload is None:
-            sizes = self.sizes[: header.stages]
-            payload = bitstream.payload_bytes(self.positions(header), sizes)
-        return header.size + 2 * header.stages * self.side_values + payload + 4
-
     def check_claim(self, head: bytes, size: int) -> None:
-        """ValueError if a file of `size` bytes that begins with `head` is not worth reading."""
+        """Raises ValueError if a file that begins with `head` cannot have `size` bytes."""
         header = bitstream.read_header(head)
         known = header.fingerprint == self._mark(header.flags)
         limit = self.length(header) if known else bitstream.MAX_PIXELS
         if size > limit:
             raise ValueError(f"is damaged: it has {size} bytes, more than the {limit} it can have")
 
+    def grid(self, header: bitstream.Header) -> tuple[int, int]:
+        """Latent positions (h, w) of the image that a header describes."""
+        return -(-header.height // self.model.f), -(-header.width // self.model.f)
+
+    def length(self, header: bitstream.Header) -> int:
+        """Bytes of the file that a header begins."""
+        payload = header.payload
+        if payload is None:
+            sizes = self.sizes[: header.stages]
+            payload = bitstream.payload_bytes(math.prod(self.grid(header)), sizes)
+        return header.size + 2 * header.stages * self.side_values + payload + 4
+
+    def check_stages(self, stages: int | None) -> int:
+        """The number of stages that a file shall hold, all for None; ValueError for too many."""
+        return _stages(stages, min(self.stages, 255), "the model has")
+
     def _mark(self, flags: int) -> bytes:
-        """The fingerprint for a header: the model's, and its entropy model's where that is used."""
+        """The fingerprint in a header; an entropy-coded file depends on the entropy model too."""
         if not flags & bitstream.CODED:
             return self.fingerprint
         if self.entropy_model is None:
             return b""
         return hashlib.sha256(self.fingerprint + self.entropy_model.digest).digest()[:8]
 
-    def fit(self, counts: entropy.Counts) -> dict:
-        """The checkpoint with an entropy model of these counts, which `decode` accepts from now."""
-        model = counts.entropy_model()
-        tables = [[torch.from_numpy(table) for table in row] for row in model.tables]
-        weights = [[torch.from_numpy(weight) for weight in row] for row in model.weights]
-        state = {"digits": model.digits, "ordered": model.ordered}
-        state |= {"tables": tables, "weights": weights}
-        self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
-        self.entropy_model = model
-        return self.checkpoint
-
-    def counts(self) -> entropy.Counts:
-        """Empty counts for this model's indices."""
-        return entropy.Counts(self.sizes, channel_levels(self.model.quantizer))
-
     def _stranger(self, header: bitstream.Header) -> str:
-        if not header.flags & bitstream.CODED:
-            return "was written with another model: give the checkpoint that encoded it"
-        if self.entropy_model is None:
+        """The message about a file with another fingerprint."""
+        coded = header.flags & bitstream.CODED
+        if coded and self.entropy_model is None:
             return (
                 "is entropy-coded, and the checkpoint has no entropy model: give the one that "
                 "encoded it (from `compress.py fit`)"
             )
-        return (
-            "was written with another model or entropy model: give the checkpoint that encoded it"
-        )
+        model = "model or entropy model" if coded else "model"
+        return f"was written with another {model}: give the checkpoint that encoded it"
 
+    # --- the entropy model ---------------------------------------------------------------
     def check_entropy_model(self) -> entropy.EntropyModel:
+        """The entropy model; ValueError if there is none."""
         if self.entropy_model is None:
             raise ValueError(
                 "the checkpoint has no entropy model: run `compress.py fit` on training images"
             )
         return self.entropy_model
 
-    def check_stages(self, stages: int | None) -> int:
-        """How many stages a file shall hold: all for None; ValueError for more than there are."""
-        return _stages(stages, min(self.stages, 255), "the model has")
+    def counts(self) -> entropy.Counts:
+        """Empty counts for this model's indices."""
+        return entropy.Counts(self.sizes, channel_levels(self.model.quantizer))
 
-    # --- indices -------------------------------------------------------------------------
+    def fit(self, counts: entropy.Counts) -> dict:
+        """Use the entropy model of these counts. Returns the checkpoint that includes it."""
+        model = self.entropy_model = counts.entropy_model()
+        state = {"digits": model.digits, "ordered": model.ordered}
+        for name, rows in (("tables", model.tables), ("weights", model.weights)):
+            state[name] = [[torch.from_numpy(array) for array in row] for row in rows]
+        self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
+        return self.checkpoint
+
+    # --- image <-> indices ---------------------------------------------------------------
     @torch.inference_mode()
     def encode_indices(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 (H, W, 3) -> indices (h, w, stages), int64, and statistics (stages, 2, C) or None.
 
-        A quantizer without side information works tile by tile; one with it sees the whole latent,
-        as the statistics are of the image.
+        The quantizer works tile by tile, unless it has side information: then it gets the whole
+        latent, because the statistics are those of the image.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"images are uint8 (height, width, 3), not {image.dtype} {image.shape}"
             )
         start = time.perf_counter()
-        height, width = image.shape[:2]
+        (height, width), model, f = image.shape[:2], self.model, self.model.f
         bitstream.check_size(width, height)
-        model, f = self.model, self.model.f
-        padding = [(0, -height % f), (0, -width % f), (0, 0)]
-        if -height % f or -width % f:
+        if height % f or width % f:
             # numpy reflects as often as is needed, and repeats the edge of a single pixel.
-            image = np.pad(image, padding, mode="reflect")
+            image = np.pad(image, [(0, -height % f), (0, -width % f), (0, 0)], mode="reflect")
         shape = (image.shape[0] // f, image.shape[1] // f)
-        margin = _reach(model.encoder)
-        whole = latent = None
-        for (top, bottom, left, right), outer in tiles(shape, self.tile, margin):
-            cut = image[outer[0] * f : outer[1] * f, outer[2] * f : outer[3] * f]
-            pixels = torch.from_numpy(np.array(cut)).to(
-                self.device
-            )  # a copy: torch warns of read-only
-            z = model.to_latent(pixels.permute(2, 0, 1)[None].float() / 255)
-            z = z[..., top - outer[0] : bottom - outer[0], left - outer[2] : right - outer[2]]
-            if self.side_values:
-                if latent is None:
-                    latent = z.new_empty(*z.shape[:2], *shape)
-                latent[..., top:bottom, left:right] = z
-            else:
-                if whole is None:
-                    whole = np.empty((*shape, self.stages), np.int64)
-                whole[top:bottom, left:right] = self._indices(model.quantizer(z)[1])
-        statistics = None
+        indices = np.empty((*shape, self.stages), np.int64)
+        latent = statistics = None
         if self.side_values:
-            _, indices, _, side = model.quantizer(latent)
-            whole, statistics = self._indices(indices), side[0].cpu().numpy()
+            latent = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
+        for core, outer, inner in tiles(shape, self.tile, reach(model.encoder)):
+            # Copies, here and below: torch shares the memory, and warns if it is read-only.
+            pixels = torch.from_numpy(image[in_pixels(outer, f)].copy()).to(self.device)
+            z = model.to_latent(pixels.permute(2, 0, 1)[None].float() / 255)[(..., *inner)]
+            if latent is None:
+                indices[core] = self._to_numpy(Quantized(*model.quantizer(z)).indices)
+            else:
+                latent[(..., *core)] = z
+        if latent is not None:
+            quantized = Quantized(*model.quantizer(latent))
+            indices = self._to_numpy(quantized.indices)
+            if quantized.statistics is not None:
+                statistics = quantized.statistics[0].cpu().numpy()
         self.seconds["network"] += time.perf_counter() - start
-        return whole, statistics
+        return indices, statistics
 
-    def _indices(self, indices: Tensor) -> np.ndarray:
+    def _to_numpy(self, indices: Tensor) -> np.ndarray:
         """(1, h, w[, stages]) -> (h, w, stages)."""
-        indices = indices[0].cpu().numpy()
-        return indices if self.model.quantizer.stage_axis else indices[..., None]
+        array = indices[0].cpu().numpy()
+        return array if self.model.quantizer.stage_axis else array[..., None]
 
     @torch.inference_mode()
     def decode_indices(
@@ -307,63 +304,35 @@ class Codec:
         side = ()
         if statistics is not None:
             side = (torch.tensor(statistics.astype(np.float32), device=self.device)[None],)
+        if not model.quantizer.stage_axis:
+            indices = indices[..., 0]
         image = np.empty((*size, 3), np.uint8)
-        margin = _reach(model.decoder)
-        for (top, bottom, left, right), outer in tiles(indices.shape[:2], self.tile, margin):
-            cut = indices[outer[0] : outer[1], outer[2] : outer[3]]
-            cut = cut if model.quantizer.stage_axis else cut[..., 0]
-            tokens = torch.from_numpy(np.array(cut)).to(self.device)[None]
+        for core, outer, inner in tiles(indices.shape[:2], self.tile, reach(model.decoder)):
+            tokens = torch.from_numpy(indices[outer].copy()).to(self.device)[None]
             pixels = model.decode(tokens, *side)[0].clamp(0, 1).mul(255).round()
-            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            y, x = (top - outer[0]) * f, (left - outer[2]) * f
-            part = image[top * f : bottom * f, left * f : right * f]
-            part[:] = pixels[y : y + part.shape[0], x : x + part.shape[1]]
+            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()[in_pixels(inner, f)]
+            part = image[in_pixels(core, f)]  # smaller where the image was padded
+            part[:] = pixels[: part.shape[0], : part.shape[1]]
         self.seconds["network"] += time.perf_counter() - start
         return image
 
 
-def _stages(stages: int | None, most: int, who: str) -> int:
-    if stages is not None and not 1 <= stages <= most:
-        raise ValueError(f"{stages} stages are not there: {who} {most}")
-    return most if stages is None else stages
-
-
-def _load_entropy_model(state: dict, sizes: list[int]) -> entropy.EntropyModel:
-    """The entropy model of a checkpoint; ValueError if it is not of stages of these sizes."""
-    if "weights" not in state:
-        raise ValueError("the checkpoint's entropy model is of an older layout: run fit again")
-    tables, weights = (
-        [[x.numpy() for x in row] for row in state[name]] for name in ("tables", "weights")
-    )
-    model = entropy.EntropyModel(state["digits"], state["ordered"], tables, weights)
-    if [math.prod(row) for row in model.digits] != list(sizes):
-        raise ValueError("the checkpoint's entropy model is of other codebooks: run fit again")
-    return model
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of two uint8 images (H, W, 3), peak 255; infinite for equal ones."""
+    # Row by row: a large image as integers would take four times its memory.
+    square = sum(int(np.square(x.astype(np.int32) - y).sum()) for x, y in zip(a, b, strict=True))
+    return 10 * math.log10(255**2 * a.size / square) if square else math.inf
 
 
 def channel_levels(quantizer: Quantizer) -> list[int] | None:
     """Levels of the channels that an index of any stage is made of, lowest digit first, or None."""
     levels = getattr(quantizer, "levels", None)
     if levels is None and {*quantizer.codebook_sizes} == {2**quantizer.dim}:
-        levels = [2] * quantizer.dim  # one bit a channel
+        levels = [2] * quantizer.dim  # one bit per channel
     return levels
 
 
-def _reach(network: nn.Module) -> int:
-    """Positions beyond which a pixel of the network's input or output has no influence.
-
-    Every convolution works at the latent's resolution or a finer one, so that it reaches at most
-    (kernel - 1) x dilation positions.
-    """
-    convolutions = (nn.Conv2d, nn.ConvTranspose2d)
-    return sum(
-        (max(layer.kernel_size) - 1) * max(layer.dilation)
-        for layer in network.modules()
-        if isinstance(layer, convolutions)
-    )
-
-
-def _fingerprint(model: nn.Module, flags: dict) -> bytes:
+def _fingerprint(model: VQVAE, flags: dict) -> bytes:
     """8 bytes of a SHA-256 over the flags of the architecture, the decoder and the quantizer."""
     digest = hashlib.sha256()
     shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
@@ -375,23 +344,7 @@ def _fingerprint(model: nn.Module, flags: dict) -> bytes:
     return digest.digest()[:8]
 
 
-def tiles(
-    shape: tuple[int, int], tile: int, margin: int
-) -> Iterator[tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]:
-    """Cores that cover `shape`, and what goes through the network for each of them.
-
-    Both are (top, bottom, left, right), in positions; the second is larger by `margin` on each side
-    that is not the image's own.
-    """
-    height, width = shape
-    for top in range(0, height, tile):
-        bottom = min(top + tile, height)
-        for left in range(0, width, tile):
-            right = min(left + tile, width)
-            outer = (
-                max(0, top - margin),
-                min(height, bottom + margin),
-                max(0, left - margin),
-                min(width, right + margin),
-            )
-            yield (top, bottom, left, right), outer
+def _stages(stages: int | None, most: int, who: str) -> int:
+    if stages is not None and not 1 <= stages <= most:
+        raise ValueError(f"{stages} stages were asked for, but {who} {most}")
+    return most if stages is None else stages

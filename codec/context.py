@@ -1,42 +1,49 @@
-"""The contexts of `entropy.py`: what a digit's frequencies may depend on.
+"""The contexts of `entropy.py`: what the frequencies of a digit depend on.
 
-A context is made of what the decoder already has. For channels, whose digits have an order, that is
+A context is a function of what the decoder already has. Where the digits are channels, whose values
+have an order, it is made of
 
-    lattice     positions come coarse to fine, so that nearly all have four decoded neighbours: the
-                grid of every 16th row and column, then for s = 8, 4, 2, 1 the centres of its
-                squares (neighbours (+-s, +-s)), then the midpoints of its edges ((+-s, 0) and
-                (0, +-s)), horizontal edges first; in three classes (s = 1 by edge, s = 1 by
-                corner, farther).
-    prediction  the digit by a linear regression, one for each class, on these four neighbours and
-                on the digits of all earlier channels and stages, at the position and at the four
-                beside it; in steps.
-    activity    how much the four neighbours differ, and how much the last four channels before
-                differ between this position and those beside it; each in six steps.
+    lattice     Positions are coded coarse to fine, so that nearly all of them have four decoded
+                neighbours: first the grid of every 16th row and column; then, for s = 8, 4, 2, 1,
+                the centres of its squares (neighbours (+-s, +-s)) and the midpoints of its edges
+                (neighbours (+-s, 0) and (0, +-s)), horizontal edges first. Positions have three
+                classes: s = 1 by edge, s = 1 by corner, and farther.
+    prediction  A linear regression of the digit, one for each class, on the digit at these four
+                neighbours and on the digits of all earlier channels and stages, at the position
+                and at the four positions around it; quantized to steps.
+    activity    How much the digit differs between the four neighbours, and how much the last four
+                known channels differ between the position and those around it; each in six steps.
 
-For the digits of bit fields it is the digits of the same index that came before. Predictions are
-sums of integers in float64: exact, and so the same on every machine.
+Where the digits are bit fields, the context is the earlier digits of the same index. Predictions
+are sums of integers in float64, which are exact and therefore the same on every machine.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-MAX_ENTRIES = 2**19  # of a digit's table
-CLASSES, STEPS = 3, 48  # of positions; of a prediction, at most
+MAX_ENTRIES = 2**19  # in the table of a digit
+CLASSES, STEPS = 3, 48  # classes of positions; most steps of a prediction
 EDGES = (4, 10, 20, 40, 80)  # between the steps of an activity
-LAPLACIANS = 4  # channels before, that activity looks at
-UNIT = 2**12  # of the regressions' integers
+LAPLACIANS = 4  # known channels that the activity is measured on
+UNIT = 2**12  # the integer that stands for a regression weight of 1
 AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
-COARSEST = 16  # rows and columns between the positions of the lattice's first pass
+COARSEST = 16  # rows and columns between the positions of the first pass
 
 
+# ---------------------------------------------------------------------------------------
+# The order of positions
+# ---------------------------------------------------------------------------------------
 class Pass(NamedTuple):
-    """Some positions of a grid: rows and columns (n,), the four neighbours of each (4, 2, n),
-    their class (n,), and how many positions at the front have no neighbours."""
+    """Positions of a grid that are coded together.
+
+    Rows and columns (n,), the four neighbours of each (4, 2, n), their class (n,), and the number
+    of positions, at the front, that have no neighbours.
+    """
 
     rows: np.ndarray
     columns: np.ndarray
@@ -49,24 +56,25 @@ class Pass(NamedTuple):
 def lattice(height: int, width: int) -> list[Pass]:
     """The passes of a grid. Every position is in exactly one, its neighbours in earlier ones.
 
-    A neighbour outside the grid is replaced by the one opposite; where both are, by the other pair.
+    A neighbour outside the grid is replaced by the opposite one; if both are outside, by the other
+    pair.
     """
 
     def grid(top: int, left: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, columns = (
-            np.arange(*x, step, dtype=np.int32) for x in ((top, height), (left, width))
-        )
+        rows = np.arange(top, height, step, dtype=np.int32)
+        columns = np.arange(left, width, step, dtype=np.int32)
         return np.repeat(rows, len(columns)), np.tile(columns, len(rows))
 
     def sides(x: np.ndarray, half: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.where(x >= half, x - half, x + half), x + half
         return low, np.where(high < limit, high, x - half)
 
-    def one(rows, columns, pairs, kind: int) -> Pass:
-        return Pass(rows, columns, np.array(pairs, np.int32), np.full(len(rows), kind, np.int8), 0)
+    def one(rows, columns, pairs, kind: int, alone: int = 0) -> Pass:
+        kinds = np.full(len(rows), kind, np.int8)
+        return Pass(rows, columns, np.array(pairs, np.int32), kinds, alone)
 
     rows, columns = grid(0, 0, COARSEST)
-    passes = [one(rows, columns, [(rows, columns)] * 4, 2)._replace(alone=len(rows))]
+    passes = [one(rows, columns, [(rows, columns)] * 4, 2, alone=len(rows))]
     half = COARSEST // 2
     while half:
         rows, columns = grid(half, half, 2 * half)
@@ -83,46 +91,58 @@ def lattice(height: int, width: int) -> list[Pass]:
                 left_right = up_down
             passes.append(one(rows, columns, [*up_down, *left_right], 0 if half == 1 else 2))
         half //= 2
-    return [step for step in passes if len(step.rows)]
+    return [scan for scan in passes if len(scan.rows)]
 
 
 @functools.lru_cache(maxsize=1)
 def whole_lattice(height: int, width: int) -> Pass:
-    """All passes after each other, for one who knows all the indices."""
+    """All passes in one, in their order, for use where all indices are known."""
     rows, columns, neighbours, kind, alone = zip(*lattice(height, width), strict=True)
-    joined = (np.concatenate(x, axis=-1) for x in (rows, columns, neighbours, kind))
-    return Pass(*joined, sum(alone))
+    return Pass(
+        np.concatenate(rows),
+        np.concatenate(columns),
+        np.concatenate(neighbours, axis=-1),
+        np.concatenate(kind),
+        sum(alone),
+    )
 
 
+# ---------------------------------------------------------------------------------------
+# Stages and their digits
+# ---------------------------------------------------------------------------------------
 class Stage:
-    """The contexts of one stage's digits.
-
-    A context is made of two parts, (sums, depth): rare ones lean on those of the same first part.
+    """How the index of one stage is split into digits, and how many contexts each digit has.
 
     Args:
         digits: alphabet of each digit, lowest first.
         ordered: whether the digits are channels, whose values have an order.
-        earlier: digits of all the stages before, together.
+        earlier: number of digits of all earlier stages together.
+
+    Attributes:
+        contexts: for each digit (coarse, fine): the number of coarse contexts, and of contexts
+            within each of them. Sparse contexts back off to their coarse context.
     """
 
     def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
         self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
-        self.sums, self.chains, self.steps = [], [], []
+        self.contexts: list[tuple[int, int]] = []
+        self.steps: list[int] = []  # of the predictions
+        self.chains: list[range] = []  # earlier digits that make up the context of a bit field
         for place, size in enumerate(self.digits):
-            depth, first = 1, place
             if ordered:
-                depth = (len(EDGES) + 1) ** 2
-                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * depth * size))))
-                self.sums.append((CLASSES * self.steps[-1], depth))
+                fine = (len(EDGES) + 1) ** 2
+                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size))))
+                self.contexts.append((CLASSES * self.steps[-1], fine))
                 continue
-            while first and depth * self.digits[first - 1] * size <= MAX_ENTRIES:
+            fine, first = 1, place
+            while first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
                 first -= 1
-                depth *= self.digits[first]
-            self.sums.append((1, depth))
+                fine *= self.digits[first]
+            self.contexts.append((1, fine))
             self.chains.append(range(first, place))
 
     def weights_shape(self, place: int) -> tuple[int, int]:
-        """Of the regressions of a digit: classes, and its neighbours, what is around, and 1."""
+        """Shape of a digit's regressions: classes, and weights (neighbours, known digits, 1)."""
         return CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1
 
     def split(self, indices: np.ndarray) -> np.ndarray:
@@ -139,19 +159,64 @@ class Stage:
             indices = indices * size + digit
         return indices
 
-    def around(self, place: int, digits: np.ndarray, earlier: np.ndarray, weights: np.ndarray):
-        """What the digits of earlier channels and stages say about a digit at every position.
+
+class Digit(NamedTuple):
+    """One digit of an image: digit `place` of stage `k`, with all that is known before it.
+
+    `digits` (digits, h, w) are those of the stage, known below `place`; `earlier` (n, h, w) are
+    those of all earlier stages, empty for bit fields.
+    """
+
+    stage: Stage
+    k: int
+    place: int
+    digits: np.ndarray
+    earlier: np.ndarray
+
+    @property
+    def plane(self) -> np.ndarray:
+        """The digit itself (h, w), a view."""
+        return self.digits[self.place]
+
+    def contexts(
+        self, weights: np.ndarray, passes: Iterable[Pass]
+    ) -> Iterator[tuple[Pass, np.ndarray]]:
+        """Each pass and the contexts (n,), int64, of its positions.
+
+        A pass is looked at when its turn comes, so that a decoder can fill in those before it.
+        """
+        if not self.stage.ordered:
+            for scan in passes:
+                index = np.zeros(len(scan.rows), np.int64)
+                for other in self.stage.chains[self.place]:
+                    known = self.digits[other][scan.rows, scan.columns]
+                    index = index * self.stage.digits[other] + known
+                yield scan, index
+            return
+        size, steps = self.stage.digits[self.place], self.stage.steps[self.place]
+        prediction, activity = self.around(weights)
+        own = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)
+        for scan in passes:
+            rows, columns, kind = scan.rows, scan.columns, scan.kind
+            near, mine = self.neighbours(scan), own[kind].T  # (4, n), (5, n)
+            guess = prediction[kind, rows, columns] + (mine[:4] * near).sum(0) + mine[4]
+            guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
+            spread = np.abs(4 * near - near.sum(0)).sum(0)
+            fine = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
+            fine += activity[rows, columns]
+            coarse = guess.astype(np.int64) * CLASSES + kind
+            yield scan, coarse * self.stage.contexts[self.place][1] + fine
+
+    def around(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the known channels tell at every position.
 
         Returns:
-            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w);
-            None for bit fields.
+            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w).
         """
-        if not self.ordered:
-            return None
-        known = [*earlier, *digits[:place]]
-        height, width = digits.shape[1:]
+        height, width = self.plane.shape
         prediction = np.zeros((CLASSES, height * width))
         roughness = np.zeros((height, width))
+        known = self._known()
         for number, plane in enumerate(known):
             near = surroundings(plane)
             start = 4 + len(AROUND) * number
@@ -162,32 +227,38 @@ class Stage:
         activity = np.searchsorted(EDGES, roughness, side="right")
         return prediction.reshape(CLASSES, height, width), activity
 
-    def neighbours(self, place: int, step: Pass, digits: np.ndarray) -> np.ndarray:
-        """The digit at the four neighbours of a pass (4, n), float64; the middle for none."""
-        found = np.stack([digits[place][y, x] for y, x in step.neighbours]).astype(np.float64)
-        found[:, : step.alone] = (self.digits[place] - 1) / 2
+    def neighbours(self, scan: Pass) -> np.ndarray:
+        """The digit at the four neighbours of a pass (4, n), float64; mid-range without them."""
+        found = np.stack([self.plane[y, x] for y, x in scan.neighbours]).astype(np.float64)
+        found[:, : scan.alone] = (self.stage.digits[self.place] - 1) / 2
         return found
 
-    def context(self, place: int, step: Pass, digits: np.ndarray, around, weights: np.ndarray):
-        """Contexts (n,), int64, of a digit in a pass, from the digits (digits, h, w) so far.
+    def features(self, scan: Pass) -> np.ndarray:
+        """What the regressions are on, in the order of their weights (weights, n), float64."""
+        known = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self._known()]
+        return np.concatenate([self.neighbours(scan), *known, np.ones((1, len(scan.rows)))])
 
-        `around` is what the method of this name gives.
-        """
-        rows, columns, kind = step.rows, step.columns, step.kind
-        if not self.ordered:
-            depth = np.zeros(len(rows), np.int64)
-            for other in self.chains[place]:
-                depth = depth * self.digits[other] + digits[other][rows, columns]
-            return depth
-        size, steps = self.digits[place], self.steps[place]
-        found, (prediction, activity) = self.neighbours(place, step, digits), around
-        mine = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)[kind].T  # (5, n)
-        guess = prediction[kind, rows, columns] + (mine[:4] * found).sum(0) + mine[4]
-        guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
-        spread = np.abs(4 * found - found.sum(0)).sum(0)
-        depth = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
-        depth += activity[rows, columns]
-        return (guess.astype(np.int64) * CLASSES + kind) * self.sums[place][1] + depth
+    def _known(self) -> list[np.ndarray]:
+        return [*self.earlier, *self.digits[: self.place]]
+
+
+def digits_of(
+    stages: Sequence[Stage], indices: np.ndarray, last_first: bool = False
+) -> Iterator[Digit]:
+    """All digits of indices (h, w, k), in the order of decoding or from the last to the first.
+
+    A decoder starts with zeros, and before it asks for the next digit it fills in the plane of the
+    current one, and the index that the stage's digits make.
+    """
+    direction = -1 if last_first else 1
+    for k in range(indices.shape[2])[::direction]:
+        stage, digits = stages[k], stages[k].split(indices[..., k])
+        earlier = np.empty((0, *indices.shape[:2]), np.int32)
+        if stage.ordered:
+            planes = [stages[j].split(indices[..., j]) for j in range(k)]
+            earlier = np.concatenate([earlier, *planes])
+        for place in range(len(digits))[::direction]:
+            yield Digit(stage, k, place, digits, earlier)
 
 
 def surroundings(plane: np.ndarray) -> np.ndarray:
@@ -196,10 +267,3 @@ def surroundings(plane: np.ndarray) -> np.ndarray:
     rows, columns = (np.arange(-1, n + 1).clip(0, n - 1) for n in (height, width))
     padded = plane[rows[:, None], columns].astype(np.float64)
     return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])
-
-
-def planes(stages: Sequence[Stage], indices: np.ndarray) -> np.ndarray:
-    """All digits of the first stages (digits, h, w) of their indices (h, w, stages)."""
-    if not indices.shape[2] or not stages[0].ordered:
-        return np.empty((0, *indices.shape[:2]), np.int32)
-    return np.concatenate([stage.split(indices[..., k]) for k, stage in enumerate(stages)])

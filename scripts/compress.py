@@ -4,16 +4,17 @@
     python scripts/compress.py decode FILE... --load runs/NAME/last.pt --out DIR
     python scripts/compress.py fit IMAGE... --load runs/NAME/last.pt --out runs/NAME/coded.pt
 
-Images of any size, and folders of them; an output has the path of its input below the folder that
-was given. `fit` counts the codes of training images for `encode --entropy-coding`, and writes a
-checkpoint with these counts. The layout of a file is the docstring of `bitstream.py`.
+Images may have any size; inputs are files and folders. An output has the path of its input below
+the given folder. `fit` counts the codes of training images for `encode --entropy-coding` and writes
+a checkpoint that includes these counts. The layout of a file is documented in `codec/bitstream.py`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import util
 from arguments import Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
 from codec import bitstream, entropy
-from codec.codec import Codec
-from dataset import IMAGE_SUFFIXES, list_files, read_image
+from codec.codec import Codec, psnr
+from dataset import IMAGE_SUFFIXES, find, read_image, some
+from util import progress
 
 SUFFIX = ".rfsq"
 
@@ -36,37 +38,20 @@ SUFFIX = ".rfsq"
 # ---------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------
-def find(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
-    """(file, its path below the folder that was given) of every input, in order.
-
-    Folders are searched as `dataset.list_files` does. A file that is named itself may have any
-    suffix.
-
-    Raises:
-        ValueError: for an input that does not exist, or a folder without such files.
-    """
-    found = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            below, _ = list_files(path, suffixes)
-            if not below:
-                raise ValueError(f"folder {path} holds no file named {' '.join(suffixes)}")
-            found += [(path / file, Path(file)) for file in below]
-        elif path.is_file():
-            found.append((path, Path(path.name)))
-        else:
-            raise ValueError(f"{path} does not exist: give files or folders")
-    return found
+def check_output(path: Path, force: bool) -> None:
+    """Raises ValueError if `path` exists and may not be replaced."""
+    if path.is_dir() or (path.exists() and not force):
+        advice = "" if path.is_dir() else ", or --force to replace it"
+        raise ValueError(f"{path} exists: give another --out{advice}")
 
 
 def outputs(
     files: Sequence[tuple[Path, Path]], folder: Path, suffix: str, force: bool
 ) -> list[Path]:
-    """The output of each file, `folder` / its path with another suffix.
+    """The output of each of the files that `find` gave: `folder` / its path with another suffix.
 
     Raises:
-        ValueError: if two would be the same, or one exists already and is not to be replaced.
+        ValueError: two outputs would be the same, or one exists and may not be replaced.
     """
     taken: dict[Path, Path] = {}
     for file, below in files:
@@ -76,32 +61,26 @@ def outputs(
                 f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
                 "another --out"
             )
-        if out.is_dir() or (out.exists() and not force):
-            mend = "" if out.is_dir() else ", or --force to replace it"
-            raise ValueError(f"{out} exists: give another --out{mend}")
+        check_output(out, force)
         taken[out] = file
     return list(taken)
 
 
-def some(items: Sequence, limit: int | None) -> list:
-    """At most `limit` of the items, evenly over all of them; all for None."""
-    count = min(limit or len(items), len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 def make_folder(folder: Path) -> None:
-    """Make a folder, unless it is there; ValueError in one line if that cannot be."""
+    """Make a folder if it does not exist; ValueError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"folder {folder} cannot be made ({error.strerror})") from error
+        raise ValueError(
+            f"folder {folder} cannot be made ({error.strerror}): give another --out"
+        ) from error
 
 
 def read_file(path: Path, codec: Codec) -> bytes:
-    """The bytes of a `.rfsq` file, of which no more are read than its header can stand for.
+    """The bytes of a `.rfsq` file; if it is larger than its header allows, only the header is read.
 
     Raises:
-        ValueError: one line without the path.
+        ValueError: the file cannot be read, or has another size; the path is not in the message.
     """
     try:
         with open(path, "rb") as file:
@@ -113,25 +92,13 @@ def read_file(path: Path, codec: Codec) -> bytes:
         raise ValueError(f"cannot be read ({error.strerror})") from error
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB of two uint8 images (H, W, 3), peak 255; infinite for equal ones."""
-    # Row by row: a large image as floats would take eight times its memory.
-    square = sum(int(np.square(x.astype(np.int32) - y).sum()) for x, y in zip(a, b, strict=True))
-    return 10 * math.log10(255**2 * a.size / square) if square else math.inf
-
-
 def finite(value: float) -> float | None:
-    """JSON has no infinity: None for it."""
+    """None for infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
-def progress(items: Sequence, unit: str) -> Iterable:
-    """`items` with a progress bar, on a terminal."""
-    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
-
-
 def say(line: str) -> None:
-    """Print, without tearing the progress bar."""
+    """Print above the progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
@@ -139,8 +106,8 @@ def say(line: str) -> None:
 # ---------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------
-def encode(flags) -> dict:
-    """Encode every image, decode what was written, and report: see `--json`."""
+def encode(flags: Namespace) -> dict:
+    """Encode images, decode what was written, and report bytes, bpp and PSNR."""
     files = find(flags.inputs, IMAGE_SUFFIXES)
     names = outputs(files, Path(flags.out), SUFFIX, flags.force)
     codec = Codec(flags.load, util.setup_processes())
@@ -150,50 +117,56 @@ def encode(flags) -> dict:
         entropy.load_constriction()
     rows = []
     for (path, below), out in zip(progress(files, "image"), names, strict=True):
-        image = np.asarray(read_image(path))
-        indices, statistics = codec.encode_indices(image)
-        size = image.shape[:2]
-        data = codec.write(indices, statistics, size, flags.stages, flags.entropy_coding)
-        row = {"name": str(below), "width": size[1], "height": size[0], "bytes": len(data)}
-        header = bitstream.read_header(data)
-        fixed = codec.length(replace(header, flags=0, payload=None))
-        row["payload_bytes"] = len(data) - header.size - 4  # with image statistics
-        row["bpp"] = 8 * len(data) / (size[0] * size[1])
-        row["payload_bpp"] = 8 * row["payload_bytes"] / (size[0] * size[1])
-        row["fixed_bytes"] = fixed
-        del indices  # what is measured is what the file holds
-        row["psnr"] = psnr(image, codec.decode(data))
+        row, data = measure(codec, np.asarray(read_image(path)), flags)
         make_folder(out.parent)
         write_whole(out, lambda file, data=data: file.write(data))
-        saving = f"  {saved(len(data), fixed)}" if flags.entropy_coding else ""
         say(
-            f"{below}  {size[1]}x{size[0]}  {len(data):,} bytes  {row['bpp']:.4f} bpp "
-            f"(payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB{saving}"
+            f"{below}  {row['width']}x{row['height']}  {len(data):,} bytes  {row['bpp']:.4f} bpp "
+            f"(payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB{saving(row, flags)}"
         )
-        rows.append(row)
-    total, fixed = (sum(row[key] for row in rows) for key in ("bytes", "fixed_bytes"))
+        rows.append({"name": str(below), **row})
+    sums = {key: sum(row[key] for row in rows) for key in ("bytes", "fixed_bytes")}
     pixels = sum(row["width"] * row["height"] for row in rows)
     mean = sum(row["psnr"] for row in rows) / len(rows)
-    seconds = codec.seconds
-    share = 100 * seconds["packing"] / sum(seconds.values())
-    saving = f"  {saved(total, fixed)}" if flags.entropy_coding else ""
+    seconds, total = codec.seconds, sum(codec.seconds.values())
     say(
-        f"{len(rows)} images  {total:,} bytes  {8 * total / pixels:.4f} bpp  mean {mean:.2f} dB"
-        f"{saving}  (packing and unpacking: {share:.1f} % of {sum(seconds.values()):.1f} s)"
+        f"{len(rows)} images  {sums['bytes']:,} bytes  {8 * sums['bytes'] / pixels:.4f} bpp  "
+        f"mean {mean:.2f} dB{saving(sums, flags)}  (packing and unpacking: "
+        f"{100 * seconds['packing'] / total:.1f} % of {total:.1f} s)"
     )
-    for row in rows:
-        row["psnr"] = finite(row["psnr"])
-    sums = {"bytes": total, "fixed_bytes": fixed, "psnr": finite(mean)}
-    return {"images": rows, **sums, "seconds": seconds}
+    rows = [{**row, "psnr": finite(row["psnr"])} for row in rows]
+    return {"images": rows, **sums, "psnr": finite(mean), "seconds": seconds}
 
 
-def saved(size: int, fixed: int) -> str:
-    """The saving of entropy coding, in words."""
-    return f"{100 * (1 - size / fixed):.1f} % less than {fixed:,} bytes at fixed rate"
+def measure(codec: Codec, image: np.ndarray, flags: Namespace) -> tuple[dict, bytes]:
+    """Encode an image: (its row of the results, the bytes of the file)."""
+    data = codec.encode(image, flags.stages, flags.entropy_coding)
+    header = bitstream.read_header(data)
+    payload = len(data) - header.size - 4  # with image statistics
+    pixels = header.width * header.height
+    row = {
+        "width": header.width,
+        "height": header.height,
+        "bytes": len(data),
+        "payload_bytes": payload,
+        "bpp": 8 * len(data) / pixels,
+        "payload_bpp": 8 * payload / pixels,
+        "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
+        "psnr": psnr(image, codec.decode(data)),
+    }
+    return row, data
 
 
-def decode(flags) -> dict:
-    """Decode every file to a PNG."""
+def saving(row: dict, flags: Namespace) -> str:
+    """The saving of entropy coding, in words; empty at fixed rate."""
+    if not flags.entropy_coding:
+        return ""
+    size, fixed = row["bytes"], row["fixed_bytes"]
+    return f"  {100 * (1 - size / fixed):.1f} % less than {fixed:,} bytes at fixed rate"
+
+
+def decode(flags: Namespace) -> dict:
+    """Decode files to PNG images."""
     files = find(flags.inputs, [SUFFIX])
     names = outputs(files, Path(flags.out), ".png", flags.force)
     codec = Codec(flags.load, util.setup_processes())
@@ -212,12 +185,10 @@ def decode(flags) -> dict:
     return {"files": rows, "seconds": codec.seconds}
 
 
-def fit(flags) -> dict:
-    """Count the codes of images, and write a checkpoint that has an entropy model of them."""
+def fit(flags: Namespace) -> dict:
+    """Count the codes of images, and write a checkpoint with an entropy model of them."""
     files, out = find(flags.inputs, IMAGE_SUFFIXES), Path(flags.out)
-    if out.is_dir() or (out.exists() and not flags.force):
-        mend = "" if out.is_dir() else ", or --force to replace it"
-        raise ValueError(f"{out} exists: give another --out{mend}")
+    check_output(out, flags.force)
     codec = Codec(flags.load, util.setup_processes())
     counts = codec.counts()
     files = some(files, flags.limit)
@@ -229,43 +200,43 @@ def fit(flags) -> dict:
     return {"images": len(files), "output": str(out)}
 
 
+COMMANDS = (  # function, its inputs, its output and the help of that
+    (encode, "IMAGE", "DIR", "folder for the files"),
+    (decode, "FILE", "DIR", "folder for the images, PNG"),
+    (fit, "IMAGE", "FILE", "checkpoint to write"),
+)
+
+
+def get_parser() -> Parser:
+    """The parser of the three commands."""
+    parser = Parser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for run, inputs, where, out in COMMANDS:
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("inputs", nargs="+", metavar=inputs, help="files, and folders of them")
+        add("--load", required=True, metavar="FILE", help="checkpoint")
+        add("--out", required=True, metavar=where, help=out)
+        add("--force", action="store_true", help="replace existing outputs")
+        add("--json", metavar="FILE", help="write the results there as well")
+        if run is fit:
+            limit_help = "so many images, evenly over all; default: all"
+            add("--limit", type=number(int, 1), metavar="N", help=limit_help)
+        else:
+            add("--stages", type=number(int, 1), help="first stages only; default: all")
+        if run is encode:
+            add("--entropy-coding", action="store_true", help="with the tables of `fit`")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Do as the flags say, and return what `--json` writes.
+    """Run a command, and return what `--json` writes.
 
     Raises:
-        ValueError: for bad input.
+        ValueError: bad input.
     """
-    parser = Parser(prog="compress.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run, inputs, out in (
-        (encode, "IMAGE", "folder for the files"),
-        (decode, "FILE", "folder for the images, PNG"),
-        (fit, "IMAGE", "checkpoint to write"),
-    ):
-        command = commands.add_parser(run.__name__, help=run.__doc__.split("\n")[0])
-        command.set_defaults(run=run)
-        command.add_argument("inputs", nargs="+", metavar=inputs, help="files, and folders of them")
-        command.add_argument("--load", required=True, metavar="FILE", help="checkpoint")
-        where = "DIR" if run is not fit else "FILE"
-        command.add_argument("--out", required=True, metavar=where, help=out)
-        command.add_argument("--force", action="store_true", help="replace what exists already")
-        command.add_argument("--json", metavar="FILE", help="write the results there as well")
-        if run is fit:
-            command.add_argument(
-                "--limit",
-                type=number(int, 1),
-                metavar="N",
-                help="so many images, evenly over all; default: all",
-            )
-        else:
-            command.add_argument(
-                "--stages", type=number(int, 1), help="first stages only; default: all there are"
-            )
-        if run is encode:
-            command.add_argument(
-                "--entropy-coding", action="store_true", help="with the tables of `fit`"
-            )
-    flags = parser.parse_args(argv)
+    flags = get_parser().parse_args(argv)
     if util.world_size() > 1:
         raise ValueError("this script runs in one process: start it without torchrun")
     result = flags.run(flags)

@@ -42,11 +42,11 @@ import util
 from arguments import Parser, number
 from checkpoint import write_json, write_whole
 from codec import bitstream
-from codec.codec import Codec
-from dataset import IMAGE_SUFFIXES, fit, read_image
+from codec.codec import Codec, psnr
+from dataset import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from metric import PSNR_CAP
-from scripts.compress import find, progress, psnr, some
+from util import progress
 
 PAYLOAD, BYTES, PSNR, LPIPS = range(4)  # columns of measurements: bytes, bytes, dB, distance
 RATES = (0.344, 0.625, 1.375, 2.5)  # bpp, where there is no checkpoint

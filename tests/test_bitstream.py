@@ -42,8 +42,8 @@ def test_layout_byte_by_byte():
         (b"R", "truncated"),
         (b"RFSQ", "truncated"),
         (b"RFSQ\x01" + bytes(21), "truncated"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "no RFSQ file"),
-        (b"RFSX", "no RFSQ file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "not an RFSQ file"),
+        (b"RFSX", "not an RFSQ file"),
         (b"RFSQ\x02" + bytes(40), "newer version, 2"),
         (b"RFSQ\x00" + bytes(40), "unknown version, 0"),
     ],
@@ -143,6 +143,7 @@ CODEBOOKS = {
     "ema": ([512, 512], None),
     "no power": ([1000], None),
     "fields": ([2**22], None),
+    "chain": ([2**13, 2**18], None),  # the second bit field depends on the first
 }
 
 
@@ -184,6 +185,33 @@ def test_entropy_coder_is_lossless_and_saves(name):
                 model.check_length(len(payload), shape[0] * shape[1], k)
 
 
+def test_an_earlier_bit_field_is_a_context():
+    """Two bit fields that are equal: the second one costs next to nothing."""
+    rng = np.random.default_rng(0)
+    counts = entropy.Counts([2**14])
+    assert counts.digits == [[2**7, 2**7]] and counts.stages[0].contexts == [(1, 1), (1, 2**7)]
+    counts.add(rng.integers(0, 4, (200, 200, 1)) * (2**7 + 1))
+    model, new = counts.entropy_model(), rng.integers(0, 4, (40, 40, 1)) * (2**7 + 1)
+    payload = model.encode(new)
+    assert np.array_equal(model.decode(payload, (40, 40), 1), new)
+    assert 2 < 8 * len(payload) / 1600 < 2.1
+
+
+def test_images_beyond_the_sample_are_counted_only(monkeypatch):
+    sizes, levels = CODEBOOKS["rfsq"]
+    monkeypatch.setattr(entropy, "SAMPLE", 24 * 32 * 2)
+    counts = entropy.Counts(sizes, levels)
+    for seed in range(3):
+        counts.add(smooth(24, 32, sizes, seed))
+        assert len(counts.kept) == (seed == 0)
+        assert all(table.sum() == 24 * 32 * (seed + 1) * (seed > 0) for table in counts.counts[1])
+    two = entropy.Counts(sizes, levels)
+    for seed in range(2):
+        two.add(smooth(24, 32, sizes, seed))
+    for row, other in zip(counts.weights, two.weights, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(row, other, strict=True))
+
+
 def test_neighbours_and_the_stage_before_pay():
     sizes, _ = CODEBOOKS["rfsq"]
     conditional, first_order = fitted("rfsq"), entropy.Counts(sizes, None)
@@ -218,20 +246,19 @@ def test_what_is_linear_in_earlier_channels_is_all_but_free():
 def test_a_context_by_hand():
     """Digit 1 of (3, 5) levels at the centre of a 3x3 grid, its neighbours on the edges."""
     (stage,) = entropy.Counts([15], [3, 5]).stages
-    assert stage.sums == [(3 * 48, 36), (3 * 48, 36)]
+    assert stage.contexts == [(3 * 48, 36), (3 * 48, 36)]
     digits = np.array([[[0, 1, 2], [2, 2, 0], [1, 0, 1]], [[0, 4, 0], [3, 0, 1], [0, 2, 0]]])
     beside = np.array([[[0], [1]], [[2], [1]], [[1], [0]], [[1], [2]]])
     here = context.Pass(np.array([1]), np.array([1]), beside, np.array([1]), 0)
     weights = np.zeros((3, 10), np.int32)
     # A quarter of each neighbour, half of channel 0 here, minus what is left of it, and 3/4.
     weights[1] = np.array([1, 1, 1, 1, 2, 0, 0, -4, 0, 3]) * context.UNIT // 4
-    around = stage.around(1, digits, np.empty((0, 3, 3)), weights)
-    index = stage.context(1, here, digits, around, weights)
+    digit = context.Digit(stage, 0, 1, digits, np.empty((0, 3, 3)))
+    (_, index), (_, alone) = digit.contexts(weights, [here, here._replace(alone=1)])
     # Prediction (4 + 2 + 3 + 1)/4 + 2/2 - 2 + 3/4 = 2.25: step floor(2.75 * 48 / 5) = 26.
     # |4 d - 10| over the neighbours: 6 + 2 + 2 + 6 = 16, the third of the six steps.
     # Channel 0: |4*2 - (1 + 0 + 2 + 0)| = 5, the second.
     assert index.tolist() == [(26 * 3 + 1) * 36 + 2 * 6 + 1]
-    alone = stage.context(1, here._replace(alone=1), digits, around, weights)
     # Four times the middle, 2: (8 / 4) + 1 - 2 + 3/4 = 1.75, step 21; no difference.
     assert alone.tolist() == [(21 * 3 + 1) * 36 + 0 * 6 + 1]
 
@@ -241,7 +268,7 @@ def test_predictions_are_exact_integers():
     (stage,) = entropy.Counts([2**50], [32] * 10).stages
     digits = rng.integers(0, 32, (10, 7, 9))
     weights = rng.integers(-(2**31), 2**31, (3, 4 + 45 + 1))
-    prediction, _ = stage.around(9, digits, np.empty((0, 7, 9)), weights)
+    prediction, _ = context.Digit(stage, 0, 9, digits, np.empty((0, 7, 9))).around(weights)
     for row, column in ((0, 0), (3, 4), (6, 8)):
         near = [
             digits[c, min(max(row + y, 0), 6), min(max(column + x, 0), 8)]

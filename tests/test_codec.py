@@ -18,8 +18,9 @@ from conftest import make_checkpoint
 import util
 from checkpoint import load_checkpoint, save_checkpoint
 from codec import bitstream
-from codec.codec import Codec, _reach, tiles
-from dataset import SyntheticDataset, denormalize, normalize
+from codec.codec import Codec
+from codec.tiles import reach, tiles
+from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS = {
@@ -70,11 +71,11 @@ def of_model(codec: Codec, image: np.ndarray, stages: int) -> tuple[np.ndarray, 
         for n, m in ((height, -(-height // f) * f), (width, -(-width // f) * f))
     )
     padded = torch.from_numpy(image[rows][:, columns].copy()).permute(2, 0, 1)
-    tokens = codec.model.encode(normalize(padded[None]))
+    tokens = codec.model.encode(padded[None].float() / 255)
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
     if codec.model.quantizer.stage_axis:
         indices = indices[..., :stages]
-    pixels = denormalize(codec.model.decode(indices, *side))[0].clamp(0, 1) * 255
+    pixels = codec.model.decode(indices, *side)[0].clamp(0, 1) * 255
     whole = pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
     return whole[:height, :width], indices
 
@@ -112,9 +113,8 @@ def test_bytes_are_the_formula(name, folder):
 def test_image_statistics_of_the_kept_stages_are_in_the_file(folder):
     codec = Codec(folder / "image.pt")
     image = picture(32, 40)
-    _, statistics = codec.model.encode(
-        normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
-    )
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    _, statistics = codec.model.encode(pixels)
     for stages in (1, 2):
         data = codec.encode(image, stages)
         side = np.frombuffer(data[23 : 23 + 16 * stages], "<f2").reshape(stages, 2, 4)
@@ -167,7 +167,7 @@ def test_the_margin_exceeds_the_reach(name, folder):
         (model.encoder, torch.randn(1, 3, side * f, side * f)),
         (model.decoder, torch.randn(1, model.quantizer.dim, side, side)),
     ):
-        reach = _reach(network)
+        limit = reach(network)
         changed = start.clone()
         scale_in, scale_out = (f, 1) if network is model.encoder else (1, f)
         middle = side // 2
@@ -175,16 +175,19 @@ def test_the_margin_exceeds_the_reach(name, folder):
         with torch.no_grad():
             differ = (network(changed) - network(start)).abs().amax((0, 1, 3)) > 1e-5
         rows = differ.nonzero()[:, 0] // scale_out
-        assert middle in rows and 0 < reach < middle
-        assert middle - reach <= rows.min() and rows.max() <= middle + reach
+        assert middle in rows and 0 < limit < middle
+        assert middle - limit <= rows.min() and rows.max() <= middle + limit
 
 
 def test_tiles_cover_everything_once():
     seen = np.zeros((17, 23), int)
-    for (top, bottom, left, right), (first, last, west, east) in tiles((17, 23), 5, 3):
-        seen[top:bottom, left:right] += 1
-        assert (first, west) == (max(0, top - 3), max(0, left - 3))
-        assert (last, east) == (min(17, bottom + 3), min(23, right + 3))
+    place = np.arange(17 * 23).reshape(17, 23)
+    for core, outer, inner in tiles((17, 23), 5, 3):
+        seen[core] += 1
+        assert np.array_equal(place[outer][inner], place[core])
+        for length, own, around in zip((17, 23), core, outer, strict=True):
+            assert own.stop - own.start <= 5
+            assert (around.start, around.stop) == (max(0, own.start - 3), min(length, own.stop + 3))
     assert (seen == 1).all()
 
 
@@ -194,6 +197,7 @@ def test_tiles_cover_everything_once():
 FRESH = ("two", "image", "ema")
 
 
+@pytest.mark.slow
 def test_a_fresh_process_decodes_identically(folder, tmp_path):
     """Another process, another number of threads; and the indices in a batch with other images."""
     code = (
@@ -220,7 +224,7 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
         batch = torch.from_numpy(indices)[None].repeat(5, 1, 1, 1)
         batch[1:] = 0
         images = codec.model.decode(batch, *(x[None].repeat(5, 1, 1, 1) for x in side))
-        pixels = (denormalize(images)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        pixels = (images[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         assert np.abs(pixels.numpy()[:61, :90].astype(int) - codec.decode(data)).max() <= 1
 
 
@@ -285,9 +289,9 @@ def test_each_bad_file_says_what_is_wrong(folder):
     for bad, part in (
         (b"", "empty"),
         (data[:20], "truncated"),
-        (data[:-1], f"truncated or damaged: {len(data) - 1} bytes, of {len(data)}"),
+        (data[:-1], f"truncated or damaged: {len(data) - 1} of the {len(data)} bytes"),
         (data + b"x", "checksum"),
-        (b"J" + data[1:], "no RFSQ file"),
+        (b"J" + data[1:], "not an RFSQ file"),
         (edit(4, b"\x02"), "newer version, 2"),
         (edit(5, b"\x80"), "unknown flags 0x80"),
         (edit(5, b"\x01"), "no entropy model"),
@@ -295,7 +299,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         (edit(6, b"\x03"), "3 stages"),
         (edit(7, b"whatever"), "another model"),
         (other.encode(picture(32, 32)), "another model"),
-        (edit(15, bytes(4)), "0x32"),
+        (edit(15, bytes(4)), "0x32 pixels is empty"),
         (edit(15, b"\xff" * 8), "more than the limit"),
         (edit(15, struct.pack("<II", 13000, 13000)), "its header says"),
         (edit(15, struct.pack("<I", 36)), "its header says"),
@@ -309,7 +313,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         flipped[bad // 8] ^= 1 << bad % 8
         with pytest.raises(ValueError):
             codec.check(bytes(flipped))
-    with pytest.raises(ValueError, match="3 stages are not there: the file holds 2"):
+    with pytest.raises(ValueError, match="3 stages were asked for, but the file holds 2"):
         codec.decode(data, 3)
     with pytest.raises(ValueError, match="no entropy model"):
         codec.encode(picture(8, 8), entropy_coding=True)
@@ -381,6 +385,7 @@ print(outcomes["error"], outcomes["image"], growth // 1024)
 """
 
 
+@pytest.mark.slow
 def test_2400_mutations_give_an_error_or_an_image(folder):
     """In a process of its own, so that a crash, a hang and the peak of its memory are seen."""
     code = FUZZ.replace("CODED)", "True)")

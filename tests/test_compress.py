@@ -14,9 +14,10 @@ from conftest import make_checkpoint
 from PIL import Image
 
 import util
-from codec.codec import Codec
-from dataset import SyntheticDataset, read_image
+from codec.codec import Codec, psnr
+from dataset import read_image
 from scripts import compress
+from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,7 +168,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
         ("cut", data[:100], "truncated"),
         ("head", data[:10], "truncated"),
         ("flipped", bytes(flipped), "checksum"),
-        ("png", Path("images/a.png").read_bytes(), "no RFSQ file"),
+        ("png", Path("images/a.png").read_bytes(), "not an RFSQ file"),
         ("newer", data[:4] + b"\x09" + data[5:], "newer version, 9"),
         ("gigantic", bytes(gigantic), "more than the limit"),
         ("long", data + bytes(5), "damaged"),
@@ -189,6 +190,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
 def test_bad_input_is_one_line_and_code_2(here, capfd):
     Path("broken.png").write_bytes(Path("images/a.png").read_bytes()[:200])
     Path("nothing").mkdir()
+    Path("file").write_text("")
     Image.new("L", (20000, 10000)).save("vast.png")
     coded = "--load model.pt --out out"
     for line, part in (
@@ -204,11 +206,18 @@ def test_bad_input_is_one_line_and_code_2(here, capfd):
         (f"encode images {coded} --stages 0", "--stages"),
         (f"encode images {coded} --entropy-coding", "fit"),
         (f"decode images {coded}", "folder images holds no file named .rfsq"),
+        ("encode images --load model.pt --out file/out", "folder file/out cannot be made"),
         ("encode images --load model.pt", "--out"),
         ("squash images --load model.pt", "squash"),
         ("", "COMMAND"),
     ):
         assert part in refused(line, capfd), line
+    assert not Path("out").exists()
+
+
+def test_more_than_one_process_is_refused(here, capfd, monkeypatch):
+    monkeypatch.setattr(util, "world_size", lambda: 2)
+    assert "without torchrun" in refused("encode images --load model.pt --out out", capfd)
     assert not Path("out").exists()
 
 
@@ -226,11 +235,12 @@ def test_images_are_read_as_in_training(tmp_path):
 
 def test_psnr_of_equal_images_is_infinite_and_none_in_json():
     image = np.full((3, 4, 3), 7, np.uint8)
-    assert compress.psnr(image, image) == math.inf
-    assert compress.psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
+    assert psnr(image, image) == math.inf
+    assert psnr(image, image + 1) == pytest.approx(20 * math.log10(255))
     assert compress.finite(math.inf) is None and compress.finite(31.5) == 31.5
 
 
+@pytest.mark.slow
 def test_as_a_command(here):
     """In a process of its own: what a shell sees."""
     script = [sys.executable, str(ROOT / "scripts" / "compress.py")]
