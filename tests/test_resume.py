@@ -134,6 +134,43 @@ def test_workers_and_many_interruptions(whole, tmp_path, monkeypatch):
     assert_same_run(whole(), tmp_path / "cut")
 
 
+@pytest.mark.parametrize("flags", [["--rfsq-strategy=layernorm"], ["--quantizer=lfq"]])
+@pytest.mark.parametrize("evaluation, step", [(1, 5), (3, STEPS)])
+def test_a_signal_in_an_evaluation_loses_nothing(
+    evaluation, step, flags, whole, tmp_path, monkeypatch
+):
+    """The checkpoint is written before the evaluation, which the resumed run makes up for."""
+    with monkeypatch.context() as patched:
+        signal_now = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        before_call(patched, "train.evaluate", evaluation, signal_now)
+        with pytest.raises(util.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
+            run(tmp_path / "cut", *flags)
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
+    run(tmp_path / "cut", *flags, "--resume=auto")
+    assert_same_run(whole(*flags), tmp_path / "cut")
+    best = [
+        load_checkpoint(folder / "best.pt")["step"] for folder in (whole(*flags), tmp_path / "cut")
+    ]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_at_once(number, tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in util.StopSignals.SIGNALS]
+    before_call(monkeypatch, "train.build_dataset", 1, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(util.Interrupted, match=f"by {number.name} before the first step"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert [signal.getsignal(number) for number in util.StopSignals.SIGNALS] == before
+
+
+def test_a_signal_after_the_last_step_leaves_whole_results(tmp_path, monkeypatch):
+    before_call(
+        monkeypatch, "RunFolder.write_results", 1, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert run(tmp_path / "run") == json.loads((tmp_path / "run" / "results.json").read_text())
+
+
 def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
     for i in range(11):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -326,6 +363,90 @@ def test_damage_is_seen_and_the_checkpoint_before_is_used(
     assert "skipped:" in out and str(newest) in out and "resumed after step 10" in out
     assert not (tmp_path / "made").exists()
     assert_same_run(whole(), tmp_path / "cut")
+
+
+def test_evaluations_and_checkpoints_have_intervals_of_their_own(tmp_path):
+    run(tmp_path / "run", "--save-interval=3", "--eval-interval=7", "--keep=99")
+    steps = [int(path.name[5:12]) for path in sorted((tmp_path / "run").glob("step_*.pt"))]
+    assert steps == [3, 6, 7, 9, 12, 14]
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records if record["kind"] == "val"] == [7, 14]
+
+
+def test_damaged_lines_of_the_log_are_skipped_with_a_warning(whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 12)
+        with pytest.raises(util.Interrupted):
+            run(tmp_path / "cut")
+    with open(tmp_path / "cut" / "metrics.jsonl", "ab") as log:
+        log.write(b'\xff\xfe\n{"kind": "train"}\n[1, 2]\n{"kind": "val", "step": 1')
+    run(tmp_path / "cut", "--resume=auto")
+    assert "4 damaged lines skipped" in capsys.readouterr().out
+    assert_same_run(whole(), tmp_path / "cut")
+
+
+def test_checkpoints_are_sorted_by_number_and_best_is_the_last_resort(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    for step in (9_999_999, 10_000_000, 5):
+        save_checkpoint(tmp_path / f"step_{step:07d}.pt", {"model": {}, "args": {}, "step": step})
+    (tmp_path / "step_x.pt").write_bytes(b"of somebody else")
+    assert [step for step, _ in folder.checkpoints()] == [5, 9_999_999, 10_000_000]
+    assert folder.newest_checkpoint()[1]["step"] == 10_000_000
+    shutil.copy(tmp_path / "step_0000005.pt", tmp_path / "best.pt")
+    for _, path in folder.checkpoints():
+        path.write_bytes(b"damaged")
+    path, state = folder.newest_checkpoint()
+    assert (path.name, state["step"]) == ("best.pt", 5)
+    assert "all newer checkpoints are damaged" in capsys.readouterr().out
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path):
+    """Only what a run has written itself is ever deleted."""
+    folder = tmp_path / "run"
+    run(folder)
+    others = [folder / name for name in (".env.production.local", "step_final.pt", "notes.pt")]
+    for path in others:
+        path.write_text("mine")
+    run(folder, "--overwrite")
+    assert [path.read_text() for path in others] == ["mine"] * 3
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "last.pt").write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(ValueError, match=r"checkpoints but no args\.json"):
+            run(strange, *flags)
+    assert [path.name for path in strange.iterdir()] == ["last.pt"]
+
+
+def test_overwriting_on_a_full_disk_keeps_the_old_run(tmp_path, monkeypatch):
+    run(tmp_path / "run")
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before_call(
+        monkeypatch,
+        "RunFolder.begin",
+        1,
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1])),
+    )
+    try:
+        with pytest.raises(ValueError, match=r"args\.json cannot be written"):
+            run(tmp_path / "run", "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files == {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+
+
+def test_profile_writes_a_trace(tmp_path):
+    run(tmp_path / "run", "--profile=2")
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert any("conv" in event.get("name", "") for event in events)
+
+
+def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert util.environment(torch.device("cpu"))["commit"] is None
 
 
 def test_flags_that_make_another_run_are_refused(tmp_path, monkeypatch):
