@@ -33,6 +33,7 @@ LAPLACIANS = 4  # known channels that the activity is measured on
 UNIT = 2**12  # the integer that stands for a regression weight of 1
 AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
 COARSEST = 16  # rows and columns between the positions of the first pass
+Moves = list[tuple[int, int]]  # rows and columns to a neighbour
 
 
 # ---------------------------------------------------------------------------------------
@@ -60,38 +61,32 @@ def lattice(height: int, width: int) -> list[Pass]:
     pair.
     """
 
-    def grid(top: int, left: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def scan(top: int, left: int, step: int, moves: Moves, kind: int) -> Pass:
         rows = np.arange(top, height, step, dtype=np.int32)
         columns = np.arange(left, width, step, dtype=np.int32)
-        return np.repeat(rows, len(columns)), np.tile(columns, len(rows))
-
-    def sides(x: np.ndarray, half: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        low, high = np.where(x >= half, x - half, x + half), x + half
-        return low, np.where(high < limit, high, x - half)
-
-    def one(rows, columns, pairs, kind: int, alone: int = 0) -> Pass:
+        rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+        pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
+        alone = 0 if any(moves[0]) else len(rows)
         kinds = np.full(len(rows), kind, np.int8)
         return Pass(rows, columns, np.array(pairs, np.int32), kinds, alone)
 
-    rows, columns = grid(0, 0, COARSEST)
-    passes = [one(rows, columns, [(rows, columns)] * 4, 2, alone=len(rows))]
+    def reflect(x: np.ndarray, by: int, limit: int) -> np.ndarray:
+        return np.where((x + by >= 0) & (x + by < limit), x + by, x - by)
+
+    passes = [scan(0, 0, COARSEST, [(0, 0)] * 4, 2)]
     half = COARSEST // 2
     while half:
-        rows, columns = grid(half, half, 2 * half)
-        up_down, left_right = sides(rows, half, height), sides(columns, half, width)
-        pairs = [(y, x) for y in up_down for x in left_right]
-        passes.append(one(rows, columns, pairs, 1 if half == 1 else 2))
-        for top, left in ((0, half), (half, 0)):
-            rows, columns = grid(top, left, 2 * half)
-            up_down = [(y, columns) for y in sides(rows, half, height)]
-            left_right = [(rows, x) for x in sides(columns, half, width)]
-            if height <= half:  # then only the columns vary
-                up_down = left_right
-            if width <= half:
-                left_right = up_down
-            passes.append(one(rows, columns, [*up_down, *left_right], 0 if half == 1 else 2))
+        corners = [(y, x) for y in (-half, half) for x in (-half, half)]
+        up_down, left_right = [(-half, 0), (half, 0)], [(0, -half), (0, half)]
+        edges = (up_down if height > half else left_right) + (
+            left_right if width > half else up_down
+        )
+        edge, corner = (0, 1) if half == 1 else (2, 2)  # classes
+        passes.append(scan(half, half, 2 * half, corners, corner))
+        passes.append(scan(0, half, 2 * half, edges, edge))
+        passes.append(scan(half, 0, 2 * half, edges, edge))
         half //= 2
-    return [scan for scan in passes if len(scan.rows)]
+    return [each for each in passes if len(each.rows)]
 
 
 @functools.lru_cache(maxsize=1)

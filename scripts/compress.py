@@ -80,16 +80,13 @@ def read_file(path: Path, codec: Codec) -> bytes:
     """The bytes of a `.rfsq` file; if it is larger than its header allows, only the header is read.
 
     Raises:
-        ValueError: the file cannot be read, or has another size; the path is not in the message.
+        ValueError: its size or its header is wrong; the path is not in the message.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(bitstream.HEAD_BYTES)
-            size = path.stat().st_size
-            codec.check_claim(head, size)
-            return head + file.read(size)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+    with open(path, "rb") as file:
+        head = file.read(bitstream.HEAD_BYTES)
+        size = path.stat().st_size
+        codec.check_claim(head, size)
+        return head + file.read(size)
 
 
 def finite(value: float) -> float | None:

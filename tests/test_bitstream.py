@@ -205,6 +205,7 @@ def test_images_beyond_the_sample_are_counted_only(monkeypatch):
         counts.add(smooth(24, 32, sizes, seed))
         assert len(counts.kept) == (seed == 0)
         assert all(table.sum() == 24 * 32 * (seed + 1) * (seed > 0) for table in counts.counts[1])
+    assert counts.entropy_model().weights is counts.weights
     two = entropy.Counts(sizes, levels)
     for seed in range(2):
         two.add(smooth(24, 32, sizes, seed))
