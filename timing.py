@@ -6,13 +6,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.benchmark import Timer
 
@@ -50,6 +51,21 @@ def turns(calls: Iterable[Callable], repeats: int) -> list[list[float]]:
     return [list(column) for column in zip(*times, strict=True)]
 
 
+def forward_backward(module: nn.Module, z: Tensor, mode: str, **options) -> Callable:
+    """A call of `module` on `z`, then of the gradients of its input and its parameters."""
+    z = z.detach().clone().requires_grad_()
+    inputs, gradient = [z, *module.train().parameters()], torch.randn_like(z)
+    if mode == "compiled":
+        module.compile()
+
+    def call() -> None:
+        quantized, _, *loss = module(z, **options)
+        gradients = [gradient, *map(torch.ones_like, loss)]
+        torch.autograd.grad([quantized, *loss], inputs, gradients, allow_unused=True)
+
+    return call
+
+
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Median, min and max."""
     values = list(values)
@@ -73,6 +89,55 @@ def peak_memory(call: Callable) -> float:
         events = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
     events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     return max(accumulate((e["args"]["Bytes"] for e in events), initial=0)) / 2**20
+
+
+def part_times(
+    step: Callable, modules: dict[str, nn.Module], others: Sequence[str], repeats: int
+) -> list[dict]:
+    """Mean time of each part of a step and its share; the GPU is waited for after each part.
+
+    Args:
+        step: takes a function `mark`, and calls it with "" at its start and with each of `others`
+            when this part is done.
+        modules: parts that are modules.
+        others: the other parts; the first one gets the time of the forward pass between modules.
+        repeats: how many steps.
+    """
+    seconds, last = dict.fromkeys([*modules, *others, ""], 0.0), 0.0
+
+    def mark(part: str) -> None:
+        nonlocal last
+        synchronize()
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
+
+    hooks = [m.register_forward_pre_hook(lambda *_: mark(others[0])) for m in modules.values()]
+    for name, module in modules.items():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: mark(name)))
+    for _ in range(repeats):
+        step(mark=mark)
+    for hook in hooks:
+        hook.remove()
+    del seconds[""]  # between two steps
+    total = sum(seconds.values())
+    return [{"part": k, "ms": 1e3 * s / repeats, "share": s / total} for k, s in seconds.items()]
+
+
+def print_table(title: str, rows: Sequence[dict]) -> None:
+    """Print rows by their names; of a spread the median, and all of it if it is a ratio."""
+
+    def text(name: str, value) -> str:
+        if isinstance(value, dict):
+            whole = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
+            return whole if name == "ratio" else text(name, value["median"])
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return str(value)
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
+    print(f"\n{title}\n{util.text_table(cells)}", flush=True)
 
 
 def limits(repeats: int, bf16: bool) -> dict[str, float]:

@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from operator import truediv
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
 from checkpoint import write_json
@@ -48,7 +49,7 @@ from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, train_l
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
-from timing import CUDA, DEVICE, limits, peak_memory, spread, synchronize, turns
+from timing import CUDA, DEVICE, spread
 from train import TrainingStep
 
 PACKAGE, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"
@@ -88,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the other package would interrupt the tables
         # The limits are measured in any case: the other sections refer to them.
-        rates = results["limits"] = limits(args.repeats, bf16=args.precision == "bf16")
-        print_table("limits; a copy reads and writes", [rates])
+        rates = results["limits"] = timing.limits(args.repeats, bf16=args.precision == "bf16")
+        timing.print_table("limits; a copy reads and writes", [rates])
         sections = {"quantizers": quantizers, "step": training_step, "loader": loader}
         for name in (name for name in sections if name in args.only):
             results[name] = sections[name](args, rates)
             for part in results[name].values():
-                print_table(part["title"], part["rows"])
+                timing.print_table(part["title"], part["rows"])
     if args.json:
         write_json(Path(args.json), results)
     return results
@@ -109,8 +110,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
         return text.split(",")
 
     parser, count = Parser(prog="benchmark.py", description=__doc__.split("\n")[0]), number(int, 1)
-    add, width = parser.add_argument, number(int, 8)
-    everything = ",".join(SECTIONS)
+    add, width, everything = parser.add_argument, number(int, 8), ",".join(SECTIONS)
     add("--only", default=everything, type=sections, metavar="A,B", help="what to measure")
     add("--repeats", default=5, type=count, help="turns of each")
     add("--threads", type=count, help="compute threads on a CPU; default: as PyTorch decides")
@@ -126,29 +126,14 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--channel", default=256, type=width, help="step: width of the encoder's last stage")
     add("--img-size", default=128, type=number(int, 16), help="step, loader: pixels a side")
     text = "step: LPIPS network, with random weights if its own are not available"
-    add("--lpips-net", default="vgg" if CUDA else "none", choices=LPIPS_NETS, help=text)
+    net = "vgg" if CUDA else "none"
+    add("--lpips-net", default=net, choices=LPIPS_NETS, help=text)
     add("--originals", metavar="DIR", help="loader: images; default: generated JPEGs")
     add("--loader-images", default=256, type=count, help="loader: how many images to read")
     args = parser.parse_args(argv)
     args.precision = args.precision or ("bf16" if CUDA else "fp32")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
     return args
-
-
-def print_table(title: str, rows: Sequence[dict]) -> None:
-    """Print rows by their names; of a spread the median, and all of it if it is a ratio."""
-
-    def text(name: str, value) -> str:
-        if isinstance(value, dict):
-            whole = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
-            return whole if name == "ratio" else text(name, value["median"])
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        return str(value)
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
-    print(f"\n{title}\n{util.text_table(cells)}", flush=True)
 
 
 def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
@@ -167,22 +152,22 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         ours = ours().to(DEVICE)
         z = torch.randn(batch, ours.dim, args.latent, args.latent, device=DEVICE)
         row = {"quantizer": ours.name, "z": "x".join(map(str, z.shape)), "ours": mode}
-        calls = {"": forward_backward(ours, z, mode)}
+        calls = {"": timing.forward_backward(ours, z, mode)}
         if package and theirs:
             name, arguments = theirs
             theirs, row["theirs"] = getattr(package, name)(**arguments).to(DEVICE), mode
-            calls["theirs "] = forward_backward(copy.deepcopy(theirs), z, mode, **options)
+            calls["theirs "] = timing.forward_backward(copy.deepcopy(theirs), z, mode, **options)
             try:
                 calls["theirs "]()
             except Exception as error:  # the compiler can raise nearly anything
                 if mode == "eager":
                     raise
                 row["theirs"] = f"eager ({type(error).__name__})"
-                calls["theirs "] = forward_backward(theirs, z, "eager", **options)
-        times = turns(calls.values(), args.repeats)
+                calls["theirs "] = timing.forward_backward(theirs, z, "eager", **options)
+        times = timing.turns(calls.values(), args.repeats)
         for (who, call), seconds in zip(calls.items(), times, strict=True):
             row[f"{who}ms"] = spread(1e3 * x for x in seconds)
-            row[f"{who}peak MiB"] = peak_memory(call)
+            row[f"{who}peak MiB"] = timing.peak_memory(call)
         row["copies"] = row["ms"]["median"] * rates["copy GB/s"] / (2e-6 * 4 * z.numel())
         rows.append(row if len(times) < 2 else {**row, "ratio": spread(map(truediv, *times[::-1]))})
     z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
@@ -192,21 +177,6 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     return result | {"entropies": {"title": title, "rows": entropies(package, z)}}
 
 
-def forward_backward(module: nn.Module, z: Tensor, mode: str, **options) -> Callable:
-    """A call of `module` on `z`, then of the gradients of its input and its parameters."""
-    z = z.detach().clone().requires_grad_()
-    inputs, gradient = [z, *module.train().parameters()], torch.randn_like(z)
-    if mode == "compiled":
-        module.compile()
-
-    def call() -> None:
-        quantized, _, *loss = module(z, **options)
-        gradients = [gradient, *map(torch.ones_like, loss)]
-        torch.autograd.grad([quantized, *loss], inputs, gradients, allow_unused=True)
-
-    return call
-
-
 @torch.no_grad()
 def entropies(package, z: Tensor) -> list[dict]:
     """LFQ's two entropies by ours, theirs and the definition: p(c|z) of all codes in float64.
@@ -214,7 +184,7 @@ def entropies(package, z: Tensor) -> list[dict]:
     At temperature 1 theirs is limited by its smallest log p; at 20 no p is that small.
     """
     tokens, rows = z.movedim(1, -1).flatten(0, -2).double(), []
-    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], device=DEVICE).double()] * z.shape[1])
+    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).to(tokens)] * z.shape[1])
     for temperature in (1.0, 20.0):
         # |z - c|^2 without |z|^2 + |c|^2, which is the same for all codes.
         p = (2 / temperature * tokens @ codes.t()).softmax(1)
@@ -225,8 +195,11 @@ def entropies(package, z: Tensor) -> list[dict]:
             found["theirs"] = lfq(z, inv_temperature=inverse, return_loss_breakdown=True)[1]
         for i, name in enumerate(("token", "batch")):
             row = {"entropy": name, "temperature": temperature, "definition": exact[i]}
-            for who, value in ((who, values[i].item()) for who, values in found.items()):
-                row |= {who: value, f"{who} off by": abs(value / exact[i] - 1)}
+            for who, values in found.items():
+                row |= {
+                    who: values[i].item(),
+                    f"{who} off by": abs(values[i].item() / exact[i] - 1),
+                }
             rows.append(row)
     return rows
 
@@ -246,8 +219,10 @@ def perceptual(net: str) -> tuple[Perceptual | None, str]:
     def random_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         return {k: 0.03 * torch.randn(x.shape) for k, x in backbone.state_dict().items()}
 
+    if net == "none":
+        return None, "no LPIPS"
     try:
-        return (None, "no LPIPS") if net == "none" else (Perceptual(net), f"LPIPS({net})")
+        return Perceptual(net), f"LPIPS({net})"
     except WeightsMissing:
         with mock.patch("loss.perceptual._backbone_state", random_state):
             return Perceptual(net), f"LPIPS({net}, random weights)"
@@ -277,14 +252,14 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     images = images.to(DEVICE, torch.uint8)
 
     def updates(kind: type, precision: str, compiled: bool = False) -> partial:
-        step, fused = copy.deepcopy(start), True
-        if kind is PlainStep:
-            step, fused = PlainStep(step.model, step.criterion, bf16=False), None
-        else:
+        step, ours = copy.deepcopy(start), kind is TrainingStep
+        step = step if ours else kind(step.model, step.criterion, bf16=False)
+        if ours:
             step.to(memory_format=torch.channels_last)
         if compiled:
             step.compile(fullgraph=True)
-        adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=fused)
+        options = {"weight_decay": 5e-5, "fused": True if ours else None}
+        adam = torch.optim.Adam(step.model.parameters(), 1e-4, **options)
         return partial(update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
@@ -294,47 +269,28 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     steps["plain, fp32"] = updates(PlainStep, "ieee")
     if CUDA:
         steps["plain, tf32"] = updates(PlainStep, "tf32")
-    times = turns(steps.values(), args.repeats)
+    times = timing.turns(steps.values(), args.repeats)
     with FlopCounterMode(display=False) as counter:
         eager()
     rows = []
     for (name, call), seconds in zip(steps.items(), times, strict=True):
         row = {"step": name, "images/s": spread(args.batch_size / s for s in seconds)}
-        row |= {"ratio": spread(map(truediv, seconds, times[0])), "peak MiB": peak_memory(call)}
+        row |= {
+            "ratio": spread(map(truediv, seconds, times[0])),
+            "peak MiB": timing.peak_memory(call),
+        }
         row["GFLOP/s"] = 1e-9 * counter.get_total_flops() / median(seconds)
         limit = max(rate for what, rate in rates.items() if what.startswith(name.split(", ")[1]))
         row["of the limit"] = row["GFLOP/s"] / limit
         rows.append(row)
     about = f"width {args.channel}, {args.img_size} pixels, batch {args.batch_size}, {lpips_name}"
     title = f"training step, {start.model.quantizer.name}, {about}; ratio: how much faster ours is"
-    parts = {"title": "its parts, eager, each waited for", "rows": part_times(eager, args.repeats)}
-    return {"times": {"title": title, "rows": rows}, "parts": parts}
-
-
-def part_times(eager: partial, repeats: int) -> list[dict]:
-    """Mean time of each part of an eager step; `loss` is the rest of the forward pass."""
-    model, network = eager.args[0].model, eager.args[0].criterion.perceptual
-    parts = {"encoder": model.encoder, "quantizer": model.quantizer, "decoder": model.decoder}
-    parts |= {} if network is None else {"LPIPS": network}
-    seconds, last = dict.fromkeys([*parts, "loss", "backward", "optimizer", ""], 0.0), 0.0
-
-    def mark(part: str) -> None:
-        nonlocal last
-        synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - last
-        last = now
-
-    hooks = [m.register_forward_pre_hook(lambda *_: mark("loss")) for m in parts.values()]
-    for name, module in parts.items():
-        hooks.append(module.register_forward_hook(lambda *_, name=name: mark(name)))
-    for _ in range(repeats):
-        eager(mark=mark)
-    for hook in hooks:
-        hook.remove()
-    del seconds[""]  # between two steps
-    total = sum(seconds.values())
-    return [{"part": k, "ms": 1e3 * s / repeats, "share": s / total} for k, s in seconds.items()]
+    model = eager.args[0].model
+    modules = {"encoder": model.encoder, "quantizer": model.quantizer, "decoder": model.decoder}
+    modules |= {} if network is None else {"LPIPS": eager.args[0].criterion.perceptual}
+    parts = timing.part_times(eager, modules, ["loss", "backward", "optimizer"], args.repeats)
+    result = {"times": {"title": title, "rows": rows}}
+    return result | {"parts": {"title": "its parts, eager, each waited for", "rows": parts}}
 
 
 def loader(args: Namespace, rates: dict) -> dict[str, dict]:
@@ -343,8 +299,8 @@ def loader(args: Namespace, rates: dict) -> dict[str, dict]:
         originals, out = Path(root, "originals"), Path(root, "packed")
         originals.mkdir()
         make_originals(args, originals)
-        script = Path(__file__).with_name("pack_images.py")
-        command = [sys.executable, script, originals, out, f"--img-size={args.img_size}"]
+        command = [sys.executable, Path(__file__).with_name("pack_images.py"), originals, out]
+        command.append(f"--img-size={args.img_size}")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"the images cannot be packed: {done.stderr.strip()}")
@@ -364,15 +320,16 @@ def loader(args: Namespace, rates: dict) -> dict[str, dict]:
 
 def make_originals(args: Namespace, folder: Path) -> None:
     """Links to some of the images of --originals, evenly, or generated JPEGs."""
-    given = ImageFolderDataset(args.originals, args.img_size) if args.originals else None
-    images = given or SyntheticDataset(500, seed=0, length=args.loader_images)
-    count = min(args.loader_images, len(images))
-    for i in tqdm(range(count), "originals", False, disable=None):
-        if given:
+    if args.originals:
+        given = ImageFolderDataset(args.originals, args.img_size)
+        count = min(args.loader_images, len(given))
+        for i in range(count):
             path = given.path(i * len(given) // count).absolute()
             (folder / f"{i:06d}{path.suffix}").symlink_to(path)
-        else:
-            pixels = images[i][:, :375].permute(1, 2, 0).numpy()
+    else:
+        images = SyntheticDataset(500, seed=0, length=args.loader_images)
+        for i, image in enumerate(tqdm(images, "originals", False, disable=None)):
+            pixels = image[:, :375].permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
 
 
