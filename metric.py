@@ -23,10 +23,12 @@ import util
 from checkpoint import NotFinite
 from dataset import IMAGENET_STD
 from loss.perceptual import Perceptual
+from model import in_evaluation_mode
 
 PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean must stay finite
 RANGE_TOLERANCE = 0.02  # how far outside [0, 1] an original may lie
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
+MERGE_ABOVE = 2**20  # codes that may wait to be merged, beside as many as are merged already
 COLUMNS = ("l1", "psnr", "lpips", "paper_l1", "paper_psnr", "paper_lpips")
 
 
@@ -138,7 +140,9 @@ class CodeUsage:
     def __init__(self, codebook_sizes: list[int], stage_axis: bool | None = None) -> None:
         self.codebook_sizes = list(codebook_sizes)
         self.stage_axis = len(self.codebook_sizes) > 1 if stage_axis is None else stage_axis
-        self.counts = [_Counts(size) for size in self.codebook_sizes]
+        # Of each stage a list of (2, n) tensors, a row of codes and one of their counts: memory
+        # grows with the codes that were seen, not with the codebook.
+        self.parts = [[torch.zeros(2, 0, dtype=torch.int64)] for _ in self.codebook_sizes]
 
     def update(self, indices: Tensor) -> None:
         """Count int64 indices, (B, *positions), or (B, *positions, stages) with a stage axis.
@@ -146,18 +150,21 @@ class CodeUsage:
         Raises ValueError for another type or number of stages, or an index outside its codebook.
         """
         indices = (indices if self.stage_axis else indices.unsqueeze(-1)).detach().cpu()
-        if indices.dtype != torch.int64 or indices.shape[-1] != len(self.counts):
+        if indices.dtype != torch.int64 or indices.shape[-1] != len(self.codebook_sizes):
             got = f"{indices.dtype} of shape {tuple(indices.shape)}"
-            need = f"torch.int64 with a last axis of {len(self.counts)} stages"
+            need = f"torch.int64 with a last axis of {len(self.codebook_sizes)} stages"
             raise ValueError(f"indices are {got}; they must be {need}")
         stages = indices.flatten(0, -2).unbind(-1)
-        for k, size in enumerate(self.codebook_sizes):  # all of them before any is counted
+        for k, size in enumerate(self.codebook_sizes):  # check all stages before counting any
             low, high = (value.item() for value in stages[k].aminmax())
             if low < 0 or high >= size:
                 got = f"from {low} to {high}, outside its {size} codes"
                 raise ValueError(f"indices of stage {k + 1} range {got}")
-        for counts, stage in zip(self.counts, stages, strict=True):
-            counts.add(stage)
+        for parts, size, stage in zip(self.parts, self.codebook_sizes, stages, strict=True):
+            parts.append(_count(stage, size))
+            # A merge sorts everything; waiting until it has doubled keeps the total n log n.
+            if sum(part.shape[1] for part in parts[1:]) > parts[0].shape[1] + MERGE_ABOVE:
+                parts[:] = [_merge(parts)]
 
     def compute(self) -> list[dict[str, float | int]]:
         """One dictionary a stage, over the tokens of all processes (a collective).
@@ -168,7 +175,7 @@ class CodeUsage:
         """
         result = []
         for k, size in enumerate(self.codebook_sizes):
-            counts = _merge(util.from_all(_merge(self.counts[k].parts)))[1]
+            counts = _merge(util.from_all(_merge(self.parts[k])))[1]
             used, tokens = len(counts), int(counts.sum())
             if tokens == 0:
                 raise ValueError(f"there are no indices of stage {k + 1} to count")
@@ -180,27 +187,17 @@ class CodeUsage:
         return result
 
 
-class _Counts:
-    """Tokens of each code that was seen: memory goes with the tokens, not with the codebook."""
-
-    def __init__(self, size: int) -> None:
-        self.dense = size <= DENSE_LIMIT
-        self.parts = [torch.zeros(2, 0, dtype=torch.int64)]  # each: a row of codes, one of counts
-
-    def add(self, indices: Tensor) -> None:
-        if self.dense:
-            counts = torch.bincount(indices)
-            codes, counts = counts.nonzero()[:, 0], counts[counts > 0]
-        else:
-            codes, counts = indices.unique(return_counts=True)
-        self.parts.append(torch.stack([codes, counts]))
-        # Merging sorts everything; waiting until it has doubled keeps the total n log n.
-        if sum(part.shape[1] for part in self.parts[1:]) > self.parts[0].shape[1] + DENSE_LIMIT:
-            self.parts = [_merge(self.parts)]
+def _count(indices: Tensor, codebook_size: int) -> Tensor:
+    """(2, n): each code among the indices (tokens,), in order, and how often it occurs."""
+    if codebook_size > DENSE_LIMIT:
+        return torch.stack(indices.unique(return_counts=True))
+    counts = torch.bincount(indices)
+    codes = counts.nonzero()[:, 0]
+    return torch.stack([codes, counts[codes]])
 
 
 def _merge(parts: list[Tensor]) -> Tensor:
-    """Adds up (2, n) pairs of codes and counts: each code once, in order."""
+    """Add up tensors of `_count`: each code once, in order."""
     codes, counts = torch.cat(parts, dim=1)
     codes, inverse = codes.unique(return_inverse=True)
     return torch.stack([codes, torch.zeros_like(codes).index_add_(0, inverse, counts)])
@@ -245,9 +242,7 @@ def evaluate(
     names = ["model", "bicubic", "mean_colour"] if final else ["model"]
     metrics = {name: ImageMetrics(perceptual, paper=final) for name in names}
     shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
             if stop():
                 break
@@ -263,9 +258,6 @@ def evaluate(
                 usage.update(indices)
             positions = indices[0].numel() // len(quantizer.codebook_sizes)
             shape = torch.tensor([*images.shape[2:], positions])
-    finally:
-        for module, training in modes:
-            module.training = training
     if any(util.from_all(stop())):
         raise util.Interrupted("the evaluation was stopped")
 
@@ -306,19 +298,14 @@ def format_results(result: dict) -> str:
     for row in result["stages"]:
         stages.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     parts = [
-        f"{result['images']} images of {height}x{width}\n" + _aligned(field),
-        _aligned(stages),
+        f"{result['images']} images of {height}x{width}\n" + util.text_table(field),
+        util.text_table(stages),
         f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
     ]
     if "paper" in result:
-        parts.insert(1, "the paper's units (arXiv 2508.15860), not clamped\n" + _aligned(paper))
+        parts.insert(
+            1, "the paper's units (arXiv 2508.15860), not clamped\n" + util.text_table(paper)
+        )
     if not network:
-        parts[-1] += "\nLPIPS is missing: the evaluation ran without an LPIPS network"
+        parts[-1] += "\nLPIPS is missing: its weights are not available, or --lpips-net is none"
     return "\n\n".join(parts)
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in cells)

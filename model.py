@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -325,30 +325,6 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
         reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
         raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
     return model.eval(), args, saved
-
-
-def load_models(
-    paths: Sequence[str], device: torch.device, img_size: int | None
-) -> tuple[list[VQVAE], Namespace, list[int | None]]:
-    """Several checkpoints to compare: models in evaluation mode, flags, steps.
-
-    The flags are those of the first checkpoint; they decide image size and LPIPS network.
-
-    Raises:
-        ValueError: if they were trained at different sizes and `img_size` (pixels) chooses none.
-    """
-    models, flags, steps = [], [], []
-    for path in paths:
-        model, args, saved = load_model(path)
-        if img_size is None and flags and args.img_size != flags[0].img_size:
-            raise ValueError(
-                f"{path} was trained at {args.img_size} pixels, {paths[0]} at "
-                f"{flags[0].img_size}: give --img-size"
-            )
-        models.append(model.to(device))
-        flags.append(args)
-        steps.append(saved.get("step"))
-    return models, flags[0], steps
 
 
 def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:

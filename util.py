@@ -179,6 +179,24 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
     return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def check_outputs(*paths: str | None) -> None:
+    """Raise, before the work, for a file that could not be written after it; None is skipped.
+
+    Raises:
+        ValueError: the folder of the file does not exist, or the path is a folder.
+    """
+    for path in filter(None, paths):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+
+
 def load_figure() -> type:
     """matplotlib's Figure class: the object-oriented interface needs no display.
 

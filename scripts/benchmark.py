@@ -5,33 +5,28 @@
 
 quantizers  ours against vector-quantize-pytorch (pip install '.[benchmark]'): forward and backward
             in training mode, float32, equal shapes and settings
-step        train.py's training step against the same model in plain float32 PyTorch
-loader      packed images against the folder that they were made from; 1 worker is 1 core
+step        the training step of train.py against the same model in plain float32 PyTorch
+loader      packed images against the folder that they were made from
 limits      what the machine can do: a large copy, a matrix product, a convolution
 
-Rivals take turns (ours, theirs, ours, theirs, ...), so that another load on the machine meets both.
-A ratio is the median of the turns' ratios (smallest..largest); above 1, ours is faster. Other
-numbers are medians. A turn is as many calls as fill a tenth of a second.
+What is compared takes turns (ours, theirs, ours, theirs, ...), so that another load on the machine
+affects both. A ratio is the median of the turns' ratios (smallest..largest); above 1, ours is
+faster. Other numbers are medians. A turn is as many calls as fill a tenth of a second.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-import json
-import os
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
-from argparse import RawDescriptionHelpFormatter as Raw
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from io import StringIO
-from itertools import accumulate
 from operator import truediv
 from pathlib import Path
 from statistics import median
@@ -40,33 +35,28 @@ from unittest import mock
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.profiler import profile
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import timing
 import util
-from arguments import Parser, get_args, number
+from arguments import LPIPS_NETS, Parser, get_args, number
 from checkpoint import write_json
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
-from loss.perceptual import NETS
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
-from scripts import pack_images
+from timing import CUDA, DEVICE, spread
 from train import TrainingStep
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-RIVAL, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"
-synchronize = torch.cuda.synchronize if CUDA else lambda: None
-TURN = 0.1  # seconds of calls that are timed together
-# A copy far larger than any cache, square matrices of so many rows, images a loader's batch.
-COPY_MIB, MATRIX, LOADER_BATCH = (2048, 8192, 32) if CUDA else (256, 2048, 32)
+PACKAGE, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"
+SECTIONS = ("quantizers", "step", "loader", "limits")
+LOADER_BATCH, LOADER_SECONDS = 32, 0.5  # images of a batch; time of a turn
 
-# Of each quantizer: ours; the rival's class and arguments, if there is one; what its forward takes.
+# Of each quantizer: ours; class and arguments of theirs, or None; arguments of its forward.
 SCALARS = [(partial(FSQ, [8, 8, 8, 8]), ("FSQ", {"levels": [8, 8, 8, 8]}), {})]
 for stages, levels in ((2, [8, 8, 8, 4]), (4, [4, 4, 4, 4, 4])):
     residual = {"levels": levels, "num_quantizers": stages, "is_channel_first": True}
@@ -89,23 +79,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input, before anything is measured.
     """
     args = get_flags(argv)
+    util.check_outputs(args.json)
     if args.originals:
-        ImageFolderDataset(args.originals, args.img_size)  # its complaints come first
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such folder to write into")
+        ImageFolderDataset(args.originals, args.img_size)  # raises its errors before the work
     torch.set_num_threads(args.threads or torch.get_num_threads())
     util.seed_everything(0)
     results = {"environment": util.environment(DEVICE), "flags": vars(args)}
     print(", ".join(f"{k} {results['environment'][k]}" for k in ("device", "torch", "threads")))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the rivals, in the middle of the tables
-        # The other sections refer to them.
-        rates = results["limits"] = limits(args.repeats, bf16=args.precision == "bf16")
-        table("limits; a copy reads and writes", [rates])
-        for section in (name for name in SECTIONS if name in args.only):
-            results[section] = SECTIONS[section](args, rates)
-            for part in results[section].values():
-                table(part["title"], part["rows"])
+        warnings.simplefilter("ignore")  # those of the other package would interrupt the tables
+        # The limits are measured in any case: the other sections refer to them.
+        rates = results["limits"] = timing.limits(args.repeats, bf16=args.precision == "bf16")
+        timing.print_table("limits; a copy reads and writes", [rates])
+        sections = {"quantizers": quantizers, "step": training_step, "loader": loader}
+        for name in (name for name in sections if name in args.only):
+            results[name] = sections[name](args, rates)
+            for part in results[name].values():
+                timing.print_table(part["title"], part["rows"])
     if args.json:
         write_json(Path(args.json), results)
     return results
@@ -115,130 +105,43 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     """The flags of the command line, or of the list `argv`; the defaults suit the device."""
 
     def sections(text: str) -> list[str]:
-        if not set(text.split(",")) <= set(known):
-            raise ArgumentTypeError(f"{text!r} is not among {','.join(known)}")
+        if not set(text.split(",")) <= set(SECTIONS):
+            raise ArgumentTypeError(f"{text!r} is not among {','.join(SECTIONS)}")
         return text.split(",")
 
-    def add(flag: str, help: str, default=None, **options) -> None:
-        text = "" if default is None else "; default: %(default)s"
-        parser.add_argument(flag, default=default, help=help + text, **options)
-
-    count, known = number(int, 1), (*SECTIONS, "limits")  # the limits are measured in any case
-    parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=Raw)
-    add("--only", "what to measure", ",".join(known), type=sections, metavar="A,B")
-    add("--repeats", "turns of each rival", 5, type=count)
-    add("--threads", "compute threads on a CPU; default: as PyTorch decides", type=count)
-    add("--json", "write every number and the environment there", metavar="FILE")
-    about = "compiled quantizers as well, and our step compiled; default: the step alone, on a GPU"
-    add("--compile", about, action=BooleanOptionalAction)
-    about = "quantizers: batches of z; LFQ and EMA take the smallest"
-    add("--z-batch", about, [8, 128] if CUDA else [8], type=count, nargs="+", metavar="B")
-    add("--latent", "quantizers: positions a side of z", 32, type=count)
-    about = "step: ours; plain PyTorch is float32; default: bf16 on a GPU, fp32 on a CPU"
-    add("--precision", about, choices=("bf16", "fp32"))
-    add("--batch-size", "step: images", 128 if CUDA else 4, type=count)
-    add("--channel", "step: width of the encoder's last stage", 256, type=number(int, 8))
-    add("--img-size", "step, loader: pixels a side", 128, type=number(int, 16))
-    about = "step: LPIPS network, with random weights where its own are missing"
-    add("--lpips-net", about, "vgg" if CUDA else "none", choices=("none", *NETS))
-    add("--originals", "loader: a folder of images; default: generated JPEGs", metavar="DIR")
-    add("--loader-images", "loader: how many images to read", 256, type=count)
+    parser, count = Parser(prog="benchmark.py", description=__doc__.split("\n")[0]), number(int, 1)
+    add, width, everything = parser.add_argument, number(int, 8), ",".join(SECTIONS)
+    add("--only", default=everything, type=sections, metavar="A,B", help="what to measure")
+    add("--repeats", default=5, type=count, help="turns of each")
+    add("--threads", type=count, help="compute threads on a CPU; default: as PyTorch decides")
+    add("--json", metavar="FILE", help="write every number and the environment there")
+    text = "compiled quantizers as well, and our step compiled; default: the step alone, on a GPU"
+    add("--compile", action=BooleanOptionalAction, help=text)
+    text, batches = "quantizers: batches of z; LFQ and EMA take the smallest", [8, 128][: 1 + CUDA]
+    add("--z-batch", default=batches, type=count, nargs="+", metavar="B", help=text)
+    add("--latent", default=32, type=count, help="quantizers: positions a side of z")
+    text = "step: ours; plain PyTorch is float32; default: bf16 on a GPU, fp32 on a CPU"
+    add("--precision", choices=("bf16", "fp32"), help=text)
+    add("--batch-size", default=128 if CUDA else 4, type=count, help="step: images")
+    add("--channel", default=256, type=width, help="step: width of the encoder's last stage")
+    add("--img-size", default=128, type=number(int, 16), help="step, loader: pixels a side")
+    text = "step: LPIPS network, with random weights if its own are not available"
+    net = "vgg" if CUDA else "none"
+    add("--lpips-net", default=net, choices=LPIPS_NETS, help=text)
+    add("--originals", metavar="DIR", help="loader: images; default: generated JPEGs")
+    add("--loader-images", default=256, type=count, help="loader: how many images to read")
     args = parser.parse_args(argv)
     args.precision = args.precision or ("bf16" if CUDA else "fp32")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
     return args
 
 
-def turns(calls: Iterable[Callable], repeats: int) -> list[list[float]]:
-    """Seconds a call: for each of `calls` a list of one mean for each turn."""
-
-    def clock(call: Callable, count: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) / count
-
-    for call in calls:  # compiles, allocates, fills caches
-        call()
-    counts = [max(1, min(1000, int(TURN / clock(call, 1)))) for call in calls]
-    times = [list(map(clock, calls, counts)) for _ in range(repeats)]
-    return [list(column) for column in zip(*times, strict=True)]
-
-
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, min and max."""
-    values = list(values)
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-def peak_memory(call: Callable) -> float:
-    """The most memory, MiB, that one call holds in tensors beyond what was held before it."""
-    if CUDA:
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # A CPU's allocator keeps no peak: add up the allocations in PyTorch's own trace.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer chatters
-    with tempfile.TemporaryDirectory() as folder:
-        with profile(profile_memory=True) as trace:
-            call()
-        trace.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    return max(accumulate((e["args"]["Bytes"] for e in events), initial=0)) / 2**20
-
-
-def table(title: str, rows: Sequence[dict]) -> None:
-    """Print rows by their names; of a spread the median, and all of it where it is a ratio."""
-
-    def text(name: str, value) -> str:
-        if isinstance(value, dict):
-            whole = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
-            return whole if name == "ratio" else text(name, value["median"])
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        return str(value)
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for first, *rest in cells:
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *padded]), flush=True)
-
-
-def limits(repeats: int, bf16: bool) -> dict[str, float]:
-    """GB/s of a copy, read and written; GFLOP/s of matrix products and convolutions."""
-    source, target = torch.ones(2, COPY_MIB * 2**18, device=DEVICE).unbind()
-    (times,) = turns([partial(target.copy_, source)], repeats)
-    rates = {"copy GB/s": 2e-9 * COPY_MIB * 2**20 / median(times)}
-    for name in ["fp32", *["tf32"] * CUDA, *["bf16"] * (bf16 or CUDA)]:
-        util.set_float32_precision("tf32" if name == "tf32" else "ieee")
-        kind = torch.bfloat16 if name == "bf16" else torch.float32
-        a, b = torch.randn(2, MATRIX, MATRIX, device=DEVICE).to(kind)
-        # Convolutions may be faster than the matrix library: 256 filters of 128x4x4, stride 2.
-        x = torch.randn(MATRIX // 256, 128, 64, 64, device=DEVICE).to(kind)
-        filters = torch.randn(256, 128, 4, 4, device=DEVICE).to(kind)
-        x, filters = (t.to(memory_format=torch.channels_last) for t in (x, filters))
-        convolve = partial(torch.conv2d, x, filters, stride=2, padding=1)
-        times = turns([partial(torch.matmul, a, b), convolve], repeats)
-        flop = [2 * MATRIX**3, 2 * convolve().numel() * 128 * 4 * 4]
-        for what, count, seconds in zip(("product", "convolution"), flop, times, strict=True):
-            rates[f"{name} {what} GFLOP/s"] = 1e-9 * count / median(seconds)
-    return rates
-
-
 def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     """A row for each quantizer, batch of z and mode; LFQ's entropies."""
     try:
-        rival, note = importlib.import_module(RIVAL), f"{RIVAL} {version(RIVAL)}"
+        package, note = importlib.import_module(PACKAGE), f"{PACKAGE} {version(PACKAGE)}"
     except ImportError:
-        rival, note = None, f"theirs is missing: {INSTALL}"
+        package, note = None, f"theirs is missing: {INSTALL}"
     util.set_float32_precision("ieee")
     work = [(case, batch) for batch in args.z_batch for case in SCALARS]
     work += [(case, min(args.z_batch)) for case in TOKENS]
@@ -249,65 +152,54 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         ours = ours().to(DEVICE)
         z = torch.randn(batch, ours.dim, args.latent, args.latent, device=DEVICE)
         row = {"quantizer": ours.name, "z": "x".join(map(str, z.shape)), "ours": mode}
-        calls = {"": forward_backward(ours, z, mode)}
-        if rival and theirs:
-            theirs, row["theirs"] = getattr(rival, theirs[0])(**theirs[1]).to(DEVICE), mode
-            calls["theirs "] = forward_backward(copy.deepcopy(theirs), z, mode, **options)
+        calls = {"": timing.forward_backward(ours, z, mode)}
+        if package and theirs:
+            name, arguments = theirs
+            theirs, row["theirs"] = getattr(package, name)(**arguments).to(DEVICE), mode
+            calls["theirs "] = timing.forward_backward(copy.deepcopy(theirs), z, mode, **options)
             try:
                 calls["theirs "]()
-            except Exception as error:  # whatever the compiler stumbles over
+            except Exception as error:  # the compiler can raise nearly anything
                 if mode == "eager":
                     raise
                 row["theirs"] = f"eager ({type(error).__name__})"
-                calls["theirs "] = forward_backward(theirs, z, "eager", **options)
-        times = turns(calls.values(), args.repeats)
+                calls["theirs "] = timing.forward_backward(theirs, z, "eager", **options)
+        times = timing.turns(calls.values(), args.repeats)
         for (who, call), seconds in zip(calls.items(), times, strict=True):
             row[f"{who}ms"] = spread(1e3 * x for x in seconds)
-            row[f"{who}peak MiB"] = peak_memory(call)
+            row[f"{who}peak MiB"] = timing.peak_memory(call)
         row["copies"] = row["ms"]["median"] * rates["copy GB/s"] / (2e-6 * 4 * z.numel())
         rows.append(row if len(times) < 2 else {**row, "ratio": spread(map(truediv, *times[::-1]))})
     z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
     title = f"quantizers, forward + backward; copies: our time over a copy of z; {note}"
     result = {"times": {"title": title, "rows": rows}}
     title = "entropies of lfq-12, nats; theirs takes log p < 1e-5 as log 1e-5"
-    return result | {"entropies": {"title": title, "rows": entropies(rival, z)}}
-
-
-def forward_backward(module: nn.Module, z: Tensor, mode: str, **options) -> Callable:
-    """A call of `module` on `z`, then of the gradients of its input and its parameters."""
-    z = z.detach().clone().requires_grad_()
-    inputs, gradient = [z, *module.train().parameters()], torch.randn_like(z)
-    if mode == "compiled":
-        module.compile()
-
-    def call() -> None:
-        quantized, _, *loss = module(z, **options)
-        gradients = [gradient, *map(torch.ones_like, loss)]
-        torch.autograd.grad([quantized, *loss], inputs, gradients, allow_unused=True)
-
-    return call
+    return result | {"entropies": {"title": title, "rows": entropies(package, z)}}
 
 
 @torch.no_grad()
-def entropies(rival, z: Tensor) -> list[dict]:
+def entropies(package, z: Tensor) -> list[dict]:
     """LFQ's two entropies by ours, theirs and the definition: p(c|z) of all codes in float64.
 
-    At temperature 1 theirs is off by its smallest log p; at 20 no p is so small: the three agree.
+    At temperature 1 theirs is limited by its smallest log p; at 20 no p is that small.
     """
     tokens, rows = z.movedim(1, -1).flatten(0, -2).double(), []
-    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], device=DEVICE).double()] * z.shape[1])
+    codes = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).to(tokens)] * z.shape[1])
     for temperature in (1.0, 20.0):
         # |z - c|^2 without |z|^2 + |c|^2, which is the same for all codes.
         p = (2 / temperature * tokens @ codes.t()).softmax(1)
         exact = [torch.special.entr(x).sum(-1).mean().item() for x in (p, p.mean(0))]
         found = {"ours": LFQ(z.shape[1], temperature=temperature).entropies(z)}
-        if rival:
-            lfq, inverse = rival.LFQ(dim=z.shape[1]).to(DEVICE).train(), 1 / temperature
+        if package:
+            lfq, inverse = package.LFQ(dim=z.shape[1]).to(DEVICE).train(), 1 / temperature
             found["theirs"] = lfq(z, inv_temperature=inverse, return_loss_breakdown=True)[1]
         for i, name in enumerate(("token", "batch")):
             row = {"entropy": name, "temperature": temperature, "definition": exact[i]}
-            for who, value in ((who, values[i].item()) for who, values in found.items()):
-                row |= {who: value, f"{who} off by": abs(value / exact[i] - 1)}
+            for who, values in found.items():
+                row |= {
+                    who: values[i].item(),
+                    f"{who} off by": abs(values[i].item() / exact[i] - 1),
+                }
             rows.append(row)
     return rows
 
@@ -322,13 +214,15 @@ class PlainStep(TrainingStep):
 
 
 def perceptual(net: str) -> tuple[Perceptual | None, str]:
-    """The LPIPS network and what to call it; weights that cannot be had are random."""
+    """The LPIPS network and its name in the table; weights that are not available are random."""
 
     def random_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         return {k: 0.03 * torch.randn(x.shape) for k, x in backbone.state_dict().items()}
 
+    if net == "none":
+        return None, "no LPIPS"
     try:
-        return (None, "no LPIPS") if net == "none" else (Perceptual(net), f"LPIPS({net})")
+        return Perceptual(net), f"LPIPS({net})"
     except WeightsMissing:
         with mock.patch("loss.perceptual._backbone_state", random_state):
             return Perceptual(net), f"LPIPS({net}, random weights)"
@@ -336,7 +230,7 @@ def perceptual(net: str) -> tuple[Perceptual | None, str]:
 
 def update(step: TrainingStep, optimizer, images: Tensor, precision: str, mark=lambda part: None):
     """One step as in `train.py`; calls `mark` with the part that has just been done."""
-    util.set_float32_precision(precision)  # of the whole process, and rivals differ in it
+    util.set_float32_precision(precision)  # a setting of the process, in which the steps differ
     mark("")
     terms, _ = step(images)
     mark("loss")
@@ -349,7 +243,7 @@ def update(step: TrainingStep, optimizer, images: Tensor, precision: str, mark=l
 
 
 def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
-    """Images/s of our training step and of plain ones, share of the limit, time by part."""
+    """Images/s of our training step and of plain ones, share of the limit, time of each part."""
     network, lpips_name = perceptual(args.lpips_net)
     criterion = TrainingLoss(1.0, 0.0 if network is None else 1.0, 1.0, network)
     bf16 = args.precision == "bf16"
@@ -358,89 +252,65 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     images = images.to(DEVICE, torch.uint8)
 
     def updates(kind: type, precision: str, compiled: bool = False) -> partial:
-        step, fused = copy.deepcopy(start), True
-        if kind is PlainStep:
-            step, fused = PlainStep(step.model, step.criterion, bf16=False), None
-        else:
+        step, ours = copy.deepcopy(start), kind is TrainingStep
+        step = step if ours else kind(step.model, step.criterion, bf16=False)
+        if ours:
             step.to(memory_format=torch.channels_last)
         if compiled:
             step.compile(fullgraph=True)
-        adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=fused)
+        options = {"weight_decay": 5e-5, "fused": True if ours else None}
+        adam = torch.optim.Adam(step.model.parameters(), 1e-4, **options)
         return partial(update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
     ours = partial(updates, TrainingStep, "tf32" if bf16 else "ieee")
     eager, kind = ours(), args.precision
-    rivals = [(f"ours, {kind}, compiled", ours(True)) if compiled else (f"ours, {kind}", eager)]
-    rivals.append(("plain, fp32", updates(PlainStep, "ieee")))
+    steps = {f"ours, {kind}, compiled": ours(True)} if compiled else {f"ours, {kind}": eager}
+    steps["plain, fp32"] = updates(PlainStep, "ieee")
     if CUDA:
-        rivals.append(("plain, tf32", updates(PlainStep, "tf32")))
-    times = turns([call for _, call in rivals], args.repeats)
+        steps["plain, tf32"] = updates(PlainStep, "tf32")
+    times = timing.turns(steps.values(), args.repeats)
     with FlopCounterMode(display=False) as counter:
         eager()
     rows = []
-    for (name, call), seconds in zip(rivals, times, strict=True):
+    for (name, call), seconds in zip(steps.items(), times, strict=True):
         row = {"step": name, "images/s": spread(args.batch_size / s for s in seconds)}
-        row |= {"ratio": spread(map(truediv, seconds, times[0])), "peak MiB": peak_memory(call)}
+        row |= {
+            "ratio": spread(map(truediv, seconds, times[0])),
+            "peak MiB": timing.peak_memory(call),
+        }
         row["GFLOP/s"] = 1e-9 * counter.get_total_flops() / median(seconds)
         limit = max(rate for what, rate in rates.items() if what.startswith(name.split(", ")[1]))
         row["of the limit"] = row["GFLOP/s"] / limit
         rows.append(row)
     about = f"width {args.channel}, {args.img_size} pixels, batch {args.batch_size}, {lpips_name}"
     title = f"training step, {start.model.quantizer.name}, {about}; ratio: how much faster ours is"
-    parts = {"title": "its parts, eager, each waited for", "rows": part_times(eager, args.repeats)}
-    return {"times": {"title": title, "rows": rows}, "parts": parts}
-
-
-def part_times(eager: partial, repeats: int) -> list[dict]:
-    """Mean time of each part of an eager step; `loss` is what no other part has."""
-    model, network = eager.args[0].model, eager.args[0].criterion.perceptual
-    parts = {"encoder": model.encoder, "quantizer": model.quantizer, "decoder": model.decoder}
-    parts |= {} if network is None else {"LPIPS": network}
-    seconds, last = dict.fromkeys([*parts, "loss", "backward", "optimizer", ""], 0.0), 0.0
-
-    def mark(part: str) -> None:
-        nonlocal last
-        synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - last
-        last = now
-
-    hooks = [m.register_forward_pre_hook(lambda *_: mark("loss")) for m in parts.values()]
-    for name, module in parts.items():
-        hooks.append(module.register_forward_hook(lambda *_, name=name: mark(name)))
-    for _ in range(repeats):
-        eager(mark=mark)
-    for hook in hooks:
-        hook.remove()
-    del seconds[""]  # between two steps
-    total = sum(seconds.values())
-    return [{"part": k, "ms": 1e3 * s / repeats, "share": s / total} for k, s in seconds.items()]
+    model = eager.args[0].model
+    modules = {"encoder": model.encoder, "quantizer": model.quantizer, "decoder": model.decoder}
+    modules |= {} if network is None else {"LPIPS": eager.args[0].criterion.perceptual}
+    parts = timing.part_times(eager, modules, ["loss", "backward", "optimizer"], args.repeats)
+    result = {"times": {"title": title, "rows": rows}}
+    return result | {"parts": {"title": "its parts, eager, each waited for", "rows": parts}}
 
 
 def loader(args: Namespace, rates: dict) -> dict[str, dict]:
     """Images/s from a folder and from the same images packed; `ratio` is to the folder."""
-    size, rows, count = args.img_size, [], args.loader_images
-    given = ImageFolderDataset(args.originals, size) if args.originals else None
-    images = given or SyntheticDataset(500, seed=0, length=count)
     with tempfile.TemporaryDirectory() as root:
         originals, out = Path(root, "originals"), Path(root, "packed")
         originals.mkdir()
-        for i in tqdm(range(count := min(count, len(images))), "originals", False, disable=None):
-            if given:
-                path = given.path(i * len(given) // count).absolute()
-                (originals / f"{i:06d}{path.suffix}").symlink_to(path)
-            else:
-                pixels = images[i][:, :375].permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(originals / f"{i:06d}.jpg", quality=95)
-        with redirect_stdout(StringIO()):
-            pack_images.main([str(originals), str(out), f"--img-size={size}"])
-        folder, packed = ImageFolderDataset(originals, size), PackedDataset(out, size)
-        rivals = [("folder", folder, 1), ("packed", packed, 1), ("packed", packed, 4)]
+        make_originals(args, originals)
+        command = [sys.executable, Path(__file__).with_name("pack_images.py"), originals, out]
+        command.append(f"--img-size={args.img_size}")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"the images cannot be packed: {done.stderr.strip()}")
+        folder = ImageFolderDataset(originals, args.img_size)
+        packed = PackedDataset(out, args.img_size)
+        loaders = [("folder", folder, 1), ("packed", packed, 1), ("packed", packed, 4)]
         repeats = tqdm(range(args.repeats), "loader", False, disable=None)
-        speeds = [[images_per_second(*rival[1:]) for rival in rivals] for _ in repeats]
-    speeds = list(zip(*speeds, strict=True))
-    for (name, _, workers), speed in zip(rivals, speeds, strict=True):
+        speeds = [[images_per_second(*loader[1:]) for loader in loaders] for _ in repeats]
+    speeds, rows = list(zip(*speeds, strict=True)), []
+    for (name, _, workers), speed in zip(loaders, speeds, strict=True):
         row = {"images": name, "workers": workers, "images/s": spread(speed)}
         rows.append({**row, "ratio": spread(map(truediv, speed, speeds[0]))})
     what = args.originals or "generated JPEGs of 500x375"
@@ -448,17 +318,30 @@ def loader(args: Namespace, rates: dict) -> dict[str, dict]:
     return {"times": {"title": title, "rows": rows}}
 
 
+def make_originals(args: Namespace, folder: Path) -> None:
+    """Links to some of the images of --originals, evenly, or generated JPEGs."""
+    if args.originals:
+        given = ImageFolderDataset(args.originals, args.img_size)
+        count = min(args.loader_images, len(given))
+        for i in range(count):
+            path = given.path(i * len(given) // count).absolute()
+            (folder / f"{i:06d}{path.suffix}").symlink_to(path)
+    else:
+        images = SyntheticDataset(500, seed=0, length=args.loader_images)
+        for i, image in enumerate(tqdm(images, "originals", False, disable=None)):
+            pixels = image[:, :375].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
+
+
 def images_per_second(dataset: Dataset, workers: int) -> float:
-    """The rate at which batches arrive after the first one; files lie in the page cache."""
+    """The rate at which batches arrive after the first one; the files are in the page cache."""
     batches = iter(train_loader(dataset, min(LOADER_BATCH, len(dataset)), 10**9, 0, 0, workers))
-    next(batches)  # starting the workers is not in the rate
+    next(batches)  # the start of the workers does not count
     count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < 5 * TURN:
+    while not count or time.perf_counter() - start < LOADER_SECONDS:
         count += len(next(batches))
     return count / (time.perf_counter() - start)
 
-
-SECTIONS = {"quantizers": quantizers, "step": training_step, "loader": loader}
 
 if __name__ == "__main__":
     util.run_script(main)

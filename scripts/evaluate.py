@@ -2,8 +2,9 @@
 
     python scripts/evaluate.py --load runs/NAME/last.pt --val-data-path DIR
 
-The checkpoint knows its own architecture. Without LPIPS weights the table says that LPIPS is
-missing and holds the rest.
+The checkpoint determines the architecture. Below the table, and as "mflop" in the JSON: the
+operations of encoder and decoder for one image. Without LPIPS weights, and with --lpips-net none,
+the table says that LPIPS is missing and holds the rest.
 """
 
 from __future__ import annotations
@@ -12,15 +13,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, number
+from arguments import Parser, add_evaluation_flags
 from checkpoint import write_json
-from dataset import build_dataset, val_loader
-from loss import lpips_network
+from evaluation import prepare
 from metric import evaluate, format_results
-from model import load_model
+from model import VQVAE
+
+
+@torch.no_grad()
+def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
+    """Operations of 'encoder' and 'decoder' for one image, in millions, without the quantizer.
+
+    Convolutions and matrix products alone; a multiplication and an addition count as two.
+    """
+    x, counts = torch.zeros(1, 3, height, width, device=model.mean.device), {}
+    for name in ("encoder", "decoder"):
+        with FlopCounterMode(display=False) as counter:
+            x = getattr(model, name)(x)
+        counts[name] = 1e-6 * counter.get_total_flops()
+    return counts
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -33,52 +50,37 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument(
         "--load", required=True, metavar="FILE", help="checkpoint: last.pt, best.pt"
     )
-    parser.add_argument(
-        "--val-data-path",
-        default="./data/imagenet/val",
-        metavar="DIR",
-        help="a folder of images, nested or flat, or `synthetic`",
-    )
-    parser.add_argument(
-        "--img-size", type=number(int, 16), help="pixels a side; default: as trained"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=64,
-        help="images at a time; no effect on values",
-    )
-    parser.add_argument("--num-workers", type=number(int, 0), default=1, help="loading processes")
-    parser.add_argument(
-        "--lpips-net", choices=("vgg", "alex", "squeeze"), help="default: as trained"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
+    util.check_outputs(flags.json)
 
-    model, args, saved = load_model(flags.load)
-    device = util.setup_processes()
-    util.share_cores(flags.num_workers)
-    util.set_float32_precision("ieee")
-    model.to(device)
-
-    size = flags.img_size or args.img_size
-    images = build_dataset(flags.val_data_path, size, args.seed, train=False)
-    place = dict(rank=util.rank(), world_size=util.world_size(), device=device)
-    loader = val_loader(images, flags.batch_size, flags.num_workers, **place)
-    perceptual = lpips_network(flags.lpips_net or args.lpips_net, device, needed=False, side=size)
+    setup = prepare(
+        [flags.load],
+        flags.val_data_path,
+        flags.img_size,
+        flags.lpips_net,
+        flags.batch_size,
+        flags.num_workers,
+    )
+    (model,), (name,), (step,) = setup.models, setup.names, setup.steps
     main_process = util.rank() == 0
     bar = main_process and sys.stderr.isatty()
     result = {
-        "name": model.quantizer.name,
-        **evaluate(model, loader, perceptual, device, progress=bar),
+        "name": name,
+        **evaluate(model, setup.loader, setup.perceptual, setup.device, progress=bar),
+        "mflop": mflop(model, setup.img_size, setup.img_size),
         "val_data": flags.val_data_path,
         "checkpoint": flags.load,
-        "step": saved.get("step"),
+        "step": step,
     }
     if main_process:
-        print(f"{result['name']}, step {result['step']}, {flags.load}\n\n{format_results(result)}")
+        operations = ", ".join(f"{part} {count:.1f}" for part, count in result["mflop"].items())
+        print(
+            f"{name}, step {step}, {flags.load}\n\n{format_results(result)}\n"
+            f"MFLOP an image, without the quantizer: {operations}"
+        )
         if flags.json:
-            write_json(Path(flags.json), {**result, "environment": util.environment(device)})
+            write_json(Path(flags.json), {**result, "environment": util.environment(setup.device)})
     return result
 
 

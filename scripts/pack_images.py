@@ -3,16 +3,17 @@
     python scripts/pack_images.py SRC OUT
     python train.py --train-data-path OUT
 
-OUT gets the very pixels that SRC gives, in the same order:
+OUT holds the same pixels that SRC gives, in the same order:
 
     shard-00000.npy ...  uint8 (N, 3, S, S); numpy.load(file, mmap_mode="r") maps it
     names.txt            line i + 1 is the source of image i, relative to SRC
     index.json           size, count, the shards with their SHA-256, sources that were skipped
 
-Killed at any time, the same command continues at the first shard that is not whole; index.json is
-written last. A source that cannot be decoded is listed and skipped; one that the disk does not give
-(no permission, an input/output error) ends the run, since a set must not shrink for such a reason.
-Files are compared by name: one that changes under its name is not packed again.
+After an interruption at any time, the same command continues at the first shard that is incomplete;
+index.json is written last. A source that cannot be decoded is listed and skipped. A source that
+cannot be read from the disk (no permission, an input/output error) ends the run, because it would
+silently be missing from the set. Files are identified by name: a file whose content changes under
+the same name is not packed again.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ from dataset import (
 )
 
 NAMES = "names.txt"
-# Files that copy well, are few (ImageNet: 313), and fit into memory while they are filled.
-SHARD_IMAGES, SHARD_BYTES = 4096, 2**30
-SECONDS_A_LINE = 30
+SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
+SECONDS_A_LINE = 30  # between progress lines in a log
+AGAIN = "fix that and run the same command again: it continues where it stopped"
 
 
 class Decoder(Dataset):
-    """Item i is (image i, ""), or (black, the reason) where the file is no image."""
+    """Item i is (image i, ""), or (a black image, the reason) if the file cannot be decoded.
+
+    Raises ValueError if the file cannot be read from the disk.
+    """
 
     def __init__(self, images: ImageFolderDataset) -> None:
         self.images = images
@@ -67,19 +71,17 @@ class Decoder(Dataset):
             return self.images[index], ""
         except UnreadableImage as error:
             cause, path = error.__cause__, self.images.path(index)
-            # Pillow's own errors have no number, but for a seek to where a damaged file points.
+            # An error of the disk has a number. Pillow's own errors have none, except EINVAL for a
+            # seek to an offset that a damaged file names.
             if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
-                raise ValueError(
-                    f"cannot read {path}: {cause.strerror}; mend that and run the same command "
-                    "again, it continues where it was"
-                ) from error
+                raise ValueError(f"cannot read {path}: {cause.strerror}; {AGAIN}") from error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             black = torch.zeros(3, size, size, dtype=torch.uint8)
             return black, reason.replace(str(path), self.images.name(index))
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, such as in the log of a job, a line now and then."""
+    """A progress bar on a terminal; otherwise, as in the log of a job, a line every 30 seconds."""
 
     def __init__(self, done: int, total: int) -> None:
         tty = sys.stderr.isatty()
@@ -96,7 +98,7 @@ class Progress:
 
 
 def write_shard(path: Path, images: np.ndarray) -> dict:
-    """Write one .npy file and return its line in the index."""
+    """Write one .npy file, uint8 (N, 3, S, S), and return its entry of the index."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(images))
     parts = (header.getvalue(), images.data)
@@ -109,6 +111,7 @@ def write_shard(path: Path, images: np.ndarray) -> dict:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, or 'missing'."""
     digest = hashlib.sha256()
     if not path.is_file():
         return "missing"
@@ -119,15 +122,21 @@ def sha256_of(path: Path) -> str:
 
 
 def begin(source: str, out: Path, images: ImageFolderDataset, names: list[str]) -> dict:
-    """The index so far: a new one, that of a run that was cut off, or that of a finished one."""
+    """The index to continue from: a new one, or that of an interrupted or a finished run.
+
+    Raises:
+        ValueError: `out` is inside `source` or holds other data, or a name holds a line break.
+    """
     here, there = out.resolve(), Path(source).resolve()
     if here == there or there in here.parents:
-        raise ValueError(f"OUT '{out}' lies in SRC '{source}': give a folder outside of it")
+        raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
     lined = next((name for name in names if "\n" in name or "\r" in name), None)
     if lined is not None:
-        raise ValueError(f"file name {lined!r} holds a line break: rename it, {NAMES} has lines")
+        raise ValueError(
+            f"file name {lined!r} holds a line break: rename it, {NAMES} has a line a name"
+        )
     listing = hashlib.sha256(b"".join(os.fsencode(name) + b"\n" for name in names)).hexdigest()
     size = images.img_size
 
@@ -146,7 +155,7 @@ def begin(source: str, out: Path, images: ImageFolderDataset, names: list[str]) 
                 f"{len(names):,} files of other names: {other}"
             )
         return index
-    # Hidden files are what a kill within the first write leaves behind.
+    # Hidden files are left behind if the process is killed during the first write.
     strange = sorted(p.name for p in out.iterdir() if p.name[0] != ".") if out.is_dir() else []
     if strange:
         raise ValueError(f"OUT '{out}' holds other files ('{strange[0]}'): give a new folder")
@@ -163,6 +172,45 @@ def begin(source: str, out: Path, images: ImageFolderDataset, names: list[str]) 
         "shards": [],
         "skipped": [],
     }
+
+
+class ShardWriter:
+    """Collects images into shards and keeps the index on the disk up to date.
+
+    Args:
+        out: the packed folder.
+        index: the index to continue.
+    """
+
+    def __init__(self, out: Path, index: dict) -> None:
+        self.out, self.index, self.done = out, index, index["sources_done"]
+        size = index["img_size"]
+        self.shard = np.empty((index["images_per_shard"], 3, size, size), np.uint8)
+        self.filled, self.skipped = 0, []  # not in the index yet
+
+    def add(self, image: np.ndarray) -> None:
+        """Take the image of the next source."""
+        self.shard[self.filled] = image
+        self.filled += 1
+        self.done += 1
+        if self.filled == len(self.shard):
+            self.flush()
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave out the next source."""
+        self.skipped.append({"name": name, "reason": reason})
+        self.done += 1
+
+    def flush(self) -> None:
+        """Write the images so far as a shard, then the index."""
+        if self.filled:
+            path = self.out / PACK_SHARD.format(len(self.index["shards"]))
+            self.index["shards"].append(write_shard(path, self.shard[: self.filled]))
+        self.index["count"] += self.filled
+        self.index["skipped"] += self.skipped
+        self.index["sources_done"] = self.done
+        self.filled, self.skipped = 0, []
+        write_json(self.out / PACK_UNFINISHED, self.index)
 
 
 def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
@@ -192,51 +240,37 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     else:
         write_json(out / PACK_UNFINISHED, index)
 
-    shard = np.empty((index["images_per_shard"], 3, img_size, img_size), np.uint8)
-    filled, skipped = 0, []
-
-    def finish_shard() -> None:
-        nonlocal filled
-        if filled:
-            path = out / PACK_SHARD.format(len(index["shards"]))
-            index["shards"].append(write_shard(path, shard[:filled]))
-        index["count"] += filled
-        index["skipped"] += skipped
-        index["sources_done"] = done
-        skipped.clear()
-        filled = 0
-        write_json(out / PACK_UNFINISHED, index)
-
-    progress = Progress(done, total)
+    writer, progress = ShardWriter(out, index), Progress(done, total)
     loader = DataLoader(
         Decoder(images), sampler=range(done, total), batch_size=32, num_workers=num_workers
     )
     for pixels, reasons in loader:
         for image, reason in zip(pixels.numpy(), reasons, strict=True):
             if reason:
-                skipped.append({"name": names[done], "reason": reason})
+                writer.skip(names[writer.done], reason)
             else:
-                shard[filled] = image
-                filled += 1
-            done += 1
-            if filled == len(shard):
-                finish_shard()
+                writer.add(image)
         progress.add(len(reasons))
     progress.bar.close()
-    if not index["count"] + filled:
-        first = (index["skipped"] + skipped)[0]
+    if not index["count"] + writer.filled:
+        first = (index["skipped"] + writer.skipped)[0]
         raise ValueError(
             f"none of the {total:,} files in '{source}' is an image, '{first['name']}' for example:"
             f" {first['reason']}; give a folder with images that can be read"
         )
-    finish_shard()
-    bad = {entry["name"] for entry in index["skipped"]}
-    lines = b"".join(os.fsencode(name) + b"\n" for name in names if name not in bad)
+    writer.flush()
+    finish(out, index, names)
+    return index
+
+
+def finish(out: Path, index: dict, names: list[str]) -> None:
+    """Write the names of the packed images, and give the index its final name."""
+    skipped = {entry["name"] for entry in index["skipped"]}
+    lines = b"".join(os.fsencode(name) + b"\n" for name in names if name not in skipped)
     write_whole(out / NAMES, lambda file: file.write(lines))
     index["names_sha256"] = hashlib.sha256(lines).hexdigest()
     write_json(out / PACK_UNFINISHED, index)
     os.replace(out / PACK_UNFINISHED, out / PACK_INDEX)
-    return index
 
 
 def verify(out: Path, index: dict) -> None:
@@ -255,7 +289,7 @@ def verify(out: Path, index: dict) -> None:
             f"'{out}' is damaged, checksums differ: {', '.join(bad[:3])}{more}; copy the "
             f"folder again, or remove '{out}' and pack again"
         )
-    print(f"'{out}' is sound: {len(files)} files have the checksums of the index")
+    print(f"'{out}' is intact: {len(files)} files have the checksums of the index")
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -268,7 +302,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument(
         "source", nargs="?", metavar="SRC", help="a folder of images, nested or flat"
     )
-    parser.add_argument("out", metavar="OUT", help="the folder to write, new or of a run cut off")
+    parser.add_argument(
+        "out", metavar="OUT", help="the folder to write, new or of an interrupted run"
+    )
     parser.add_argument(
         "--img-size", type=number(int, 16), default=128, help="pixels a side, as in train.py"
     )
@@ -278,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read OUT again and compare checksums; needs no SRC where OUT is finished",
+        help="read OUT again and compare checksums; without SRC, OUT must be complete",
     )
     flags = parser.parse_intermixed_args(argv)
     if flags.source is None and not flags.verify:
@@ -300,8 +336,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             verify(out, index)
     except OSError as error:
         raise ValueError(
-            f"'{error.filename or out}': {error.strerror or error}; mend that and run the same "
-            "command again, it continues where it was"
+            f"'{error.filename or out}': {error.strerror or error}; {AGAIN}"
         ) from error
     return index
 

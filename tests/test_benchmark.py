@@ -1,4 +1,4 @@
-"""The benchmark: every section gives finite positive numbers, also without the rival package."""
+"""The benchmark: finite positive numbers in every section, with and without the other package."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import timing
 import util
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
 from scripts import benchmark
@@ -19,7 +20,7 @@ TINY = ["--threads=1", "--repeats=2", "--z-batch=1", "--latent=2", "--batch-size
 TINY += ["--channel=8", "--img-size=16", "--loader-images=6"]
 
 
-class RivalLFQ(LFQ):
+class TheirLFQ(LFQ):
     def __init__(self, dim, **options):
         super().__init__(dim, **options)
 
@@ -29,9 +30,9 @@ class RivalLFQ(LFQ):
 
 
 # The interface of vector-quantize-pytorch, which the tests do not need, by our own quantizers.
-RIVAL = SimpleNamespace(
+THEIRS = SimpleNamespace(
     FSQ=FSQ,
-    LFQ=RivalLFQ,
+    LFQ=TheirLFQ,
     ResidualFSQ=lambda levels, num_quantizers, is_channel_first: RFSQ(num_quantizers, "none"),
     VectorQuantize=lambda dim, codebook_size, **options: VectorQuantizeEMA(codebook_size, dim),
 )
@@ -39,10 +40,11 @@ RIVAL = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "COPY_MIB", 1)
-    monkeypatch.setattr(benchmark, "MATRIX", 256)
-    monkeypatch.setattr(benchmark, "TURN", 0.002)
+    monkeypatch.setattr(timing, "COPY_MIB", 1)
+    monkeypatch.setattr(timing, "MATRIX", 256)
+    monkeypatch.setattr(timing, "TURN", 0.002)
     monkeypatch.setattr(benchmark, "LOADER_BATCH", 2)
+    monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.01)
 
 
 def numbers(x):
@@ -59,8 +61,9 @@ def check(rows):
         assert spread["min"] <= spread["median"] <= spread["max"]
 
 
+@pytest.mark.slow
 def test_every_section_and_the_json(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, benchmark.RIVAL, RIVAL)
+    monkeypatch.setitem(sys.modules, benchmark.PACKAGE, THEIRS)
     monkeypatch.setattr(benchmark, "version", lambda name: "1.0")
     result = benchmark.main([*TINY, f"--json={tmp_path / 'all.json'}"])
     text = capsys.readouterr().out
@@ -84,8 +87,8 @@ def test_every_section_and_the_json(monkeypatch, tmp_path, capsys):
     assert loader == [("folder", 1), ("packed", 1), ("packed", 4)]
 
 
-def test_without_the_rival_the_rest_runs(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, benchmark.RIVAL, None)  # importing it fails
+def test_without_their_package_the_rest_runs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, benchmark.PACKAGE, None)  # importing it fails
     result = benchmark.main([*TINY, "--only=quantizers"])
     assert "pip install '.[benchmark]'" in capsys.readouterr().out
     check(result["quantizers"]["times"]["rows"])
@@ -93,6 +96,7 @@ def test_without_the_rival_the_rest_runs(monkeypatch, capsys):
     assert "step" not in result and "loader" not in result
 
 
+@pytest.mark.slow
 def test_your_own_images(tmp_path):
     for i in range(5):
         Image.new("RGB", (20, 30)).save(tmp_path / f"{i}.png")
@@ -102,6 +106,7 @@ def test_your_own_images(tmp_path):
     check(part["rows"])
 
 
+@pytest.mark.slow
 def test_lpips_without_its_weights(no_lpips):
     result = benchmark.main([*TINY, "--only=step", "--lpips-net=vgg"])["step"]
     assert "LPIPS(vgg, random weights)" in result["times"]["title"]
@@ -116,7 +121,7 @@ def test_peak_memory_is_that_of_the_tensors():
         del x
         return y * 2
 
-    assert benchmark.peak_memory(call) == pytest.approx(8, abs=0.1)
+    assert timing.peak_memory(call) == pytest.approx(8, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def _pack_and_die(source: Path, out: Path, call: int, after: bool) -> None:
     pack_images.main([str(source), str(out), *FLAGS])
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_leaves_what_the_same_command_finishes(source, packed, tmp_path):
     """A file appears by os.replace alone, so that these are all the states a kill can leave."""
     wanted, context = contents(packed), multiprocessing.get_context("fork")
@@ -225,7 +226,7 @@ def test_a_disk_error_ends_the_run_and_skips_nothing(source, packed, tmp_path, m
 def test_verify_finds_one_bit(source, copy, capfd):
     pack_images.main(["--verify", str(copy)])
     pack_images.main([str(source), str(copy), *FLAGS, "--verify"])
-    assert capfd.readouterr().out.count("is sound: 5 files") == 2
+    assert capfd.readouterr().out.count("is intact: 5 files") == 2
     for name in ("shard-00001.npy", "names.txt"):
         data = bytearray((copy / name).read_bytes())
         data[-40] ^= 1
@@ -402,7 +403,7 @@ def bad_inputs(source: Path, packed: Path, tmp_path: Path) -> dict[str, tuple[li
         "nothing readable": ([tmp_path / "broken", tmp_path / "b"], "'a.png' for example"),
         "line break": ([tmp_path / "lines", out], "rename it"),
         "out is a file": ([source, tmp_path / "file"], "is a file: give a new folder"),
-        "out below a file": ([source, tmp_path / "file" / "out"], "mend that"),
+        "out below a file": ([source, tmp_path / "file" / "out"], "fix that"),
         "out is source": ([source, source], "give a folder outside"),
         "out in source": ([source, source / "a" / "out"], "give a folder outside"),
         "out holds others": ([source, tmp_path / "other"], "'index.json'): give a new folder"),

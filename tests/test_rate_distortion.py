@@ -16,6 +16,8 @@ from PIL import Image
 import util
 from arguments import get_args
 from checkpoint import save_checkpoint
+from codec import baselines
+from codec.baselines import BASELINES, avif_header, jpeg_header, webp_header
 from dataset import SyntheticDataset, read_image
 from model import VQVAE
 from scripts import compress
@@ -27,7 +29,8 @@ SIDE, IMAGES = 32, 3
 @pytest.fixture(autouse=True)
 def small(monkeypatch, no_lpips):
     """A few qualities in place of 22."""
-    monkeypatch.setattr(rd, "QUALITIES", (0, 30, 60, 90))
+    for module in (baselines, rd):
+        monkeypatch.setattr(module, "QUALITIES", (0, 30, 60, 90))
 
 
 def pictures(count=IMAGES, side=SIDE):
@@ -70,7 +73,7 @@ def pillow_can(form) -> bool:
 # ---------------------------------------------------------------------------------------
 def test_jpeg_header_ends_where_the_scan_begins():
     data = saved("JPEG", quality=50, optimize=True, comment=b"\xff\xda is no marker here")
-    header = rd.jpeg_header(data)
+    header = jpeg_header(data)
     start = header - 2  # 2 are EOI's
     assert data[-2:] == b"\xff\xd9"
     # SOS of three components: marker, length 12, 3, three pairs, 0 63 0.
@@ -81,28 +84,28 @@ def test_jpeg_header_ends_where_the_scan_begins():
     assert scan.count(b"\xff") == scan.count(b"\xff\x00") > 0
     # 23 bytes more of a comment are header, and nothing else changes.
     plain = saved("JPEG", quality=50, optimize=True)
-    assert len(data) - header == len(plain) - rd.jpeg_header(plain)
-    assert header > rd.jpeg_header(plain)
+    assert len(data) - header == len(plain) - jpeg_header(plain)
+    assert header > jpeg_header(plain)
 
 
 @pytest.mark.skipif(not pillow_can("WEBP"), reason="Pillow without WebP")
 def test_webp_header_is_all_but_the_image_chunk():
     data = saved("WEBP", quality=50, method=6)
     (length,) = struct.unpack_from("<I", data, 16)
-    assert data[12:16] == b"VP8 " and rd.webp_header(data) == len(data) - length
-    assert rd.webp_header(data) in (20, 21)  # RIFF and chunk header, and padding
+    assert data[12:16] == b"VP8 " and webp_header(data) == len(data) - length
+    assert webp_header(data) in (20, 21)  # RIFF and chunk header, and padding
     # An ICC profile makes it an extended file; the image chunk is the same.
     extended = saved("WEBP", quality=50, method=6, icc_profile=b"profile" * 9)
     assert extended[12:16] == b"VP8X"
-    assert len(extended) - rd.webp_header(extended) == length
+    assert len(extended) - webp_header(extended) == length
     lossless = saved("WEBP", lossless=True)
-    assert len(lossless) - rd.webp_header(lossless) == struct.unpack_from("<I", lossless, 16)[0]
+    assert len(lossless) - webp_header(lossless) == struct.unpack_from("<I", lossless, 16)[0]
 
 
 def test_odd_webp_chunks_are_padded():
     image = b"VP8 " + struct.pack("<I", 5) + b"12345\0"
     data = b"RIFF" + struct.pack("<I", 4 + 22) + b"WEBP" + b"EXIF\x01\0\0\0x\0" + image
-    assert len(data) - rd.webp_header(data) == 5
+    assert len(data) - webp_header(data) == 5
 
 
 @pytest.mark.parametrize("mdat", ["32 bits", "64 bits", "to the end"])
@@ -116,16 +119,16 @@ def test_avif_header_is_all_but_mdat(mdat):
         box = struct.pack(">I4sQ", 1, b"mdat", 16 + 5) + b"12345"
     else:
         box = struct.pack(">I4s", 0, b"mdat") + b"12345"
-    assert len(before + box) - rd.avif_header(before + box) == 5
+    assert len(before + box) - avif_header(before + box) == 5
 
 
 @pytest.mark.skipif(not pillow_can("AVIF"), reason="Pillow without AVIF")
 def test_avif_header_of_real_files():
     few, many = (saved("AVIF", quality=q, subsampling="4:4:4") for q in (20, 90))
-    assert rd.avif_header(few) == rd.avif_header(many)  # boxes do not grow with the image's data
-    assert 150 < rd.avif_header(few) < 600
+    assert avif_header(few) == avif_header(many)  # boxes do not grow with the image's data
+    assert 150 < avif_header(few) < 600
     assert few.count(b"mdat") == 1  # and the data of it are the file's last bytes
-    assert len(few) - rd.avif_header(few) == len(few) - few.index(b"mdat") - 4
+    assert len(few) - avif_header(few) == len(few) - few.index(b"mdat") - 4
 
 
 # ---------------------------------------------------------------------------------------
@@ -186,7 +189,7 @@ def test_a_rate_between_two_qualities_is_met_exactly():
     assert rd.at_rate(curve(), rd.PAYLOAD, 200) == pytest.approx(curve()[1])
     assert rd.at_rate(curve(), rd.PAYLOAD, 5000) == pytest.approx(curve()[2])  # no more to spend
     assert rd.at_rate(curve(), rd.PAYLOAD, 99.9) is None
-    # Where the bytes fall although the quality rises, the rival has the better of the two.
+    # Where the bytes fall although the quality rises, the baseline has the better of the two.
     bent = np.array([(100, 200, 10, 0.0), (300, 400, 20, 0), (200, 300, 30, 0), (800, 900, 40, 0)])
     assert rd.at_rate(bent, rd.PAYLOAD, 250)[rd.PSNR] > 30
 
@@ -195,8 +198,8 @@ def test_one_quality_for_all_images_and_the_same_bytes_for_every_image():
     easy, hard = curve(), curve()
     hard[:, : rd.PSNR] *= 4  # four times the bytes for the same dB
     target = np.array([(400.0, 500.0), (400.0, 500.0)])
-    table = {"rival": np.stack([easy, hard])}
-    without, as_file = rd.rivals_at(table, target, pixels=1000)
+    table = {"baseline": np.stack([easy, hard])}
+    without, as_file = rd.baselines_at(table, target, pixels=1000)
     # Means over the images are 250, 500, 2000 bytes: 400 is log2(1.6) doublings above 250.
     assert without["matched"] == "without header" and without["bpp"] == pytest.approx(3.2)
     assert without["psnr"] == pytest.approx(10 * math.log2(1.6))
@@ -204,7 +207,7 @@ def test_one_quality_for_all_images_and_the_same_bytes_for_every_image():
     assert without["every_image"]["psnr"] == pytest.approx((20 + 0) / 2)
     assert as_file["file_bpp"] == pytest.approx(8 * 500 / 1000)
     # The hard one's smallest file is 800 bytes: it cannot.
-    (_, missed) = rd.rivals_at(table, np.array([(400.0, 500.0), (400.0, 799.0)]), 1000)
+    (_, missed) = rd.baselines_at(table, np.array([(400.0, 500.0), (400.0, 799.0)]), 1000)
     assert missed["every_image"]["psnr"] is None and missed["psnr"] is not None
     assert missed["file_bpp"] == pytest.approx(8 * (500 + 799) / 2 / 1000)
 
@@ -248,6 +251,7 @@ def test_entropy_coded_rows_where_there_is_an_entropy_model(files, capsys):
     assert "coded.pt, 2 of 2 stages, entropy-coded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json_table_and_figure(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "rd.json", tmp_path / "rd.png"
@@ -261,8 +265,8 @@ def test_json_table_and_figure(files, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "LPIPS will be missing" in text and "missing |" in text
     for rate in result["rates"]:
-        assert len(rate["ours"]) == 1 and len(rate["rivals"]) == 2 * len(result["curves"])
-        for row in rate["rivals"]:
+        assert len(rate["ours"]) == 1 and len(rate["baselines"]) == 2 * len(result["curves"])
+        for row in rate["baselines"]:
             key = "bpp" if row["matched"] == "without header" else "file_bpp"
             if row["psnr"] is not None:  # met exactly, or its best quality is cheaper
                 assert row[key] <= rate["ours"][0][key] * (1 + 1e-9)
@@ -280,11 +284,11 @@ def test_codecs_alone_at_the_usual_rates_and_images_of_any_size(tmp_path, capsys
     result = rd.main([str(tmp_path)])
     assert result["pixels"] == 24 * 25 + 40 * 41 and not result["checkpoints"]
     assert [rate["bpp"] for rate in result["rates"]] == list(rd.RATES)
-    best = result["rates"][-1]["rivals"][0]
+    best = result["rates"][-1]["baselines"][0]
     assert best["coder"] == "JPEG 4:4:4"
     assert best["bpp"] == pytest.approx(2.5) == best["every_image"]["bpp"]
     # bpp is all bits over all pixels, not the mean of the images'.
-    jpeg = rd.RIVALS[0]
+    jpeg = BASELINES[0]
     sizes = [next(jpeg(np.asarray(read_image(tmp_path / f"{i}.png"))))[1] for i in range(2)]
     assert result["curves"][0]["rows"][0]["file_bpp"] == pytest.approx(
         8 * sum(sizes) / result["pixels"]
@@ -296,9 +300,9 @@ def test_no_metadata_of_the_original_is_paid_for(tmp_path):
     image = pictures(1)[0]
     Image.fromarray(image).save(tmp_path / "a.png", icc_profile=b"profile" * 500)
     read = np.asarray(read_image(tmp_path / "a.png"))
-    for rival in rd.RIVALS:
-        if rival.problem() is None:
-            assert next(rival(read))[1] < 1500, rival.name
+    for baseline in BASELINES:
+        if baseline.problem() is None:
+            assert next(baseline(read))[1] < 1500, baseline.name
 
 
 def test_a_format_that_pillow_lacks_is_named_and_the_rest_reported(files, monkeypatch, capsys):
@@ -307,7 +311,7 @@ def test_a_format_that_pillow_lacks_is_named_and_the_rest_reported(files, monkey
     result = run(files, "--limit=1")
     assert set(result["unavailable"]) == {"AVIF 4:4:4", "AVIF 4:4:4, tune=psnr"}
     assert "AVIF 4:4:4: unavailable in this Pillow" in capsys.readouterr().out
-    assert "JPEG 4:4:4" in {row["coder"] for row in result["rates"][0]["rivals"]}
+    assert "JPEG 4:4:4" in {row["coder"] for row in result["rates"][0]["baselines"]}
 
 
 def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd, monkeypatch):

@@ -1,4 +1,4 @@
-"""`stages.py` against hand computations and `evaluate.py`; the picture of `compare.py`."""
+"""`stages.py` against hand computations and `evaluate.py`; `evaluate.py`; `compare.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from conftest import make_checkpoint
 from PIL import Image
 
+import loss.perceptual
 import util
-from dataset import SyntheticDataset, normalize
+from dataset import IMAGENET_MEAN, IMAGENET_STD, SyntheticDataset
+from evaluation import evaluate_stages, prepare
 from metric import psnr
 from model import load_model
 from scripts import compare, evaluate, stages
@@ -43,7 +45,13 @@ def files(tmp_path_factory):
 
 
 def originals():
+    """The images of the folder, uint8."""
     return torch.stack(list(SyntheticDataset(SIDE, 3, IMAGES)))
+
+
+def pixels():
+    """The same in [0, 1], as the model takes them."""
+    return originals().float() / 255
 
 
 def run(files, *names, batch=2, **flags):
@@ -62,7 +70,8 @@ def test_magnitudes_equal_a_hand_computation(name, files, capsys):
     (result,) = run(files, name)["checkpoints"]
     model = load_model(files / f"{name}.pt")[0]
     quantizer = model.quantizer
-    z = model.encoder(normalize(originals())).detach()
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+    z = model.encoder((pixels() - mean) / std).detach()
     _, indices, *rest = quantizer(z)
     residual, statistics = z, rest[1] if len(rest) > 1 else None
     assert len(result["stages"]) == quantizer.stages
@@ -126,13 +135,10 @@ def test_all_stages_together_are_what_evaluate_reports(name, files, capsys):
         assert {key: row[key] for key in other} == other
     # The first stage alone: the decoder's picture of the first index.
     model = load_model(files / f"{name}.pt")[0]
-    images = normalize(originals())
-    tokens = model.encode(images)
+    tokens = model.encode(pixels())
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
     pictures = model.decode(indices[..., :1], *side)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    a, b = (x * std[:, None, None] + mean[:, None, None] for x in (images, pictures))
-    expected = psnr(a, b.clamp(0, 1)).mean().item()
+    expected = psnr(pixels(), pictures.clamp(0, 1)).mean().item()
     assert rows[0]["psnr"] == pytest.approx(expected, abs=1e-4)
     assert rows[0]["psnr"] != rows[1]["psnr"] and result["images"] == IMAGES
 
@@ -149,12 +155,15 @@ def test_measuring_changes_nothing(files, capsys):
     model = load_model(files / "layernorm.pt")[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = [originals()]
-    rows = stages.measure(model, loader, None, torch.device("cpu"))
+    model.train()  # and it stays so
+    rows = evaluate_stages(model, loader, None, "cpu")
+    assert all(module.training for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert rows == stages.measure(model, loader, None, torch.device("cpu"))
+    assert rows == evaluate_stages(model.eval(), loader, None, "cpu")
     assert not any(isinstance(value, torch.Tensor) for value in vars(model.quantizer).values())
 
 
+@pytest.mark.slow
 def test_json_and_two_figures_for_several_checkpoints(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, folder = tmp_path / "stages.json", tmp_path / "figures"
@@ -178,49 +187,126 @@ def test_figures_without_matplotlib_are_one_line(files, tmp_path, capfd, monkeyp
 
 
 # ---------------------------------------------------------------------------------------
+# evaluate.py, and what the three scripts share
+# ---------------------------------------------------------------------------------------
+def test_mflop_of_the_network_of_the_paper_by_hand(files, tmp_path, capsys):
+    # 4 latent channels, f = 4, 32 pixels: two operations a weight and output position.
+    wide, narrow = 3 * 4 * 4 * 4 * 16**2, 4 * 8 * 4 * 4 * 8**2  # 4x4 convolutions to 4, 8 channels
+    expected = 2e-6 * (wide + narrow + 8 * 4 * 8**2)  # and the 1x1 convolution
+    out = tmp_path / "evaluate.json"
+    flags = [f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}", f"--json={out}"]
+    result = evaluate.main([*flags, "--num-workers=0"])
+    assert result["mflop"] == pytest.approx({"encoder": expected, "decoder": expected})
+    assert json.loads(out.read_text())["mflop"] == result["mflop"]
+    assert "MFLOP an image, without the quantizer: encoder 0.2, decoder 0.2" in (
+        capsys.readouterr().out
+    )
+
+
+def test_without_lpips_no_network_is_loaded(files, capsys, monkeypatch):
+    def load(net):
+        raise AssertionError("LPIPS was not asked for")
+
+    monkeypatch.setattr(loss.perceptual, "Perceptual", load)
+    where = [f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}", "--num-workers=0"]
+    result = evaluate.main([*where, "--lpips-net=none"])
+    assert result["lpips"] is None and result["lpips_net"] is None
+    said = capsys.readouterr().out
+    assert "LPIPS will be missing" not in said and "LPIPS is missing" in said
+    result = run(files, "none", lpips_net="none")
+    assert result["lpips_net"] is None and result["checkpoints"][0]["stages"][0]["lpips"] is None
+
+
+def test_lpips_that_cannot_be_loaded_is_reported(files, capsys):
+    where = [f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}", "--num-workers=0"]
+    result = evaluate.main(where)  # squeeze, as trained: no weights and no network in tests
+    assert result["lpips"] is None and result["psnr"] > 0
+    said = capsys.readouterr().out
+    assert "LPIPS will be missing" in said and "LPIPS is missing" in said
+
+
+def test_a_configuration_has_the_name_that_it_was_trained_with(files, tmp_path):
+    make_checkpoint(tmp_path / "named.pt", *SMALL, "--name=RFSQ of tests")
+    paths = [str(tmp_path / "named.pt"), str(files / "none.pt")]
+    setup = prepare(paths, str(files / "val"), lpips_net="none")
+    assert setup.names == ["RFSQ of tests", "rfsq-2x2048-none"]
+    assert setup.img_size == SIDE and len(setup.images) == IMAGES and setup.perceptual is None
+
+
+# ---------------------------------------------------------------------------------------
 # compare.py
 # ---------------------------------------------------------------------------------------
-def test_picture_has_the_originals_reconstructions_and_errors(files, tmp_path, capsys):
+def test_picture_has_the_originals_reconstructions_and_errors(files, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], compare.draw
+    monkeypatch.setattr(compare, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     out = tmp_path / "compare.png"
     loads = [str(files / f"{name}.pt") for name in ("none", "image", "fsq")]
     flags = ["--images=2", "--amplify=3", f"--out={out}", f"--val-data-path={files / 'val'}"]
     assert compare.main(["--load", *loads, *flags]) == out
-    picture = np.asarray(Image.open(out))
-    side = 128  # 32 pixels, enlarged four times
-    # A row of originals; for each checkpoint a row with a caption, and a row of error maps.
-    assert picture.shape == (7 * (side + 4) + 3 * 18 + 4, 220 + 2 * (side + 4), 3)
+    (figure,) = drawn
+    # A row of originals; for each checkpoint a row of reconstructions, and a row of error maps.
+    cells = np.array(figure.axes, dtype=object).reshape(7, 2)
 
-    def cell(top: int, column: int) -> np.ndarray:
-        left = 220 + column * (side + 4)
-        return picture[top : top + side : 4, left : left + side : 4].astype(int)
+    def shown(row: int, column: int) -> np.ndarray:
+        (image,) = cells[row, column].images
+        return np.asarray(image.get_array()).astype(int)
 
     chosen = originals()[[0, 2]]  # evenly over the five
-    tokens = load_model(files / "image.pt")[0]
-    indices, statistics = tokens.encode(normalize(chosen))
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    decoded = tokens.decode(indices, statistics) * std[:, None, None] + mean[:, None, None]
+    model = load_model(files / "image.pt")[0]
+    indices, statistics = model.encode(chosen.float() / 255)
+    decoded = model.decode(indices, statistics).clamp(0, 1)
+    quality = psnr(decoded, chosen.float() / 255)
     for column in (0, 1):
         original = chosen[column].permute(1, 2, 0).numpy().astype(int)
-        image = decoded[column].clamp(0, 1).permute(1, 2, 0).numpy() * 255
-        assert np.array_equal(cell(4, column), original)
-        top = 4 + 3 * (side + 4) + 18  # the second checkpoint
-        assert np.abs(cell(top, column) - image).max() <= 0.51
+        image = decoded[column].permute(1, 2, 0).numpy() * 255
+        assert np.array_equal(shown(0, column), original)
+        assert np.abs(shown(3, column) - image).max() <= 0.51  # of the second checkpoint
         error = np.clip(3 * np.abs(image - original), 0, 255)
-        assert np.abs(cell(top + side + 4 + 18, column) - error).max() <= 0.51
-    # Text beside every row and below the reconstructions.
-    for top in (4, 4 + 132, 4 + 2 * 132 + 18):
-        assert (picture[top : top + side, :220] < 128).any()
-    assert (picture[4 + 2 * 132 - 4 : 4 + 2 * 132 + 14, 220:] < 128).any()
+        assert np.abs(shown(4, column) - error).max() <= 0.51
+        assert cells[3, column].get_xlabel() == f"{quality[column]:.2f} dB"
+        assert cells[4, column].get_xlabel() == cells[0, column].get_xlabel() == ""
+    labels = [axes.get_ylabel() for axes in cells[:, 0]]
+    assert labels[0] == "originals" and labels[1] == "rfsq-2x2048-none\n22 bits a position"
+    assert "26 bits a position" in labels[3] and "|error| x 3" in labels[4]
+    assert labels[5].startswith("fsq-8x8x8x8\n")
+    # As a file: every image at least as large as its pixels, and the text beside it.
+    picture = np.asarray(Image.open(out).convert("L"))
+    assert picture.shape[0] > 7 * 128 and picture.shape[1] > 2 * 128
+    assert (picture[:, : int(0.15 * picture.shape[1])] < 128).any()
 
 
-def test_labels_stay_within_their_column():
-    from PIL import ImageFont
+def test_labels_and_images_stay_apart():
+    pytest.importorskip("matplotlib")
+    names = ("fsq-16x16x16x16x16x16x16x16x16x16", "rfsq-2x2048-layernorm-image runs_of_a_seed-s0")
+    images = pixels()[:2]
+    figure = compare.draw(images, [(name, images, 22.0) for name in names], 4.0)
+    figure.draw_without_rendering()
+    boxes = []
+    for axes in figure.axes:
+        boxes.append(axes.get_window_extent())
+        texts = (axes.yaxis.label, axes.xaxis.label)
+        boxes += [text.get_window_extent() for text in texts if text.get_text()]
+    width, height = figure.bbox.size
+    for i, box in enumerate(boxes):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert not any(box.overlaps(other) for other in boxes[:i])
 
-    font = ImageFont.load_default(14)
-    for name in ("fsq-16x16x16x16x16x16x16x16x16x16", "rfsq-2x2048-layernorm-image"):
-        lines = compare.textwrap.wrap(f"{name} rfsq_2x2048_layernorm-s0", compare.CHARACTERS)
-        assert max(font.getlength(line) for line in lines) + compare.GAP < compare.LABEL
-        assert (len(lines) + 1) * compare.TEXT < compare.CELL
+
+def test_checkpoints_of_one_name_are_told_apart_by_their_folders(files, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    loads = []
+    for seed in (0, 1):
+        folder = tmp_path / f"run-s{seed}"
+        folder.mkdir()
+        loads.append(str(folder / "last.pt"))
+        (folder / "last.pt").write_bytes((files / "none.pt").read_bytes())
+    rows = []
+    draw = compare.draw
+    monkeypatch.setattr(compare, "draw", lambda a, b, c: rows.extend(b) or draw(a, b, c))
+    flags = [f"--out={tmp_path / 'x.png'}", f"--val-data-path={files / 'val'}", "--images=1"]
+    compare.main(["--load", *loads, *flags])
+    assert [row[0] for row in rows] == ["rfsq-2x2048-none run-s0", "rfsq-2x2048-none run-s1"]
 
 
 # ---------------------------------------------------------------------------------------
@@ -231,13 +317,18 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
     good, val = f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}"
     sizes = ["--load", str(files / "none.pt"), str(tmp_path / "large.pt")]
     out = f"--out={tmp_path / 'x.png'}"
+    absent = tmp_path / "nowhere"
     for script, flags, part in (
         (stages, [f"--load={files / 'fsq.pt'}", val], "no stages"),
         (stages, ["--load=nowhere.pt", val], "nowhere.pt"),
         (stages, [good, "--val-data-path=nowhere"], "nowhere"),
         (stages, [*sizes, val], "give --img-size"),
         (stages, [good, val, f"--figures={files / 'none.pt'}", "--num-workers=0"], "none.pt"),
+        (stages, [good, val, f"--json={absent / 'x.json'}"], "x.json"),
         (stages, [val], "--load"),
+        (evaluate, [good, val, f"--json={absent / 'x.json'}"], "x.json"),
+        (evaluate, [good, val, f"--json={tmp_path}"], str(tmp_path)),
+        (compare, [good, val, f"--out={absent / 'x.png'}"], "x.png"),
         (compare, [good, val], "--out"),
         (compare, [good, val, "--out=x.jpg"], "x.jpg"),
         (compare, [good, val, out, "--amplify=0"], "--amplify"),
@@ -249,4 +340,21 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
             util.run_script(lambda script=script, flags=flags: script.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
-    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / "x.png").exists() and not absent.exists()
+
+
+@pytest.mark.parametrize("script", [stages, evaluate, compare])
+def test_outputs_are_checked_before_the_work(script, files, tmp_path, monkeypatch):
+    def work(*args):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(script, "prepare", work)
+    flags = [f"--load={files / 'none.pt'}", f"--val-data-path={files / 'val'}"]
+    target = tmp_path / "nowhere" / "x.png"
+    with pytest.raises(ValueError, match=r"x\.png cannot be written"):
+        script.main([*flags, f"--{'out' if script is compare else 'json'}={target}"])
+    if script is not evaluate:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        target = tmp_path / "x.png"
+        with pytest.raises(ValueError, match="pip install"):
+            script.main([*flags, f"--{'out' if script is compare else 'figures'}={target}"])

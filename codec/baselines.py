@@ -1,0 +1,97 @@
+"""JPEG, WebP and AVIF by Pillow: what `scripts/rate_distortion.py` compares `.rfsq` files with.
+
+What the bytes of a file are without its header:
+
+    JPEG    the scan; not EOI, nor SOI to SOS with all tables. The Huffman tables are those of the
+            image, and cost nothing where headers are left out
+    WebP    data of the VP8 or VP8L chunk; not RIFF and chunk headers, padding, other chunks
+    AVIF    data of the mdat box; not any other box
+
+The settings are those with the best quality per byte: Huffman tables of the image, WebP's slowest
+method, full chroma resolution where there is a choice; and, as they are better at some rates, JPEG
+4:2:0 and AVIF tuned for PSNR (by default it is tuned for perceptual quality).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+import util
+
+QUALITIES = (0, 2, 4, 6, 8, 12, 16, 20, 26, 32, 40, 48, 56, 64, 72, 78, 84, 88, 92, 95, 98, 100)
+
+
+def jpeg_header(data: bytes) -> int:
+    """Bytes from SOI to the end of SOS, and EOI, of a JPEG with one scan (not progressive)."""
+    place, marker = 2, 0
+    while marker != 0xDA:  # start of scan
+        _, marker, length = struct.unpack_from(">BBH", data, place)
+        place += 2 + length
+    return place + 2
+
+
+def webp_header(data: bytes) -> int:
+    """Bytes of a WebP that are not the data of its image chunk."""
+    place, image = 12, 0
+    while place < len(data):
+        name, length = struct.unpack_from("<4sI", data, place)
+        image += length if name in (b"VP8 ", b"VP8L") else 0
+        place += 8 + length + length % 2
+    return len(data) - image
+
+
+def avif_header(data: bytes) -> int:
+    """Bytes of an AVIF that are not the data of mdat boxes."""
+    place, image = 0, 0
+    while place < len(data):
+        (length, name), head = struct.unpack_from(">I4s", data, place), 8
+        if length == 1:  # 64 bits follow
+            (length,), head = struct.unpack_from(">Q", data, place + 8), 16
+        length = length or len(data) - place  # 0: to the end of the file
+        image += length - head if name == b"mdat" else 0
+        place += length
+    return len(data) - image
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A codec of Pillow over the grid of qualities; `options` are those of `Image.save`."""
+
+    name: str
+    format: str
+    header: Callable[[bytes], int]
+    options: dict
+
+    def __call__(self, image: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(bytes without header, bytes of the file, decoded image) at each quality."""
+        for quality in QUALITIES:
+            file = io.BytesIO()
+            # From an array: the ICC profile and EXIF of the original are not written again.
+            Image.fromarray(image).save(file, self.format, quality=quality, **self.options)
+            data = file.getvalue()
+            with Image.open(file) as decoded:
+                yield len(data) - self.header(data), len(data), np.asarray(decoded.convert("RGB"))
+
+    def problem(self) -> str | None:
+        """Why this build of Pillow cannot encode it, or None."""
+        try:
+            next(self(np.zeros((16, 16, 3), np.uint8)))
+        except Exception as error:  # no such format, no encoder, an unknown option
+            return f"unavailable in this Pillow ({type(error).__name__}: {util.one_line(error)})"
+        return None
+
+
+_AVIF = {"subsampling": "4:4:4", "speed": 6, "codec": "aom"}
+BASELINES = (
+    Baseline("JPEG 4:4:4", "JPEG", jpeg_header, {"subsampling": "4:4:4", "optimize": True}),
+    Baseline("JPEG 4:2:0", "JPEG", jpeg_header, {"subsampling": "4:2:0", "optimize": True}),
+    Baseline("WebP", "WEBP", webp_header, {"method": 6}),
+    Baseline("AVIF 4:4:4", "AVIF", avif_header, _AVIF),
+    Baseline("AVIF 4:4:4, tune=psnr", "AVIF", avif_header, {**_AVIF, "advanced": {"tune": "psnr"}}),
+)

@@ -1,0 +1,160 @@
+"""What the scripts that measure checkpoints share: their set-up, and the quality of each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import util
+from dataset import build_dataset, val_loader
+from loss import Perceptual, lpips_network
+from metric import CodeUsage, ImageMetrics
+from model import VQVAE, in_evaluation_mode, load_model
+from quantizers import Quantized
+
+
+class Evaluation(NamedTuple):
+    """Checkpoints and the images to measure them on.
+
+    Attributes:
+        models: in evaluation mode, on `device`.
+        names: of the configurations (`--name`), or of the quantizers.
+        steps: training steps of each model.
+        images: uint8 (3, img_size, img_size) each.
+        img_size: pixels a side.
+        loader: batches of this process's share of `images`.
+        perceptual: LPIPS on `device`, or None.
+        device: the GPU of this process, or the CPU.
+    """
+
+    models: list[VQVAE]
+    names: list[str]
+    steps: list[int | None]
+    images: Dataset
+    img_size: int
+    loader: DataLoader
+    perceptual: Perceptual | None
+    device: torch.device
+
+
+def prepare(
+    paths: Sequence[str],
+    data: str,
+    img_size: int | None = None,
+    lpips_net: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Evaluation:
+    """Load checkpoints, images and LPIPS for an evaluation in plain float32.
+
+    Args:
+        paths: checkpoints.
+        data: what `dataset.build_dataset` takes: a folder, or 'synthetic'.
+        img_size: pixels a side; None: as the checkpoints were trained.
+        lpips_net: network of LPIPS, or 'none'; None: that of the first checkpoint. Weights that
+            are missing are reported in one line, and the evaluation goes on without LPIPS.
+        batch_size: images at a time; no effect on values.
+        num_workers: loading processes.
+
+    Raises:
+        ValueError: a file is no checkpoint, a folder holds no images, or `img_size` is None and
+            the checkpoints were trained at different sizes.
+    """
+    device = util.setup_processes()
+    util.share_cores(num_workers)
+    util.set_float32_precision("ieee")
+    models, args, checkpoints = zip(*map(load_model, paths), strict=True)
+    for path, own in zip(paths, args, strict=True):
+        if img_size is None and own.img_size != args[0].img_size:
+            raise ValueError(
+                f"{path} was trained at {own.img_size} pixels, {paths[0]} at {args[0].img_size}: "
+                "give --img-size"
+            )
+    size = img_size or args[0].img_size
+    images = build_dataset(data, size, args[0].seed, train=False)
+    share = dict(rank=util.rank(), world_size=util.world_size(), device=device)
+    return Evaluation(
+        models=[model.to(device) for model in models],
+        names=[a.name or model.quantizer.name for a, model in zip(args, models, strict=True)],
+        steps=[checkpoint.get("step") for checkpoint in checkpoints],
+        images=images,
+        img_size=size,
+        loader=val_loader(images, batch_size, num_workers, **share),
+        perceptual=lpips_network(lpips_net or args[0].lpips_net, device, needed=False, side=size),
+        device=device,
+    )
+
+
+@torch.no_grad()
+def evaluate_stages(
+    model: VQVAE,
+    loader: Iterable[Tensor],
+    perceptual: Perceptual | None,
+    device: torch.device | str,
+) -> list[dict]:
+    """Measure each stage of a residual quantizer, over all images of all processes.
+
+    The residual of stage k is z minus what the first k - 1 stages decode to. RMS is taken over all
+    elements, in the units of the latent z (B, C, H/f, W/f). Arguments as for `metric.evaluate`.
+
+    Returns:
+        One dictionary a stage. Of the stage alone: what `CodeUsage.compute` gives,
+        'residual_rms_before' and 'residual_rms_after' it, and 'fsq_input_rms' (None without an
+        FSQ). Of all stages up to it: 'bits' (per position, side information included) and, of the
+        images that they decode to, 'psnr', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
+    """
+    quantizer = model.quantizer
+    stages = range(quantizer.stages)
+    has_fsq = hasattr(quantizer, "stage_input")
+    metrics = [ImageMetrics(perceptual) for _ in stages]
+    usage = CodeUsage(quantizer.codebook_sizes, stage_axis=True)
+    # Sums of squares: of z and of the residual after each stage, and of the input of each FSQ.
+    squares = torch.zeros(2, quantizer.stages + 1, dtype=torch.float64)
+    elements, positions = 0, 0
+    with in_evaluation_mode(model):
+        for batch in loader:
+            images = batch.to(device).float() / 255
+            z = model.to_latent(images).float()
+            quantized = Quantized(*quantizer(z))
+            side = () if quantized.statistics is None else (quantized.statistics,)
+            codes = None
+            squares[0, 0] += sum_of_squares(z)
+            for k in stages:
+                if has_fsq:
+                    squares[1, k] += sum_of_squares(quantizer.stage_input(k, z, codes))
+                first = quantized.indices[..., : k + 1]
+                codes = quantizer.indices_to_codes(first, *side)
+                squares[0, k + 1] += sum_of_squares(z - codes)
+                metrics[k].update(images, model.decode(first, *side))
+            usage.update(quantized.indices)
+            elements += z.numel()
+            positions = z[0, 0].numel()
+
+    elements, positions = sum(util.from_all(elements)), max(util.from_all(positions))
+    residual, entering = (sum(util.from_all(squares)) / elements).sqrt().tolist()
+    rows = []
+    for k, (codes, metric) in enumerate(zip(usage.compute(), metrics, strict=True)):
+        quality = metric.compute()
+        index_bits = sum(math.log2(size) for size in quantizer.codebook_sizes[: k + 1])
+        side_bits = quantizer.side_bits * (k + 1) / quantizer.stages / positions
+        rows.append(
+            {
+                **codes,
+                "bits": index_bits + side_bits,
+                "residual_rms_before": residual[k],
+                "residual_rms_after": residual[k + 1],
+                "fsq_input_rms": entering[k] if has_fsq else None,
+                **{name: quality[name] for name in ("psnr", "l1", "lpips", "paper")},
+            }
+        )
+    return rows
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """The sum of the squares of all elements, float64, on the CPU."""
+    return x.double().square().sum().cpu()
