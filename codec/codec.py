@@ -70,6 +70,10 @@ class Codec:
         self.entropy_model: entropy.EntropyModel | None = None
         if ENTROPY_MODEL in self.checkpoint:
             self.entropy_model = entropy.EntropyModel.from_state(self.checkpoint[ENTROPY_MODEL])
+            if [math.prod(digits) for digits in self.entropy_model.digits] != self.sizes:
+                raise ValueError(
+                    "the checkpoint's entropy model has other codebooks: run fit again"
+                )
         self.seconds = {"network": 0.0, "packing": 0.0}
 
     # --- image <-> bytes -----------------------------------------------------------------

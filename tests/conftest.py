@@ -56,5 +56,5 @@ def make_checkpoint(path, *flags, contrast=1.0):
                 torch.nn.init.normal_(weight, std=0.05)
             weight.mul_(factor)
         for _ in range(2):
-            model(torch.randn(4, 3, 32, 32))
+            model(torch.rand(4, 3, 32, 32))
     save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
