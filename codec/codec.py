@@ -56,7 +56,7 @@ class Codec:
     def __init__(
         self, checkpoint: str | Path, device: str | torch.device = "cpu", tile: int = 1024
     ):
-        self.model, _, self.checkpoint = load_model(checkpoint)
+        self.model, self.args, self.checkpoint = load_model(checkpoint)
         self.device = torch.device(device)
         util.set_float32_precision("ieee")
         self.model.to(self.device)
