@@ -216,7 +216,8 @@ def get_parser() -> Parser:
         help="lfq: groups of bits whose entropies are summed; default: the fewest of <= 24 bits",
     )
     quantizer.add_argument(
-        "--codebook-loss-weight",
+        "--commitment-weight",
+        "--codebook-loss-weight",  # the former name
         type=number(float, 0),
         default=0.25,
         help="lfq, ema: weight of the commitment term in the quantizer's loss",
