@@ -1,14 +1,18 @@
-"""Quantizers for neural compression. They depend on torch alone: take the folder along."""
+"""Quantizers for neural compression. The package imports nothing but torch, so it can be copied."""
 
 from __future__ import annotations
+
+from argparse import Namespace
 
 from .base import Quantized, Quantizer, straight_through
 from .ema import VectorQuantizeEMA
 from .fsq import FSQ
+from .geometric import GeometricRFSQ
 from .lfq import LFQ
 from .rfsq import RFSQ
 
-# To add a quantizer: one file that keeps the contract of base.py, and one line here.
+# The choices of --quantizer. To add one: a file with a class that keeps the contract of base.py,
+# and a line here. `RFSQ.from_args` builds a GeometricRFSQ for --rfsq-strategy geometric.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQ,
     "rfsq": RFSQ,
@@ -17,11 +21,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
-def build_quantizer(args) -> Quantizer:
-    """The quantizer that the flags of `arguments.py` describe.
+def build_quantizer(args: Namespace) -> Quantizer:
+    """The quantizer that parsed command-line arguments describe.
 
     Raises:
-        ValueError: for a name that is not in `QUANTIZERS`, or flags that its class refuses.
+        ValueError: for a name that is not in `QUANTIZERS`, or arguments that its class refuses.
     """
     if args.quantizer not in QUANTIZERS:
         raise ValueError(
@@ -35,6 +39,7 @@ __all__ = [
     "LFQ",
     "QUANTIZERS",
     "RFSQ",
+    "GeometricRFSQ",
     "Quantized",
     "Quantizer",
     "VectorQuantizeEMA",

@@ -1,4 +1,4 @@
-"""The contract that every quantizer keeps, and the few functions that they share.
+"""The contract that every quantizer keeps, and the functions that they share.
 
 z (B, C, *positions) ──forward──> quantized (B, C, *positions), indices (B, *positions[, stages])
                                                                     │
@@ -8,8 +8,9 @@ quantized (the same tensor, bit for bit)  <──indices_to_codes─────
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
-    """What a quantizer's `forward` returns, by name: `Quantized(*quantizer(z))`."""
+    """The names of what `forward` returns: `out = Quantized(*quantizer(z))`.
+
+    Attributes:
+        codes: the quantized latent (B, C, *positions), float32.
+        indices: int64, (B, *positions), with a last axis of stages for a residual quantizer.
+        loss: the quantizer's own loss (a scalar), None where it has none.
+        statistics: side information that the decoder needs beyond the indices, None if there is
+            none.
+    """
 
     codes: Tensor
     indices: Tensor
@@ -38,27 +47,38 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """Straight-through estimator (Bengio et al., arXiv 1308.3432).
 
-    Returns exactly `value`, to the last bit, while the gradient goes to `source` unchanged. The
-    usual `source + (value - source).detach()` is off by a rounding error, and a decoder that
-    starts from indices would then disagree with the forward.
+    Returns exactly `value`, bit for bit; the gradient goes to `source` unchanged. The usual
+    `source + (value - source).detach()` has a rounding error, so that a decoder, which starts from
+    indices, would not return the same values as the forward.
 
-    Shapes: `source`, `value` and the result are equal in shape.
+    Shapes: `source`, `value` and the result have the same shape.
     """
     return _StraightThrough.apply(source, value.detach())
 
 
+def round_straight_through_(x: Tensor) -> Tensor:
+    """Round `x` in place, with the gradient of not rounding it: `straight_through(x, x.round())`.
+
+    In place, because an autograd function written in Python costs more than all of the arithmetic
+    around it. No operation may have saved `x` for its backward: autograd raises a RuntimeError if
+    one has.
+    """
+    x.detach().round_()  # shares the memory of x, unseen by autograd
+    return x
+
+
 def processes() -> int:
-    """The number of processes, 1 when alone."""
+    """The number of processes of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 when alone."""
+    """The rank of this process in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes (a new tensor, no gradient); `x` itself when alone."""
+    """The mean of `x` over all processes without gradient; `x` itself if there is one."""
     if processes() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
@@ -73,21 +93,38 @@ class Quantizer(nn.Module):
         dim: number of channels of `z`.
         codebook_sizes: number of codes of each stage (one entry for a single-stage quantizer).
         stage_axis: whether `indices` ends with an axis of stages.
-        side_bits: bits of side information an image, beyond the indices (0 unless stated).
+        side_bits: bits of side information per image, beyond the indices (0 unless stated).
         name: a short name for folders and tables, such as `rfsq-2x2048-layernorm`.
+        flags: the flags of the command line that the quantizer reads: their names in the parsed
+            arguments, each with the constructor argument that takes its value.
 
     `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
-    `(quantized, indices)`, then `loss` for a quantizer with a loss of its own, then `statistics`
-    for one with side information. `indices` is int64. Everything is computed in float32 with
-    autocast off, and `quantized` is float32. A class method `from_args(args)` builds the quantizer
-    from the flags of `arguments.py`.
+    `(quantized, indices)`, followed by `loss` if the quantizer has a loss of its own, and by
+    `statistics` if it has side information; `Quantized` names them. `indices` is int64. Everything
+    is computed in float32 with autocast off, and `quantized` is float32.
+
+    `indices_to_codes(indices)` decodes; quantizers with side information also take `statistics`.
     """
 
+    flags: ClassVar[dict[str, str]] = {}
     dim: int
     codebook_sizes: list[int]
     name: str
-    stage_axis = False
-    side_bits = 0.0
+    stage_axis: bool = False
+    side_bits: float = 0.0
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> Quantizer:
+        """Build the quantizer from parsed command-line arguments, as `flags` says.
+
+        Raises:
+            ValueError: for values that the constructor refuses.
+        """
+        return cls(**{name: getattr(args, flag) for flag, name in cls.flags.items()})
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
+        raise NotImplementedError
 
     @property
     def stages(self) -> int:
@@ -96,15 +133,15 @@ class Quantizer(nn.Module):
 
     @property
     def bits(self) -> float:
-        """Bits for one latent position: log2 of the number of codes, summed over stages."""
+        """Bits per latent position: log2 of the number of codes, summed over stages."""
         return float(sum(math.log2(size) for size in self.codebook_sizes))
 
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}, bits={self.bits:g}"
 
     def _apply(self, fn, recurse=True):
-        # `.half()` or `.bfloat16()` on the model around must not round codebooks and statistics:
-        # a change of device goes through, a change of precision does not.
+        # `.half()` or `.bfloat16()` of the enclosing model must not round codebooks and statistics:
+        # tensors change device, but never precision.
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.is_floating_point() and moved.dtype != tensor.dtype:
@@ -152,6 +189,17 @@ def per_channel(x: Tensor, like: Tensor) -> Tensor:
     return x.view(*lead, *[1] * (like.dim() - 2))
 
 
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """Return `value` if it is an integer of `least` or more.
+
+    Raises:
+        ValueError: naming the argument and what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
+    return value
+
+
 def check_levels(levels: Sequence[int]) -> list[int]:
     """Validate the levels of an FSQ: at least one channel, integers of 2 or more, an int64 index.
 
@@ -169,8 +217,8 @@ def check_levels(levels: Sequence[int]) -> list[int]:
                 f"every level must be an integer of 2 or more, but {level!r} is among {levels}"
             )
         if level > 512:
-            # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of L levels only
-            # while (L-1) eps / 2 stays below one half.
+            # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of the L levels
+            # only if (L-1) eps / 2 is below one half.
             raise ValueError(f"a channel has at most 512 levels, but {level} is among {levels}")
     if math.prod(levels) > 2**62:
         raise ValueError(

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, processes, rank, straight_through
+from .base import (
+    Quantizer,
+    check_integer,
+    mean_over_processes,
+    processes,
+    rank,
+    straight_through,
+)
 
-# Elements of a tokens x codes matrix held at a time: what a CPU's cache holds, more on a GPU.
+# Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
+# its cache, on a GPU more.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
 EPS = 1e-5
 
 
 class VectorQuantizeEMA(Quantizer):
-    """Nearest code by Euclidean distance; the codebook follows the encoder (appendix A.1)::
+    """Nearest code by Euclidean distance; the codes are moving averages of their tokens (A.1)::
 
         N_i <- decay N_i + (1-decay) n_i        n_i: tokens of the batch nearest to code i
         m_i <- decay m_i + (1-decay) sum of those tokens
         code_i <- m_i / N_i                     (N smoothed by Laplace's rule)
 
-    Counts and sums are taken over all processes. A code whose N_i falls below
-    `restart_threshold` of the mean count is dead: before the next assignment it moves to a token
-    of the batch. All codes are dead at the first batch, which so initialises the codebook. The
-    tokens are taken evenly over the batch of all processes, without a random number, so that a
-    run continues exactly and two processes do what one does.
+    Counts and sums are taken over all processes. A code whose N_i is below `restart_threshold`
+    times the mean count is dead: before the next assignment it moves to a token of the batch. All
+    codes are dead at the first batch, which therefore initialises the codebook. The new codes are
+    evenly spaced tokens of the batch of all processes, chosen without random numbers, so that a
+    resumed run continues exactly and two processes do what one does.
 
-    With `stages` > 1 it is a residual VQ: each stage has a codebook of its own and quantizes what
-    the stages before it left over; `indices` then ends with an axis of stages.
+    With `stages` > 1 it is a residual VQ: each stage has its own codebook and quantizes the
+    residual of the stages before it; `indices` then ends with an axis of stages.
 
     The loss is `commitment_loss_weight` times the mean of (r_k - q_k)^2, summed over stages.
 
@@ -37,7 +47,7 @@ class VectorQuantizeEMA(Quantizer):
         stages: number of stages.
         decay: of the moving averages.
         commitment_loss_weight: beta of the paper.
-        restart_threshold: as above; 0 never restarts, and the codebook then starts random.
+        restart_threshold: as above. With 0 no code is restarted, and the codebook starts at random.
 
     Raises:
         ValueError: for arguments out of range, or an input whose channels are not `dim`.
@@ -46,6 +56,18 @@ class VectorQuantizeEMA(Quantizer):
         >>> vq = VectorQuantizeEMA(codebook_size=4096, dim=256)   # 12.0 bits
         >>> quantized, indices, loss = vq(torch.randn(2, 256, 32, 32))
     """
+
+    flags: ClassVar[dict[str, str]] = {
+        "n_embed": "codebook_size",
+        "embed_dim": "dim",
+        "ema_stages": "stages",
+        "ema_decay": "decay",
+        "commitment_weight": "commitment_loss_weight",
+    }
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    batches: Tensor
 
     def __init__(
         self,
@@ -57,13 +79,9 @@ class VectorQuantizeEMA(Quantizer):
         restart_threshold: float = 0.3,
     ):
         super().__init__()
-        for key, value, least in (
-            ("codebook_size", codebook_size, 2),
-            ("dim", dim, 1),
-            ("stages", stages, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} must be an integer of {least} or more, not {value!r}")
+        check_integer("codebook_size", codebook_size, least=2)
+        check_integer("dim", dim)
+        check_integer("stages", stages)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         if not 0 <= restart_threshold < 1:
@@ -81,23 +99,13 @@ class VectorQuantizeEMA(Quantizer):
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    @classmethod
-    def from_args(cls, args) -> VectorQuantizeEMA:
-        return cls(
-            codebook_size=args.n_embed,
-            dim=args.embed_dim,
-            stages=args.ema_stages,
-            decay=args.ema_decay,
-            commitment_loss_weight=args.commitment_weight,
-        )
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
         self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float().movedim(1, -1)  # (B, *positions, dim)
             residual = z
-            quantized, loss, indices = None, 0.0, []
+            loss, codes_of_stages, indices = z.new_zeros(()), [], []
             for stage in range(self.stages):
                 tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
                 if self.training and self.restart_threshold:
@@ -106,23 +114,22 @@ class VectorQuantizeEMA(Quantizer):
                 codes = F.embedding(index, self.codebook[stage]).view_as(z)
                 loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
                 residual = residual - codes
-                quantized = codes if quantized is None else quantized + codes
+                codes_of_stages.append(codes)
                 indices.append(index.view(z.shape[:-1]))
                 if self.training:
                     self._update(stage, tokens, index)
             if self.training:
                 self.batches += 1
-            quantized = straight_through(z, quantized).movedim(-1, 1)
+            total = sum(codes_of_stages[1:], start=codes_of_stages[0])
+            quantized = straight_through(z, total).movedim(-1, 1)
             return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
         self._check_indices(indices)
         stages = indices.unbind(-1) if self.stage_axis else [indices]
-        quantized = F.embedding(stages[0], self.codebook[0])
-        for stage, index in enumerate(stages[1:], start=1):
-            quantized = quantized + F.embedding(index, self.codebook[stage])
-        return quantized.movedim(-1, 1)
+        codes = [F.embedding(index, self.codebook[k]) for k, index in enumerate(stages)]
+        return sum(codes[1:], start=codes[0]).movedim(-1, 1)
 
     @torch.no_grad()
     def _nearest(self, stage: int, tokens: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ class VectorQuantizeEMA(Quantizer):
         codebook = self.codebook[stage]
         norms = codebook.square().sum(1)
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
-        # |t|^2 is the same for all codes and left out. `min` takes half of the time of `argmin`.
+        # |t|^2 is the same for all codes, so it is omitted. `min` is faster than `argmin`.
         nearest = [
             torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices
             for part in tokens.split(max(1, chunk))
@@ -139,19 +146,20 @@ class VectorQuantizeEMA(Quantizer):
 
     @torch.no_grad()
     def _update(self, stage: int, tokens: Tensor, index: Tensor) -> None:
+        """Move counts, sums and codes of a stage towards `tokens` (N, dim), assigned by `index`."""
         counts = torch.zeros_like(self.counts[stage])
         counts.index_add_(0, index, torch.ones_like(tokens[:, 0]))
         sums = torch.zeros_like(self.sums[stage]).index_add_(0, index, tokens)
         counts = mean_over_processes(counts) * processes()
         sums = mean_over_processes(sums) * processes()
-        # A batch that is not finite, whose step the training loop skips, leaves no trace here.
+        # The training loop skips the step of a batch that is not finite, and so does the codebook.
         finite = sums.isfinite().all()
         weight = (1 - self.decay) * finite
         self.counts[stage].lerp_(torch.where(finite, counts, 0.0), weight)
         self.sums[stage].lerp_(torch.where(finite, sums, 0.0), weight)
         counts, total = self.counts[stage], self.counts[stage].sum()
         smoothed = (counts + EPS) / (total + len(counts) * EPS) * total
-        # A code that no token has ever reached has no mean to go to.
+        # A code without any token so far has no mean: it stays where it is.
         moved = torch.where(
             counts[:, None] > 0, self.sums[stage] / smoothed[:, None], self.codebook[stage]
         )
@@ -159,10 +167,11 @@ class VectorQuantizeEMA(Quantizer):
 
     @torch.no_grad()
     def _restart(self, stage: int, tokens: Tensor) -> None:
+        """Move the dead codes of a stage to tokens of the batch; `tokens` (N, dim)."""
         codes, n = len(self.codebook[stage]), len(tokens)
         total = n * processes()
-        # Rows of the global batch, evenly spaced, from a start that moves with batches and stages:
-        # a token that became a code of one stage leaves nothing over for the next.
+        # Evenly spaced rows of the batch of all processes. The first row differs by batch and by
+        # stage, because a token that is a code of one stage has a residual of zero in the next.
         rows = torch.arange(codes, device=tokens.device) * total // codes
         rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * rank()
         mine = (rows >= 0) & (rows < n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ MAX_GROUP_BITS = 24
 
 
 class LFQ(Quantizer):
-    """Takes the sign of each of `dim` channels: 2^dim codes in {-1, 1}^dim, and no codebook.
+    """Takes the sign of each of `dim` channels: 2^dim codes in {-1, 1}^dim, without a codebook.
 
     The loss is::
 
@@ -24,8 +25,8 @@ class LFQ(Quantizer):
     With p(c|z) proportional to exp(-|z - c|^2 / temperature), H_token is the mean over tokens of
     the entropy of p(c|z) and H_batch the entropy of the mean of p(c|z) over all tokens (of all
     processes, in training), both in nats and summed over codes. Given z the bits are independent,
-    each 1 with probability sigmoid(4 z / temperature), so that both are exact without a
-    tokens x codes matrix:
+    each 1 with probability sigmoid(4 z / temperature), so that both can be computed exactly without
+    a tokens x codes matrix:
 
         - H_token is a sum of `dim` binary entropies;
         - with A and B the tokens' distributions over the first and the second half of the bits
@@ -34,10 +35,11 @@ class LFQ(Quantizer):
     Args:
         dim: number of channels and bits, from 1 to 62.
         entropy_loss_weight, commitment_loss_weight, diversity_gamma, temperature: see above.
-        entropy_groups: split the bits into this many equal groups and sum the groups' entropies
-            in place of the joint entropy. H_token stays the same; H_batch becomes an upper bound
-            of the joint one, blind to dependence between groups. Needed above 24 bits, whose
-            joint distribution does not fit. Default: the fewest groups of at most 24 bits.
+        entropy_groups: split the bits into this many equal groups and sum the entropies of the
+            groups instead of the joint entropy. H_token stays the same; H_batch becomes an upper
+            bound of the joint entropy, which ignores dependence between groups. Required above 24
+            bits, because the joint distribution is too large. Default: the fewest groups of at most
+            24 bits.
 
     Raises:
         ValueError: for arguments out of range, or an input whose channels are not `dim`.
@@ -46,6 +48,15 @@ class LFQ(Quantizer):
         >>> lfq = LFQ(dim=12)                                   # 4096 codes, 12.0 bits
         >>> quantized, indices, loss = lfq(torch.randn(2, 12, 32, 32))
     """
+
+    flags: ClassVar[dict[str, str]] = {
+        "lfq_dim": "dim",
+        "entropy_loss_weight": "entropy_loss_weight",
+        "commitment_weight": "commitment_loss_weight",
+        "lfq_diversity_gamma": "diversity_gamma",
+        "lfq_temperature": "temperature",
+        "lfq_entropy_groups": "entropy_groups",
+    }
 
     def __init__(
         self,
@@ -84,17 +95,6 @@ class LFQ(Quantizer):
         self.temperature = temperature
         self.entropy_groups = entropy_groups
 
-    @classmethod
-    def from_args(cls, args) -> LFQ:
-        return cls(
-            dim=args.lfq_dim,
-            entropy_loss_weight=args.entropy_loss_weight,
-            commitment_loss_weight=args.commitment_weight,
-            diversity_gamma=args.lfq_diversity_gamma,
-            temperature=args.lfq_temperature,
-            entropy_groups=args.lfq_entropy_groups,
-        )
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
         self._check_input(z)
@@ -115,20 +115,18 @@ class LFQ(Quantizer):
         p = torch.sigmoid(logits)
         # -log p = softplus(-logit) and -log(1-p) = softplus(logit) = softplus(-logit) + logit.
         token_entropy = (F.softplus(-logits) + (1 - p) * logits).sum(1).mean()
-        batch_entropy = sum(self._batch_entropy(group) for group in p.chunk(self.entropy_groups, 1))
-        return token_entropy, batch_entropy
+        groups = (self._batch_entropy(group) for group in p.chunk(self.entropy_groups, 1))
+        return token_entropy, sum(groups, start=z.new_zeros(()))
 
     def _batch_entropy(self, p: Tensor) -> Tensor:
         """Entropy of the mean over tokens of the distribution over 2^d codes; `p` (N, d)."""
-        first, second = (
-            _distribution(p[:, : p.shape[1] // 2]),
-            _distribution(p[:, p.shape[1] // 2 :]),
-        )
-        mean = first.t() @ second / len(p)  # (2^(d/2), 2^(d - d/2))
+        half = p.shape[1] // 2
+        mean = _distribution(p[:, :half]).t() @ _distribution(p[:, half:]) / len(p)
+        # mean: (2^(d/2), 2^(d - d/2))
         if self.training:
-            # The value over all processes; the gradient of this process's part, as
-            # DistributedDataParallel averages gradients. Not in evaluation, where the processes'
-            # shards, and with them the calls, may be uneven.
+            # The value is that of all processes. The gradient is that of this process's part,
+            # because DistributedDataParallel averages gradients. Evaluation makes no such call,
+            # because there the processes may have different numbers of batches.
             mean = straight_through(mean, mean_over_processes(mean))
         return -torch.xlogy(mean, mean.clamp(min=1e-30)).sum()
 

@@ -518,8 +518,8 @@ def test_stage_dropout_of_two_processes_is_that_of_one(monkeypatch):
     for rank in (0, 1):
         torch.manual_seed(5)
         with monkeypatch.context() as patch:
-            patch.setattr("quantizers.rfsq.processes", lambda: 2)
-            patch.setattr("quantizers.rfsq.rank", lambda rank=rank: rank)
+            patch.setattr("quantizers.residual.processes", lambda: 2)
+            patch.setattr("quantizers.residual.rank", lambda rank=rank: rank)
             half = RFSQ(2, "none", stage_dropout=0.5)
             shares.append(half(z[6 * rank : 6 * rank + 6])[0])
     torch.manual_seed(5)

@@ -1,0 +1,156 @@
+"""Residual FSQ with geometric stages: one bound at the input, a digit in base L from each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import per_channel, straight_through
+from .residual import ResidualFSQ, running_std, update_moments
+
+MAX_CELLS = 2**20  # of a channel, all stages together: float32 cannot resolve more
+
+
+class GeometricRFSQ(ResidualFSQ):
+    """Residual FSQ whose stages are the digits of one quantizer (not in the RFSQ paper).
+
+    In place of a map and a bound in each stage there is one of each at the input::
+
+        y = u / sqrt(1 + u^2)       u = s (z - mean) / std         in (-1, 1)
+
+    Stage k takes the k-th digit of y in base L: its cells are 1/L as wide as those of the stage
+    before, so that the residual is a rounding error that shrinks by L from stage to stage. All
+    stages together are one quantizer of N = L^K equal cells of y. A cell decodes to the z of its
+    middle, so that in z the cells are narrow around the mean and wide in the tails.
+
+    This y is the optimal compander (Panter and Dite, 1951) of Student's t with 8 degrees of
+    freedom, whose tails are between those of a Gaussian and a Laplacian, if s = 1/sqrt(6). The
+    default s = 1/sqrt(6) + 0.7/N is close to the best s for all three, for N from 2 to 256. That
+    holds for a fixed number of bits per index. Entropy coding prefers a small s with more cells,
+    because the cells around the mean are then equal.
+
+    `mean` and `std` are running averages per channel, used in training and evaluation alike, and
+    constants after training: the indices alone decode.
+
+    The rounding of y is straight-through, so d quantized / dz is the slope of the bound at z over
+    its slope at the code: about 1, and less beyond the outermost codes, where a gradient of 1 would
+    let the latent drift away from them.
+
+    Args:
+        stages: number of stages K.
+        levels: levels of each channel, the same in every stage. Default: [8, 8, 8, 4] for 2 stages
+            (22.0 bits), [4, 4, 4, 4, 4] for 4 stages (40.0 bits), none for other numbers of stages.
+        slope: s. Default: by the number of cells, as above.
+        momentum, stage_dropout: see `ResidualFSQ`.
+
+    Raises:
+        ValueError: for arguments out of range, more than 2^20 cells in a channel, or an input whose
+            channels are not `len(levels)`.
+
+    Example:
+        >>> rfsq = GeometricRFSQ(stages=2, levels=[8, 8, 8, 4])     # 22.0 bits
+        >>> quantized, indices = rfsq(torch.randn(2, 4, 32, 32))    # indices: (2, 32, 32, 2)
+    """
+
+    flags: ClassVar[dict[str, str]] = {
+        "rfsq_stages": "stages",
+        "levels": "levels",
+        "rfsq_slope": "slope",
+        "rfsq_stage_dropout": "stage_dropout",
+    }
+    level: Tensor
+    slope: Tensor
+
+    def __init__(
+        self,
+        stages: int = 2,
+        levels: Sequence[int] | None = None,
+        slope: float | None = None,
+        momentum: float = 0.01,
+        stage_dropout: float = 0.0,
+    ):
+        if slope is not None and not (math.isfinite(slope) and slope > 0):
+            raise ValueError(f"slope must be a positive number, not {slope}")
+        super().__init__("geometric", stages, levels, momentum, stage_dropout)
+        if max(self.levels) ** stages > MAX_CELLS:
+            raise ValueError(
+                f"{stages} geometric stages of {max(self.levels)} levels are more than 2^20 cells "
+                "of a channel: give fewer stages or levels"
+            )
+        level = torch.tensor(self.levels, dtype=torch.float32)
+        self.register_buffer("level", level, persistent=False)
+        best = 6**-0.5 + 0.7 / level**stages
+        slopes = best if slope is None else torch.full_like(best, slope)
+        self.register_buffer("slope", slopes, persistent=False)
+        self._add_running_moments(rows=1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`.
+
+        The indices are (B, *positions, K), and `quantized` is like `z`.
+        """
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            if self.training:
+                batch = self._next_batch()
+                ((mean, var),) = self._running_moments(z)
+                self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
+            bounded, kept = self._bound(z), self._stages_kept(z)
+            residual, total = bounded.detach(), z.new_zeros(())
+            levels, half_levels = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
+            indices = []
+            with torch.no_grad():
+                for k in range(self.stages):
+                    # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
+                    digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
+                    rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
+                    codes = self._denormalise(rounded, k)
+                    residual = residual - codes
+                    total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
+                    indices.append(self.fsq.pack(rounded))
+            return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""
+        self._check_indices(indices)
+        total = torch.zeros((), device=indices.device)
+        for k, index in enumerate(indices.unbind(-1)):
+            total = total + self._denormalise(self.fsq.unpack(index), k)
+        return self._unbound(total)
+
+    @torch.no_grad()
+    def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor:
+        """What a stage cuts into L cells of [-1, 1]. For analysis of a trained quantizer.
+
+        Args:
+            stage: its number, from 0.
+            z: the latent (B, dim, *positions).
+            quantized: what the stages before it decode to; None for the first stage.
+        """
+        self._check_input(z)
+        before = 0 if quantized is None else self._bound(quantized)
+        return (self._bound(z.float()) - before) * per_channel(self.level, z) ** stage
+
+    def _denormalise(self, rounded: Tensor, stage: int) -> Tensor:
+        """The middle, in y, of the cell of a stage, given the integers digit - floor(L/2)."""
+        levels = per_channel(self.level, rounded)
+        digit = rounded + per_channel(self.fsq.half_levels, rounded)
+        return ((2 * digit + 1) / levels - 1) / levels**stage
+
+    def _bound(self, z: Tensor) -> Tensor:
+        """y = u/sqrt(1 + u^2), u = s (z - mean)/std."""
+        ((mean, var),) = self._running_moments(z)
+        u = (z - mean) * (per_channel(self.slope, z) / running_std(var))
+        u = u.clamp(-1e6, 1e6)  # otherwise the square overflows
+        return u / (1 + u.square()).sqrt()
+
+    def _unbound(self, y: Tensor) -> Tensor:
+        """The inverse of `_bound`, of operations that every device rounds alike."""
+        ((mean, var),) = self._running_moments(y)
+        u = y / ((1 - y) * (1 + y)).sqrt()
+        return u * (running_std(var) / per_channel(self.slope, y)) + mean
