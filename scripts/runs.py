@@ -26,7 +26,7 @@ ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
 READERS = {
     "levels": ("fsq", "rfsq"),
     "entropy_loss_weight": ("lfq",),
-    "codebook_loss_weight": ("lfq", "ema"),
+    "commitment_weight": ("lfq", "ema"),
     "n_embed": ("ema",),
     "embed_dim": ("ema",),
 }

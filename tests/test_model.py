@@ -21,7 +21,7 @@ from model import (
     load_model,
     load_weights,
 )
-from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA
 from util import load_checkpoint, save_checkpoint, write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -313,6 +313,7 @@ def test_no_flag_is_dead():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("quantizers/*.py"), *ROOT.glob("loss/*.py")]
     text = "\n".join(path.read_text() for path in sources if path.name != "arguments.py")
     read = set(re.findall(r"\bargs\.(\w+)", text))
+    read |= {flag for kind in (*QUANTIZERS.values(), GeometricRFSQ) for flag in kind.flags}
     assert {action.dest for action in flags()} - read == set()
 
 
