@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-import math
+import inspect
 import os
 import subprocess
 import sys
@@ -10,48 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, RESIDUAL, TRACKING
 
-import quantizers
-from quantizers import QUANTIZERS, Quantizer
+from arguments import get_args
+from quantizers import QUANTIZERS, GeometricRFSQ, Quantized, Quantizer, build_quantizer
 
 ROOT = Path(__file__).parent.parent
 
-# name: (class, arguments, bits)
-CASES = {
-    "fsq": ("FSQ", {"levels": [8, 8, 8, 8]}, 12.0),
-    "fsq-odd": ("FSQ", {"levels": [3, 5, 2]}, math.log2(30)),
-    "fsq-40-bits": ("FSQ", {"levels": [4] * 20}, 40.0),
-    "rfsq-2-none": ("RFSQ", {"stages": 2, "strategy": "none"}, 22.0),
-    "rfsq-4-none": ("RFSQ", {"stages": 4, "strategy": "none"}, 40.0),
-    "rfsq-2-scale": ("RFSQ", {"stages": 2, "strategy": "scale", "initial_scale": 0.7}, 22.0),
-    "rfsq-4-scale": ("RFSQ", {"stages": 4, "strategy": "scale"}, 40.0),
-    "rfsq-2-layernorm": ("RFSQ", {"stages": 2, "strategy": "layernorm"}, 22.0),
-    "rfsq-4-layernorm": ("RFSQ", {"stages": 4, "strategy": "layernorm"}, 40.0),
-    "rfsq-odd": ("RFSQ", {"stages": 3, "levels": [5, 3, 7, 2, 4]}, 3 * math.log2(840)),
-    "rfsq-2-image": ("RFSQ", {"stages": 2, "statistics": "image"}, 22.0),
-    "rfsq-4-image": ("RFSQ", {"stages": 4, "statistics": "image"}, 40.0),
-    "rfsq-2-geometric": ("RFSQ", {"stages": 2, "strategy": "geometric"}, 22.0),
-    "rfsq-3-geometric": (
-        "RFSQ",
-        {"stages": 3, "strategy": "geometric", "levels": [5, 3, 7, 2, 4]},
-        3 * math.log2(840),
-    ),
-    "lfq-12": ("LFQ", {"dim": 12}, 12.0),
-    "lfq-40": ("LFQ", {"dim": 40}, 40.0),
-    "ema": ("VectorQuantizeEMA", {"codebook_size": 4096, "dim": 8}, 12.0),
-    "ema-3": ("VectorQuantizeEMA", {"codebook_size": 64, "dim": 8, "stages": 3}, 18.0),
-}
-RESIDUAL = {"rfsq-odd": 3, "ema-3": 3} | {
-    name: int(name[5]) for name in CASES if name.startswith("rfsq-") and name[5].isdigit()
-}
-
 every = pytest.mark.parametrize("name", CASES)
 residual = pytest.mark.parametrize("name", RESIDUAL)
-
-
-def build(name):
-    kind, kwargs, _ = CASES[name]
-    return getattr(quantizers, kind)(**kwargs)
 
 
 def latent(module, batch=3, positions=(5, 4)):
@@ -64,7 +31,7 @@ def latent(module, batch=3, positions=(5, 4)):
 
 def trained(name):
     """A quantizer in evaluation mode whose weights and statistics are not those of the start."""
-    module = build(name)
+    module = CASES[name].build()
     with torch.no_grad():
         for _ in range(3):
             module(latent(module, 4))
@@ -75,8 +42,8 @@ def trained(name):
 
 def run(module, z):
     """`forward` as (quantized, indices, side), side the arguments that decoding needs as well."""
-    quantized, indices, *rest = module(z)
-    return quantized, indices, tuple(rest[1:])
+    out = Quantized(*module(z))
+    return out.codes, out.indices, () if out.statistics is None else (out.statistics,)
 
 
 def same_bits(a, b):
@@ -86,8 +53,44 @@ def same_bits(a, b):
 
 
 def test_every_registered_quantizer_is_asked():
-    assert {CASES[name][0] for name in CASES} == {kind.__name__ for kind in QUANTIZERS.values()}
-    assert all(issubclass(kind, Quantizer) for kind in QUANTIZERS.values())
+    known = {*QUANTIZERS.values(), GeometricRFSQ}
+    assert {case.cls for case in CASES.values()} == known
+    assert all(issubclass(kind, Quantizer) for kind in known)
+
+
+# ---------------------------------------------------------------------------------------
+# Flags and outputs
+# ---------------------------------------------------------------------------------------
+@every
+def test_flags_build_the_same_quantizer(name):
+    case = CASES[name]
+    wanted, found = case.build(), build_quantizer(get_args(case.argv()))
+    assert type(found) is type(wanted) and repr(found) == repr(wanted)
+    for key, value in wanted.state_dict().items():
+        other = found.state_dict()[key]
+        assert other.shape == value.shape
+        assert key == "codebook" or torch.equal(other, value)  # which starts at random
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZERS.values(), GeometricRFSQ])
+def test_every_constructor_argument_has_a_flag(kind):
+    """Except those that the command line leaves at their defaults."""
+    parameters = set(inspect.signature(kind).parameters)
+    assert set(kind.flags.values()) <= parameters
+    assert parameters - set(kind.flags.values()) <= {"momentum", "restart_threshold"}
+    assert set(kind.flags) <= set(vars(get_args([])))
+
+
+@every
+def test_outputs_have_names(name):
+    module = trained(name)
+    z = latent(module)
+    values = module(z)
+    assert type(values) is tuple and len(values) in (2, 3, 4)
+    out = Quantized(*values)
+    assert out.codes is values[0] and out.indices is values[1]
+    assert (out.loss is None) == (len(values) == 2)
+    assert (out.statistics is None) == (len(values) < 4) == (not module.side_bits)
 
 
 # ---------------------------------------------------------------------------------------
@@ -122,12 +125,12 @@ def fresh(tmp_path_factory):
     """name -> digest of the codes that this process has, and a fresh one has from files."""
     torch.manual_seed(1)
     here, cases = {}, {}
-    for name, (kind, kwargs, _) in CASES.items():
+    for name, case in CASES.items():
         module = trained(name)
         with torch.no_grad():
             quantized, indices, side = run(module, latent(module))
         here[name] = hashlib.sha256(quantized.contiguous().numpy().tobytes()).hexdigest()
-        cases[name] = {"kind": kind, "kwargs": kwargs, "state": module.state_dict()}
+        cases[name] = {"kind": case.kind, "kwargs": case.arguments, "state": module.state_dict()}
         cases[name] |= {"indices": indices, "side": side}
     path = tmp_path_factory.mktemp("fresh") / "cases.pt"
     torch.save(cases, path)
@@ -211,12 +214,12 @@ def test_the_first_stages_give_the_partial_sums(name):
 def test_a_shorter_chain_is_the_start_of_a_longer_one(name):
     """The k-stage result is what a quantizer of k stages with the same weights gives.
 
-    (But for geometric stages: the slope of their bound is chosen for the number of all cells.)
+    Not for geometric stages: the slope of their bound follows from the number of all cells.
     """
-    kind, kwargs, _ = CASES[name]
-    module, k = trained(name), RESIDUAL[name] - 1
-    levels = {"levels": module.levels} if kind == "RFSQ" else {}
-    shorter = getattr(quantizers, kind)(**{**kwargs, **levels, "stages": k}).eval()
+    module = trained(name)
+    k = module.stages - 1
+    levels = {"levels": module.levels} if CASES[name].kind == "RFSQ" else {}
+    shorter = CASES[name].build(**levels, stages=k).eval()
     state = module.state_dict()
     shorter.load_state_dict({key: v[:k] if v.dim() else v for key, v in state.items()})
     z = latent(module)
@@ -233,8 +236,8 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(name):
 # ---------------------------------------------------------------------------------------
 @every
 def test_bits_are_the_bits_of_the_indices(name):
-    module = build(name)
-    wanted = CASES[name][2]
+    module = CASES[name].build()
+    wanted = CASES[name].bits
     if wanted == int(wanted):
         assert module.bits == wanted
     assert module.bits == pytest.approx(wanted)
@@ -261,13 +264,13 @@ def test_side_bits_are_the_numbers_that_forward_returns_beyond_the_indices(name)
 
 @every
 def test_name_and_description(name):
-    module = build(name)
+    module = CASES[name].build()
     assert module.name == module.name.lower() and "/" not in module.name and " " not in module.name
     assert module.name in repr(module) and f"bits={module.bits:g}" in repr(module)
 
 
 def test_names_are_not_shared():
-    assert len({build(name).name for name in CASES}) == len(CASES)
+    assert len({CASES[name].build().name for name in CASES}) == len(CASES)
 
 
 # ---------------------------------------------------------------------------------------
@@ -321,17 +324,6 @@ def test_a_cast_of_the_module_leaves_it_float32(name, cast):
 # ---------------------------------------------------------------------------------------
 # State
 # ---------------------------------------------------------------------------------------
-TRACKING = [
-    "rfsq-2-layernorm",
-    "rfsq-4-layernorm",
-    "rfsq-odd",
-    "rfsq-2-geometric",
-    "rfsq-3-geometric",
-    "ema",
-    "ema-3",
-]
-
-
 @every
 def test_the_input_is_not_modified(name):
     module = trained(name)
@@ -366,13 +358,13 @@ def test_two_forwards_of_one_input_are_equal(name):
 
 @every
 def test_copies_after_a_forward(name, tmp_path):
-    module = build(name)
+    module = CASES[name].build()
     z = latent(module).requires_grad_()
     module(z)[0].sum().backward()
     module(z)
     path = tmp_path / "state.pt"
     torch.save(module.state_dict(), path)
-    loaded = build(name)
+    loaded = CASES[name].build()
     loaded.load_state_dict(torch.load(path, weights_only=True))
     torch.save(module, path)
     whole = torch.load(path, weights_only=False)
@@ -385,7 +377,7 @@ def test_copies_after_a_forward(name, tmp_path):
 @every
 def test_two_forwards_before_one_backward(name):
     """Statistics that a second forward moves must not reach the first one's graph."""
-    module = build(name)
+    module = CASES[name].build()
     one, two = latent(module).requires_grad_(), latent(module).requires_grad_()
     first, second = module(one), module(two)
     (first[0].sum() + second[0].sum()).backward()

@@ -23,7 +23,7 @@ from model import (
     load_model,
     load_weights,
 )
-from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--channel", "32", "--img-size", "32"]
@@ -338,6 +338,7 @@ def test_no_flag_is_dead():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("quantizers/*.py"), *ROOT.glob("loss/*.py")]
     text = "\n".join(path.read_text() for path in sources if path.name != "arguments.py")
     read = set(re.findall(r"\bargs\.(\w+)", text))
+    read |= {flag for kind in (*QUANTIZERS.values(), GeometricRFSQ) for flag in kind.flags}
     assert {action.dest for action in flags()} - read == set()
 
 

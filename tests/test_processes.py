@@ -20,7 +20,7 @@ QUANTIZERS = {
     "rfsq-scale": ("RFSQ", {"strategy": "scale"}),
     "rfsq-layernorm": ("RFSQ", {"stages": 4, "momentum": 0.4}),
     "rfsq-image": ("RFSQ", {"statistics": "image"}),
-    "rfsq-geometric": ("RFSQ", {"strategy": "geometric", "momentum": 0.4}),
+    "rfsq-geometric": ("GeometricRFSQ", {"momentum": 0.4}),
     "lfq": ("LFQ", {"dim": 7, "entropy_loss_weight": 1.0}),
     "lfq-groups": ("LFQ", {"dim": 6, "entropy_loss_weight": 1.0, "entropy_groups": 3}),
     "ema": ("VectorQuantizeEMA", {"codebook_size": 16, "dim": 4, "decay": 0.5}),

@@ -2,12 +2,15 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from quantizers import FSQ, RFSQ
+from quantizers import FSQ, RFSQ, GeometricRFSQ
+from quantizers.fsq import Grid
+from quantizers.rfsq import affine, denormalise
 
 STRATEGIES = ("none", "scale", "layernorm")
 
@@ -35,8 +38,8 @@ def reference(z, levels, maps):
     Returns quantized, digits of each stage, d quantized / dz, and where rounding is certain.
     """
     r, total, digits, product, edge = z, np.zeros_like(z), [], np.ones_like(z), np.inf
-    for affine in maps:
-        a, b = affine(r) if callable(affine) else affine
+    for entry in maps:
+        a, b = entry(r) if callable(entry) else entry
         q, n, slope, distance = reference_stage(r, levels, a, b)
         r, total, product = r - q, total + q, product * (1 - slope)
         digits.append(n)
@@ -118,12 +121,12 @@ def test_layernorm_in_training_normalises_by_the_first_batch(stages):
     z = 2 * torch.randn(16, rfsq.dim, 6, 6) + 0.5
 
     def by_moments(stage):
-        def affine(r):
+        def map_of(r):
             gain, bias = weights(rfsq, stage, r)
             a = gain / column(r.std(axis=(0, 2, 3)), r)
             return a, bias - a * column(r.mean(axis=(0, 2, 3)), r)
 
-        return affine
+        return map_of
 
     check_against(rfsq, z, [by_moments(stage) for stage in range(stages)])
 
@@ -225,6 +228,66 @@ def test_gradients_of_all_parameters_equal_plain_autograd(kind, stages):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=slack)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_the_loop_is_the_composition_of_its_parts(strategy, stages):
+    """Normalise, FSQ, denormalise, subtract: the same by the public FSQ, in as many steps."""
+    levels = [8, 5, 4, 2]
+    rfsq, fsq = RFSQ(stages, strategy, levels, initial_scale=1.3), FSQ(levels)
+    perturb(rfsq)
+    for _ in range(2):
+        rfsq(torch.randn(64, 4) * 1.5 + 0.2)
+    rfsq.eval()
+    z = (1.4 * torch.randn(5, 4, 16) + 0.3).requires_grad_()
+    found, indices = rfsq(z)
+    upstream = torch.randn_like(z)
+    parameters = [z, *rfsq.parameters()]
+    gradients = torch.autograd.grad(found, parameters, upstream)
+    residual, total = z, torch.zeros_like(z)
+    for k in range(stages):
+        gain, bias, mean, std = 1.0, 0.0, 0.0, 1.0
+        if strategy == "scale":
+            gain = rfsq.log_scale[k].exp()
+        elif strategy == "layernorm":
+            gain, bias = (x[k].view(1, -1, 1) for x in (rfsq.log_gain.exp(), rfsq.bias))
+            mean, std = (x[k].view(1, -1, 1) for x in (rfsq.running_mean, rfsq.running_var.sqrt()))
+        codes, index = fsq((residual - mean) / std * gain + bias)
+        assert torch.equal(index, indices[..., k])
+        codes = (codes - bias) / gain * std + mean
+        residual, total = residual - codes, total + codes
+    torch.testing.assert_close(found, total, rtol=1e-5, atol=1e-5)
+    for one, two in zip(gradients, torch.autograd.grad(total, parameters, upstream), strict=True):
+        slack = 1e-5 * two.abs().max().item()
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=slack)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_the_parts_of_the_loop_pass_gradcheck(per_image):
+    """In double precision, at integers that stand still."""
+    fsq = FSQ([8, 5, 3])
+    grid = Grid(*(x.double() for x in fsq.grid(torch.zeros(2, 3, 4))))
+    shape = (2 if per_image else 1, 3, 1)
+    z = torch.randn(2, 3, 4).double().requires_grad_()
+    gain = (torch.rand(1, 3, 1).double() + 0.5).requires_grad_()
+    bias = torch.randn(1, 3, 1).double().requires_grad_()
+    mean = torch.randn(shape).double().requires_grad_()
+    std = (torch.rand(shape).double() + 0.5).requires_grad_()
+    n = torch.randint(-2, 3, (2, 3, 4)).double()
+
+    def normalised(z, gain, bias, mean, std):
+        a, b = affine(gain, bias, mean, std)
+        return fsq.bound(z * a + b)
+
+    def codes(gain, bias, mean, std):
+        return denormalise(n, *affine(gain, bias, mean, std), grid)
+
+    assert torch.autograd.gradcheck(normalised, (z, gain, bias, mean, std))
+    assert torch.autograd.gradcheck(codes, (gain, bias, mean, std))
+    two_a, two_b = affine(gain, bias, mean, std)
+    half = torch.tensor([4.0, 2.0, 1.0]).double().view(1, 3, 1)
+    torch.testing.assert_close(denormalise(n, two_a, two_b, grid), (n / half * 2 - two_b) / two_a)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 3, 3), (2, 4), (2, 4, 1, 1)])
 def test_gradient_is_finite_for_a_constant_image(shape):
     """A flat image has a std of exactly zero, where the square root has no derivative."""
@@ -238,6 +301,17 @@ def test_a_loss_on_the_statistics_alone():
     z = torch.randn(2, 4, 5, requires_grad=True)
     RFSQ(2, "layernorm", statistics="image")(z)[3][:, 1].sum().backward()
     assert torch.isfinite(z.grad).all() and z.grad.any()
+
+
+def test_the_gradient_of_the_statistics_is_that_of_mean_and_std():
+    z = (2 * torch.randn(3, 4, 5, 6) + 1).requires_grad_()
+    statistics = RFSQ(2, "layernorm", statistics="image")(z)[3]
+    upstream = torch.randn(3, 2, 4)
+    (gradient,) = torch.autograd.grad(statistics[:, 0], z, upstream)
+    exact = z.detach().double().requires_grad_()
+    moments = torch.stack([exact.mean((2, 3)), exact.std((2, 3), correction=0)], dim=1)
+    (wanted,) = torch.autograd.grad(moments, exact, upstream.double())
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["scale", "layernorm"])
@@ -407,6 +481,7 @@ def test_stages_without_default_levels(stages):
     ("kwargs", "named"),
     [
         ({"strategy": "batchnorm"}, "'batchnorm'.*none, scale, layernorm"),
+        ({"strategy": "geometric"}, "'geometric'.*GeometricRFSQ"),
         ({"statistics": "batch"}, "'batch'.*global, image"),
         ({"stages": 0, "levels": [4]}, "stages.*0"),
         ({"stages": 2.0}, "stages.*2.0"),
@@ -484,7 +559,8 @@ def stages_kept(rfsq, z):
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "geometric"])
 def test_stage_dropout_quantizes_by_the_first_stages(strategy):
     torch.manual_seed(0)
-    rfsq, z = RFSQ(4, strategy, stage_dropout=0.6), 2 * torch.randn(2000, 5, 60)
+    kind = GeometricRFSQ if strategy == "geometric" else partial(RFSQ, strategy=strategy)
+    rfsq, z = kind(stages=4, stage_dropout=0.6), 2 * torch.randn(2000, 5, 60)
     kept = stages_kept(rfsq, z)[1]
     shares = [(kept == k).float().mean().item() for k in (1, 2, 3, 4)]
     assert shares == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=0.04)
@@ -532,153 +608,3 @@ def test_without_stage_dropout_no_random_number_is_drawn():
     RFSQ(1, levels=[4], stage_dropout=1.0)(torch.ones(2, 1, 3))  # there is none to drop
     RFSQ(2, stage_dropout=1.0).eval()(torch.ones(2, 4, 3))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---------------------------------------------------------------------------------------
-# Geometric stages
-# ---------------------------------------------------------------------------------------
-MEAN, STD = 0.7, 2.5
-
-
-def geometric(stages, levels):
-    """In evaluation, with running moments as if it had seen latents of this mean and std."""
-    rfsq = RFSQ(stages, "geometric", levels).eval()
-    rfsq.running_mean.fill_(MEAN)
-    rfsq.running_var.fill_(STD**2)
-    return rfsq
-
-
-def bounded(z, cells):
-    u = (6**-0.5 + 0.7 / cells) * (z.double() - MEAN) / STD
-    return u / (1 + u**2).sqrt()
-
-
-def unbounded(y, cells):
-    y = y.double()
-    return MEAN + STD * y / (1 - y**2).sqrt() / (6**-0.5 + 0.7 / cells)
-
-
-def test_geometric_stages_by_hand():
-    rfsq = geometric(2, [4, 3])
-    # Channel 1 in cells of 1/2, then of 1/8; channel 2 in cells of 2/3 and 2/9.
-    y = torch.tensor([[-0.99, -0.99], [-0.3, 0.0], [0.001, 0.2], [0.9999, -0.9999]])
-    quantized, indices = rfsq(unbounded(y, torch.tensor([16, 9])).float())
-    digits = torch.stack([indices % 4, indices // 4])  # (channel, token, stage)
-    assert digits.tolist() == [
-        [[0, 0], [1, 1], [2, 0], [3, 3]],
-        [[0, 0], [1, 1], [1, 2], [0, 0]],
-    ]
-    wanted = torch.tensor([[-0.9375, -8 / 9], [-0.3125, 0.0], [0.0625, 2 / 9], [0.9375, -8 / 9]])
-    torch.testing.assert_close(
-        quantized, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5
-    )
-    first = rfsq.indices_to_codes(indices[..., :1])
-    wanted = torch.tensor([[-0.75, -2 / 3], [-0.25, 0.0], [0.25, 0.0], [0.75, -2 / 3]])
-    torch.testing.assert_close(
-        first, unbounded(wanted, torch.tensor([16, 9])).float(), atol=1e-4, rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize(("stages", "level"), [(1, 7), (2, 16), (4, 4), (3, 5), (20, 2)])
-def test_geometric_stages_are_one_uniform_quantizer_of_the_bounded_latent(stages, level):
-    rfsq, cells = geometric(stages, [level]), level**stages
-    z = MEAN + 3 * STD * torch.randn(20000, 1)
-    scaled = (bounded(z, cells) + 1) * cells / 2
-    certain = (scaled - scaled.round()).abs() > cells * 3e-7  # near an edge float32 may differ
-    uniform = (2 * scaled.floor().clamp(0, cells - 1) + 1) / cells - 1
-    y = bounded(rfsq(z)[0], cells)
-    assert certain.double().mean() > 0.3
-    torch.testing.assert_close(y[certain], uniform[certain], atol=4e-7, rtol=0)
-    assert ((y - bounded(z, cells)).abs() <= 1.0001 / cells + 4e-7).all()
-
-
-def test_the_gradient_of_geometric_stages_is_that_of_the_bound_and_its_inverse():
-    """Slope of the bound at z over its slope at the code: the rounding alone is passed straight."""
-    rfsq = geometric(2, [4, 3])
-    z = (MEAN + 2 * STD * torch.randn(50, 2)).requires_grad_()
-    quantized, _ = rfsq(z)
-    upstream = torch.randn_like(quantized)
-    (quantized * upstream).sum().backward()
-    slope = 6**-0.5 + 0.7 / torch.tensor([16.0, 9.0])
-
-    def steepness(x):
-        return (1 + (slope * (x.detach() - MEAN) / STD) ** 2) ** -1.5
-
-    torch.testing.assert_close(z.grad, upstream * steepness(z) / steepness(quantized))
-
-
-def test_geometric_stages_follow_the_latent_and_lose_little():
-    torch.manual_seed(0)
-    rfsq, batches = RFSQ(4, "geometric", [4]), MEAN + STD * torch.randn(5, 100_000, 1)
-    for number, z in enumerate(batches, 1):
-        quantized, _ = rfsq(z)
-        seen = batches[:number].double()
-        assert rfsq.running_mean.item() == pytest.approx(seen.mean().item(), abs=1e-4)
-        assert rfsq.running_var.item() == pytest.approx(
-            (seen - seen.mean()).square().mean().item(), rel=1e-4
-        )
-    before = copy.deepcopy(rfsq.state_dict())
-    rfsq.eval()(z + 1)
-    assert all(torch.equal(x, before[key]) for key, x in rfsq.state_dict().items())
-    # 256 cells: the best scalar quantizer of a Gaussian has 42 dB (Panter and Dite), a layernorm
-    # chain of four stages with 4 levels has 28 at best.
-    noise = (quantized.double() - z).square().mean()
-    assert 20 * math.log10(STD) - 10 * torch.log10(noise) > 39
-
-
-@pytest.mark.parametrize("level", [2, 4, 16, 256])
-@pytest.mark.parametrize("law", ["gaussian", "laplacian", "student"])
-def test_the_compander_is_within_a_decibel_of_the_best_of_its_kind(law, level):
-    torch.manual_seed(0)
-    laws = torch.distributions
-    law = {"gaussian": laws.Normal, "laplacian": laws.Laplace}.get(law, laws.StudentT)
-    z = (law(8.0) if law is laws.StudentT else law(0.0, 1.0)).sample((200_000,)).double()
-    z = z / z.std()
-
-    def decibels(slope):
-        u = slope * z
-        cell = ((u / (1 + u**2).sqrt() + 1) * level / 2).floor().clamp(0, level - 1)
-        y = (2 * cell + 1) / level - 1
-        return -10 * (y / (1 - y**2).sqrt() / slope - z).square().mean().log10().item()
-
-    rfsq = RFSQ(1, "geometric", [level]).eval()
-    ours = -10 * (rfsq(z.float()[:, None])[0][:, 0] - z).square().mean().log10().item()
-    assert ours == pytest.approx(decibels(rfsq.slope.item()), abs=0.01)
-    assert ours > max(decibels(slope) for slope in np.arange(0.1, 1.0, 0.03)) - 1.1
-
-
-def test_geometric_moments_of_a_batch_that_is_not_finite_leave_no_trace():
-    rfsq = RFSQ(2, "geometric")
-    rfsq(torch.randn(8, 4, 6))
-    before = copy.deepcopy(rfsq.state_dict())
-    rfsq(torch.full((8, 4, 6), math.nan))
-    assert all(torch.equal(x, before[key]) for key, x in rfsq.state_dict().items())
-
-
-def test_a_slope_of_its_own_makes_other_cells():
-    rfsq, z = RFSQ(1, "geometric", [5, 4], slope=0.1).eval(), 3 * torch.randn(2, 2, 50)
-    u = 0.1 * z.double()
-    cell = ((u / (1 + u**2).sqrt() + 1) * torch.tensor([[2.5], [2.0]])).floor().long()
-    assert torch.equal(rfsq(z)[1][..., 0], cell[:, 0] + 5 * cell[:, 1])
-    for slope in (0.0, -0.2, math.inf, math.nan):
-        with pytest.raises(ValueError, match="slope must be a positive number"):
-            RFSQ(1, "geometric", [5, 4], slope=slope)
-
-
-def test_more_geometric_cells_than_float32_tells_apart():
-    with pytest.raises(ValueError, match=r"11 geometric stages of 4.*fewer stages or levels"):
-        RFSQ(11, "geometric", [2, 4])
-    RFSQ(10, "geometric", [2, 4])
-
-
-def test_stage_input_of_geometric_is_what_is_cut_into_cells():
-    rfsq, z = geometric(3, [4, 4]), MEAN + 2 * STD * torch.randn(3, 2, 50)
-    _, indices = rfsq(z)
-    quantized = None
-    for stage in range(3):
-        scaled = (rfsq.stage_input(stage, z, quantized) + 1) * 2
-        certain = ((scaled - scaled.round()).abs() > 1e-3).all(1)  # near an edge it may differ
-        cell = scaled.floor().clamp(0, 3).long()
-        assert certain.float().mean() > 0.9
-        assert torch.equal((cell[:, 0] + 4 * cell[:, 1])[certain], indices[..., stage][certain])
-        quantized = rfsq.indices_to_codes(indices[..., : stage + 1])
