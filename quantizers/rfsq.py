@@ -146,7 +146,7 @@ class RFSQ(ResidualFSQ):
             residual, quantized = z, z.new_zeros(())
             indices, statistics = [], []
             for k, (two_gain, two_bias) in enumerate(self._gains_and_biases(z)):
-                if batch:
+                if batch is not None:
                     mean, var = running[k]
                     running[k] = update_moments(mean, var, residual, batch.weight)
                 mean_std = self._statistics(residual, running[k])
@@ -158,7 +158,7 @@ class RFSQ(ResidualFSQ):
                 indices.append(self.fsq.pack(rounded))
                 statistics.append(mean_std)
             indices = torch.stack(indices, dim=-1)
-            if batch:
+            if batch is not None:
                 self._store_moments(running, batch)
             if self.statistics == "image":
                 # K pairs of (B, C, 1, ...) -> (B, K, 2, C)
