@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import random
@@ -43,8 +44,16 @@ def setup_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        stop_with_parent()
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device(device)
+
+
+def stop_with_parent() -> None:
+    """On Linux, send this process SIGTERM when its parent, `torchrun`, ends or is killed."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def share_cores(num_workers: int) -> None:

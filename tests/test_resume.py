@@ -693,6 +693,16 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
 
 
+def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(tmp_path / "run", "--num-workers=0", launcher=launcher)
+    ranks = children(process.pid)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
+
+
 # ---------------------------------------------------------------------------------------
 # Images that cannot be read
 # ---------------------------------------------------------------------------------------
