@@ -60,15 +60,11 @@ def _box_blur(canvas: np.ndarray, radius: int) -> np.ndarray:
     return np.ascontiguousarray(canvas)
 
 
-def _dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """One generated picture, uint8 (3, size, size).
+def _draw(rng: np.random.Generator, size: int, textures: np.ndarray) -> list[tuple]:
+    """The leaves of one image from back to front: box, geometry, colour, gloss, shape, surface.
 
-    Natural images owe much of their statistics to things that hide each other at all distances:
-    opaque shapes with radii of density r^-3, each over the ones before (Lee, Mumford, Huang 2001).
-    Here they have surfaces, shading, shadows and colours that go together.
+    All at once, because Python code for each leaf would be slow.
     """
-    textures = _textures(size)
-    # --- what is drawn, for all leaves at once: cheap, and no Python per leaf -----------------
     smallest, largest = size * math.exp(rng.uniform(math.log(0.018), math.log(0.09))), 0.6 * size
     mean_area = 2 * math.pi * math.log(largest / smallest) / (smallest**-2 - largest**-2)
     count = int(min(75, max(14, 2 * size**2 / mean_area)))  # two layers, or what time allows
@@ -96,7 +92,7 @@ def _dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
     contrast = np.minimum(0.18 * np.exp(0.8 * next(normal)), 0.4) * rng.choice([0.3, 1, 1.5])
     shade = 0.25 * next(u) / radius
 
-    # Five colours a picture; a smooth map makes neighbours alike.
+    # Five colours an image; a smooth map makes neighbours alike.
     five = _COLOURS[rng.permutation(len(_COLOURS))[:5]].T / 255
     mood = 1.5 * textures[1, y.astype(int), x.astype(int)] + 1.6 * (2 * next(u) - 1)
     colour = five[:, np.clip(2.5 + mood, 0, 4).astype(int)] * np.exp(0.4 * next(normal))
@@ -107,60 +103,77 @@ def _dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
     colour = np.clip(colour, 0.02, 0.95).astype(np.float32).T[:, :, None, None]
     gloss = 0.6 * colour + 0.15  # how much light and surface show
 
-    # --- painting, back to front, each leaf within its box ------------------------------------
-    light = rng.uniform(0, 2 * math.pi)
-    light_x, light_y = math.cos(light), math.sin(light)
-    # In some pictures, what is behind is out of focus.
-    focus = int(rng.integers(1, count // 2)) if rng.random() < 0.3 else -1
-    defocus = int(rng.integers(1, max(3, size // 40 + 1)))
-    offset = rng.integers(0, size, (count, 2)).tolist()
     lefts, rights = (np.clip(x + s * reach_x, 0, size).astype(int).tolist() for s in (-1, 1))
     tops, bottoms = (np.clip(y + s * reach_y, 0, size).astype(int).tolist() for s in (-1, 1))
-    leaves = np.stack([x, y, cos / long, sin / long, cos / short, sin / short, short, shadow])
-    leaves = np.concatenate([leaves, np.stack([wobble, contrast, shade, 0.5 / long])]).T.tolist()
-    shape, surface = shape.tolist(), surface.tolist()
-    axis = np.arange(size, dtype=np.float32) + 0.5
+    boxes = zip(map(slice, tops, bottoms), map(slice, lefts, rights), strict=True)
+    geometry = np.stack([x, y, cos / long, sin / long, cos / short, sin / short, short, shadow])
+    geometry = np.concatenate([geometry, np.stack([wobble, contrast, shade, 0.5 / long])]).T
+    looks = (geometry.tolist(), colour, gloss, shape.tolist(), surface.tolist())
+    return list(zip(boxes, *looks, strict=True))
+
+
+def _paint(
+    canvas: np.ndarray, leaf: tuple, textures: np.ndarray, light: tuple[float, float], ground: bool
+) -> None:
+    """Paint one leaf within its box over what is there, float32 (3, size, size); in place."""
+    box, geometry, colour, gloss, shape, surface = leaf
+    px, py, cos_a, sin_a, cos_b, sin_b, b, soft, wave, grain, slope, cast = geometry
+    axis = np.arange(canvas.shape[-1], dtype=np.float32) + 0.5
+    dx, dy = axis[box[1]] - px, (axis[box[0]] - py)[:, None]
+    lit = dx * light[0] + dy * light[1]
+    relief = textures[surface][box] * grain
+    relief += lit * slope
+    under = canvas[:, box[0], box[1]]
+    layer = gloss * relief
+    layer += colour
+    if ground:
+        under[:] = layer
+        return
+    p, q = dx * cos_a + dy * sin_a, dy * cos_b - dx * sin_b
+    if shape < 2:  # a disc
+        rim = np.sqrt(p * p + q * q)
+    elif shape == 2:  # a rounded box
+        p, q = p * p, q * q
+        rim = 1.19 * np.sqrt(np.sqrt(p * p + q * q))
+    elif shape == 3:  # a triangle
+        rim = np.maximum(1.73 * np.abs(p) - q, 2 * q)
+    else:  # a box
+        rim = 1.41 * np.maximum(np.abs(p), np.abs(q))
+    inside = b * (1 - rim)  # about the distance to the edge, in pixels
+    if wave:
+        inside += wave * textures[0][box]
+    if soft > 3:  # small ones lie close to what is below
+        dark = np.clip(1 + inside / soft + cast * lit, 0, 1)
+        under *= 1 - 0.25 * dark * dark
+    layer -= under
+    layer *= np.clip(inside + 0.5, 0, 1)  # an edge one pixel wide: no aliasing
+    under += layer
+
+
+def _generate(rng: np.random.Generator, size: int) -> np.ndarray:
+    """One generated image, uint8 (3, size, size).
+
+    The dead leaves model of natural images (Lee, Mumford, Huang 2001): opaque shapes with radii of
+    density r^-3, each over the ones before. Here they have surfaces, shading, shadows and colours
+    that go together.
+    """
+    textures = _textures(size)
+    leaves = _draw(rng, size, textures)
+    angle = rng.uniform(0, 2 * math.pi)
+    light = math.cos(angle), math.sin(angle)
+    # In some images, what is behind is out of focus.
+    focus = int(rng.integers(1, len(leaves) // 2)) if rng.random() < 0.3 else -1
+    defocus = int(rng.integers(1, max(3, size // 40 + 1)))
     canvas = np.empty((3, size, size), np.float32)
-    for i, leaf in enumerate(leaves):
-        px, py, cos_a, sin_a, cos_b, sin_b, b, soft, wave, grain, slope, cast = leaf
-        box = np.s_[tops[i] : bottoms[i], lefts[i] : rights[i]]
-        dx, dy = axis[box[1]] - px, (axis[box[0]] - py)[:, None]
-        down, right = offset[i]
-        texture = textures[surface[i], down:, right:][box]
-        lit = dx * light_x + dy * light_y
-        relief = texture * grain
-        relief += lit * slope
-        under = canvas[:, box[0], box[1]]
-        layer = gloss[i] * relief
-        layer += colour[i]
-        if i == 0:
-            under[:] = layer
-            continue
-        p, q = dx * cos_a + dy * sin_a, dy * cos_b - dx * sin_b
-        if shape[i] < 2:  # a disc
-            rim = np.sqrt(p * p + q * q)
-        elif shape[i] == 2:  # a rounded box
-            p, q = p * p, q * q
-            rim = 1.19 * np.sqrt(np.sqrt(p * p + q * q))
-        elif shape[i] == 3:  # a triangle
-            rim = np.maximum(1.73 * np.abs(p) - q, 2 * q)
-        else:  # a box
-            rim = 1.41 * np.maximum(np.abs(p), np.abs(q))
-        inside = b * (1 - rim)  # about the distance to the edge, in pixels
-        if wave:
-            inside += wave * textures[0, down:, right:][box]
-        if soft > 3:  # small ones lie close to what is below
-            dark = np.clip(1 + inside / soft + cast * lit, 0, 1)
-            under *= 1 - 0.25 * dark * dark
-        layer -= under
-        layer *= np.clip(inside + 0.5, 0, 1)  # an edge one pixel wide: no aliasing
-        under += layer
+    for i, (down, right) in enumerate(rng.integers(0, size, (len(leaves), 2)).tolist()):
+        _paint(canvas, leaves[i], textures[:, down:, right:], light, ground=i == 0)
         if i == focus:
             canvas = _box_blur(canvas, defocus)
 
-    # --- light over the whole picture, then the camera: optics and grain ----------------------
-    fall_x, fall_y = 0.3 * rng.random() * light_x / size, 0.3 * rng.random() * light_y / size
-    sun = 1 + fall_x * (axis - size / 2) + fall_y * (axis[:, None] - size / 2)
+    # Light over the whole image, then the camera: optics and grain.
+    fall_x, fall_y = (0.3 * rng.random() * direction / size for direction in light)
+    offset = np.arange(size, dtype=np.float32) + 0.5 - size / 2
+    sun = 1 + fall_x * offset + fall_y * offset[:, None]
     sun += 0.1 * rng.random() * textures[0, :size, -size:]
     canvas *= sun * math.exp(0.15 * rng.standard_normal() - 0.08)
     side = rng.uniform(0.02, 0.09)
@@ -199,4 +212,4 @@ class SyntheticDataset(Dataset):
         if index < 0:
             raise IndexError(f"index {index}: generated images are counted from 0, without an end")
         key = np.random.SeedSequence(self.seed, spawn_key=(self.stream, index))
-        return torch.from_numpy(_dead_leaves(np.random.default_rng(key), self.img_size))
+        return torch.from_numpy(_generate(np.random.default_rng(key), self.img_size))

@@ -35,11 +35,7 @@ class TrainingLoss(nn.Module):
         perceptual: Perceptual | None = None,
     ) -> None:
         super().__init__()
-        self.weights = {
-            "l1": l1_weight,
-            "perceptual": perceptual_weight,
-            "quantizer": quantizer_weight,
-        }
+        self.weights = dict(l1=l1_weight, perceptual=perceptual_weight, quantizer=quantizer_weight)
         for name, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"{name} weight is {weight}; it must be finite and at least 0")
@@ -51,22 +47,19 @@ class TrainingLoss(nn.Module):
                 "pass one, or set the weight to 0"
             )
         self.perceptual = perceptual if perceptual_weight > 0 else None
-        std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(
         self, images: Tensor, reconstruction: Tensor, quantizer_loss: Tensor
     ) -> dict[str, Tensor]:
-        """The loss and its unweighted terms, for logging by name.
+        """The loss and its unweighted terms, scalars by name.
+
+        'loss' is the weighted total; 'perceptual' is absent if its weight is 0.
 
         Args:
             images: originals, (B, 3, H, W), floats in [0, 1].
             reconstruction: the model's output, same scale and shape, not clamped.
             quantizer_loss: the quantizer's own loss, a scalar; zero where it has none.
-
-        Returns:
-            Scalars 'loss' (weighted total), 'l1' (of ImageNet-normalised images), 'perceptual'
-            (LPIPS, mean over the batch; absent if its weight is 0) and 'quantizer'.
 
         Raises:
             ValueError: shapes that differ, which L1 would broadcast in silence.

@@ -42,16 +42,14 @@ class WeightsMissing(ValueError):
 class Perceptual(nn.Module):
     """LPIPS distance per image, frozen.
 
-    Every weight has `requires_grad=False`, and the module stays in evaluation mode whatever
-    `.train()` is called on it or on its parent. The gradient flows to `reconstruction` only.
+    Always in evaluation mode; the gradient flows to `reconstruction` only.
 
     Args:
         net: backbone, 'vgg' (VGG16), 'alex' (AlexNet) or 'squeeze' (SqueezeNet 1.1). Distances of
-            different networks are not comparable; say which one a number comes from.
+            different networks are not comparable.
 
     Raises:
-        ValueError: unknown `net`.
-        WeightsMissing: the backbone is not cached and cannot be fetched, or cannot be loaded.
+        ValueError: unknown `net`; weights that are not available (WeightsMissing).
     """
 
     def __init__(self, net: str = "vgg") -> None:
@@ -61,16 +59,13 @@ class Perceptual(nn.Module):
         self.net = net
         backbone_class, _, self.smallest_side = NETS[net]
 
-        # On the meta device nothing is allocated and no random number is drawn: VGG16 has a
-        # classifier of 120 million numbers that LPIPS never reads, and a run's seed should not
-        # depend on whether it is measured.
+        # On the meta device nothing is allocated (VGG16's classifier has 120 million weights) and
+        # no random number is drawn: the seed of a run must not depend on whether it is measured.
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # torchvision deprecates the argument lpips passes
             backbone = backbone_class(pretrained=False)
         backbone.load_state_dict(_backbone_state(net, backbone), assign=True)
-        self.blocks = nn.ModuleList(
-            getattr(backbone, f"slice{i + 1}") for i in range(backbone.N_slices)
-        )
+        self.blocks = nn.ModuleList(backbone.children())
         self.scaling = lpips.ScalingLayer()
         linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
         state = torch.load(linear, map_location="cpu", weights_only=True)
@@ -80,26 +75,36 @@ class Perceptual(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Perceptual":
-        """Stay in evaluation mode: this is a ruler, not a part of what is trained."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def forward(self, images: Tensor, reconstruction: Tensor, paper_range: bool = False) -> Tensor:
-        """Distance of each reconstruction from its image; 0 for equal images, never negative.
+        """Distance of each reconstruction from its image, (B,) float32; 0 for equal images.
 
         Args:
             images: the originals, (B, 3, H, W) floating point, [0, 1]; no gradient flows to them.
             reconstruction: same shape, [0, 1] scale; values outside are passed on as they are.
             paper_range: feed the network with [0, 1] inputs as the public code of
-                arXiv 2508.15860 does, which makes distances about 10 % smaller. Only for figures
-                that are set beside that paper's.
-
-        Returns:
-            (B,) float32.
+                arXiv 2508.15860 does, for numbers that are set beside that paper's.
 
         Raises:
             ValueError: shapes that differ or are not (B, 3, H, W), integers, images too small.
         """
-        self._check(images, reconstruction)
+        if images.shape != reconstruction.shape or images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"LPIPS takes two equal shapes (B, 3, H, W); got {tuple(images.shape)} and "
+                f"{tuple(reconstruction.shape)}"
+            )
+        if not (images.is_floating_point() and reconstruction.is_floating_point()):
+            raise ValueError(
+                f"LPIPS takes floating point images in [0, 1]; got {images.dtype} and "
+                f"{reconstruction.dtype}"
+            )
+        if min(images.shape[2:]) < self.smallest_side:
+            raise ValueError(
+                f"LPIPS-{self.net} needs images of at least {self.smallest_side} pixels a side; "
+                f"got {images.shape[2]}x{images.shape[3]}: use larger images or another network"
+            )
         with torch.no_grad():
             targets = self._features(images, paper_range)
         distance = 0.0
@@ -119,84 +124,49 @@ class Perceptual(nn.Module):
         for block in self.blocks:
             x = block(x)
             feature = x.float()  # squares of half-precision activations overflow
-            # The clamp changes no value, as 1e-10 is added to the length anyway. Without it the
-            # gradient at an all-zero position is 0 * inf = NaN, and only the ReLU before it hides
-            # that: anomaly detection, for one, would stop at it.
+            # Without the clamp, which changes no value, the gradient at an all-zero position is
+            # 0 * inf = NaN: the ReLU before it hides that, but not from anomaly detection.
             length = feature.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
             features.append(feature / (length + 1e-10))
         return features
 
-    def _check(self, images: Tensor, reconstruction: Tensor) -> None:
-        if images.shape != reconstruction.shape or images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"LPIPS takes two equal shapes (B, 3, H, W); got {tuple(images.shape)} and "
-                f"{tuple(reconstruction.shape)}"
-            )
-        if not (images.is_floating_point() and reconstruction.is_floating_point()):
-            raise ValueError(
-                f"LPIPS takes floating point images in [0, 1]; got {images.dtype} and "
-                f"{reconstruction.dtype}"
-            )
-        if min(images.shape[2:]) < self.smallest_side:
-            raise ValueError(
-                f"LPIPS-{self.net} needs images of at least {self.smallest_side} pixels a side; "
-                f"got {images.shape[2]}x{images.shape[3]}: use larger images or another network"
-            )
-
 
 def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
-    """The cached convolutional weights of `net`, under the names that lpips' `backbone` gives them.
+    """The convolutional weights of `net`, under the names that lpips' `backbone` gives them.
+
+    They come from torch.hub's folder, or are downloaded into it.
 
     Raises:
-        WeightsMissing: see `_weights_file`; also a file that is truncated or of another network.
+        WeightsMissing: not cached and not downloadable, damaged, or of another network.
     """
-    path = _weights_file(net)
+    url = NETS[net][1].url
+    path = Path(torch.hub.get_dir()).absolute() / "checkpoints" / url.rsplit("/", 1)[-1]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no argument for it
     try:
         # weights_only: a file from a cache folder must not be able to run code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
         renamed = {}
         for name, expected in backbone.state_dict().items():
             # torchvision's features.3.weight is slice2.3.weight here: lpips only cuts the list.
-            tensor = state[re.sub(r"^slice\d+", "features", name)].float()
-            if tensor.shape != expected.shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
-            renamed[name] = tensor
-    except Exception as error:  # unpickling garbage can raise nearly anything
+            renamed[name] = state[re.sub(r"^slice\d+", "features", name)].float()
+            if renamed[name].shape != expected.shape:
+                raise ValueError(f"{name} has shape {tuple(renamed[name].shape)}")
+    except Exception as error:  # no network, no space, a wrong hash; damage can raise anything
+        if path.is_file():
+            what = f"cannot be loaded ({type(error).__name__}): delete it and fetch {url} again"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            what = f"could not be downloaded ({reason}): fetch {url} and put it there"
         raise WeightsMissing(
-            f"{path} cannot be loaded as torchvision's weights of LPIPS-{net} "
-            f"({type(error).__name__}): delete it and fetch {NETS[net][1].url} again; "
+            f"LPIPS-{net} needs {path}, which {what}; "
             "--lpips-net none --perceptual-weight 0 does without it"
-        ) from error
-    return renamed
-
-
-def _weights_file(net: str) -> Path:
-    """Path of the cached backbone, downloaded into torch.hub's folder if it is not there yet.
-
-    Raises:
-        WeightsMissing: not cached and not downloadable. Nothing is left at the path then.
-    """
-    url = NETS[net][1].url
-    folder = Path(torch.hub.get_dir()).expanduser().absolute() / "checkpoints"
-    path = folder / url.rsplit("/", 1)[-1]
-    if path.is_file():
-        return path
-    hash_prefix = path.stem.rsplit("-", 1)[-1]  # torchvision's names end in it
-    timeout = socket.getdefaulttimeout()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub offers no timeout of its own
-        # Writes beside the path, and moves there only what has the right hash.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
-    except Exception as error:  # no network, no space, no permission, wrong hash, cut connection
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsMissing(
-            f"LPIPS-{net} needs {path.name} in {folder}, which could not be downloaded ({reason}): "
-            f"fetch {url} and put it there; --lpips-net none --perceptual-weight 0 does without it"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return path
+    return renamed
 
 
 def lpips_network(
@@ -204,30 +174,27 @@ def lpips_network(
 ) -> Perceptual | None:
     """The LPIPS network on `device`, the same answer in all processes of a group.
 
-    One process of each machine goes first, so that the weights are fetched once. Where they cannot
-    be had, or images of `side` pixels are too small for the network, and it is not `needed`, the
-    answer is None, and one line says so.
+    One process of each machine goes first, so that the weights are downloaded once. If the weights
+    are not available, or images of `side` pixels are too small, a network that is not `needed` is
+    None, which a printed line explains.
 
     Raises:
-        ValueError: it is needed and cannot be had (WeightsMissing), or the images are too small.
+        ValueError: the same problems with a network that is needed (WeightsMissing for weights).
     """
     if net == "none":
         return None
-    network, problem = None, None
-    smallest = NETS[net][2]
+    network, problem, smallest = None, None, NETS[net][2]
     if side is not None and side < smallest:
         problem = f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}"
         if needed:
             raise ValueError(f"{problem}; give a larger --img-size, or --perceptual-weight 0")
-    for turn in () if problem else (0, 1):
-        if turn == min(1, int(os.environ.get("LOCAL_RANK", 0))):
+    for first in (True, False):
+        if first == (os.environ.get("LOCAL_RANK", "0") == "0") and not problem:
             try:
                 network = Perceptual(net).to(device)
             except WeightsMissing as error:
                 problem = str(error)
         problem = next(filter(None, util.from_all(problem)), None)
-        if problem:
-            break
     if problem and needed:
         raise WeightsMissing(problem)
     if problem and util.rank() == 0:

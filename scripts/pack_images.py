@@ -3,11 +3,7 @@
     python scripts/pack_images.py SRC OUT
     python train.py --train-data-path OUT
 
-OUT holds the same pixels that SRC gives, in the same order:
-
-    shard-00000.npy ...  uint8 (N, 3, S, S); numpy.load(file, mmap_mode="r") maps it
-    names.txt            line i + 1 is the source of image i, relative to SRC
-    index.json           size, count, the shards with their SHA-256, sources that were skipped
+OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files.
 
 After an interruption at any time, the same command continues at the first shard that is incomplete;
 index.json is written last. A source that cannot be decoded is listed and skipped. A source that
@@ -20,8 +16,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
-import os
 import shutil
 import sys
 import time
@@ -35,22 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import packed
 import util
 from arguments import Parser, number
-from checkpoint import write_json, write_whole
-from dataset import (
-    PACK_FORMAT,
-    PACK_INDEX,
-    PACK_SHARD,
-    PACK_UNFINISHED,
-    PACK_VERSION,
-    ImageFolderDataset,
-    UnreadableImage,
-    is_packed,
-    read_pack,
-)
+from checkpoint import TEMPORARY, write_json
+from dataset import ImageFolderDataset, UnreadableImage
+from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 
-NAMES = "names.txt"
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
 SECONDS_A_LINE = 30  # between progress lines in a log
 AGAIN = "fix that and run the same command again: it continues where it stopped"
@@ -80,74 +65,29 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-class Progress:
-    """A progress bar on a terminal; otherwise, as in the log of a job, a line every 30 seconds."""
-
-    def __init__(self, done: int, total: int) -> None:
-        tty = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc="pack", unit="image", disable=not tty)
-        self.done, self.total, self.tty = done, total, tty
-        self.last = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self.bar.update(count)
-        if not self.tty and time.monotonic() - self.last >= SECONDS_A_LINE:
-            self.last = time.monotonic()
-            print(f"pack: {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True)
-
-
-def write_shard(path: Path, images: np.ndarray) -> dict:
-    """Write one .npy file, uint8 (N, 3, S, S), and return its entry of the index."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(images))
-    parts = (header.getvalue(), images.data)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    write_whole(path, lambda file: [file.write(part) for part in parts])
-    size = sum(memoryview(part).nbytes for part in parts)
-    return {"file": path.name, "count": len(images), "bytes": size, "sha256": digest.hexdigest()}
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, or 'missing'."""
-    digest = hashlib.sha256()
-    if not path.is_file():
-        return "missing"
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def begin(source: str, out: Path, images: ImageFolderDataset, names: list[str]) -> dict:
+def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
     Raises:
         ValueError: `out` is inside `source` or holds other data, or a name holds a line break.
     """
-    here, there = out.resolve(), Path(source).resolve()
-    if here == there or there in here.parents:
+    if out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
-    lined = next((name for name in names if "\n" in name or "\r" in name), None)
-    if lined is not None:
-        raise ValueError(
-            f"file name {lined!r} holds a line break: rename it, {NAMES} has a line a name"
-        )
-    listing = hashlib.sha256(b"".join(os.fsencode(name) + b"\n" for name in names)).hexdigest()
-    size = images.img_size
-
+    for name in names:
+        if "\n" in name or "\r" in name:
+            where = f"{packed.PACK_NAMES} has a line a name"
+            raise ValueError(f"file name {name!r} holds a line break: rename it, {where}")
+    listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     held = [name for name in (PACK_INDEX, PACK_UNFINISHED) if (out / name).is_file()]
-    if held and is_packed(out):
+    if held and packed.is_packed(out):
         index = read_pack(out, held[0])
         other = f"give another OUT, or remove '{out}' first"
-        if index["img_size"] != size:
+        was = index["img_size"]
+        if was != size:
             raise ValueError(
-                f"'{out}' is packed at {index['img_size']}x{index['img_size']} pixels, asked is "
-                f"{size}x{size}: {other}"
+                f"'{out}' is packed at {was}x{was} pixels, asked is {size}x{size}: {other}"
             )
         if index["listing_sha256"] != listing:
             raise ValueError(
@@ -155,62 +95,45 @@ def begin(source: str, out: Path, images: ImageFolderDataset, names: list[str]) 
                 f"{len(names):,} files of other names: {other}"
             )
         return index
-    # Hidden files are left behind if the process is killed during the first write.
-    strange = sorted(p.name for p in out.iterdir() if p.name[0] != ".") if out.is_dir() else []
+    strange = sorted(p.name for p in out.glob("[!.]*"))  # a killed process leaves hidden files
     if strange:
         raise ValueError(f"OUT '{out}' holds other files ('{strange[0]}'): give a new folder")
-    return {
-        "format": PACK_FORMAT,
-        "version": PACK_VERSION,
-        "img_size": size,
-        "count": 0,
-        "images_per_shard": max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * size * size))),
-        "sources": len(names),
-        "sources_done": 0,
-        "listing_sha256": listing,
-        "names_sha256": None,
-        "shards": [],
-        "skipped": [],
-    }
+    full = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * size * size)))
+    return packed.new_index(size, full, len(names), listing)
 
 
-class ShardWriter:
-    """Collects images into shards and keeps the index on the disk up to date.
+def pack_rest(images: ImageFolderDataset, out: Path, index: dict, workers: int) -> None:
+    """Decode the sources that are not done yet into shards, and bring `index` up to date.
 
-    Args:
-        out: the packed folder.
-        index: the index to continue.
+    Shows a progress bar on a terminal, and otherwise, as in a job's log, a line every 30 seconds.
     """
-
-    def __init__(self, out: Path, index: dict) -> None:
-        self.out, self.index, self.done = out, index, index["sources_done"]
-        size = index["img_size"]
-        self.shard = np.empty((index["images_per_shard"], 3, size, size), np.uint8)
-        self.filled, self.skipped = 0, []  # not in the index yet
-
-    def add(self, image: np.ndarray) -> None:
-        """Take the image of the next source."""
-        self.shard[self.filled] = image
-        self.filled += 1
-        self.done += 1
-        if self.filled == len(self.shard):
-            self.flush()
-
-    def skip(self, name: str, reason: str) -> None:
-        """Leave out the next source."""
-        self.skipped.append({"name": name, "reason": reason})
-        self.done += 1
-
-    def flush(self) -> None:
-        """Write the images so far as a shard, then the index."""
-        if self.filled:
-            path = self.out / PACK_SHARD.format(len(self.index["shards"]))
-            self.index["shards"].append(write_shard(path, self.shard[: self.filled]))
-        self.index["count"] += self.filled
-        self.index["skipped"] += self.skipped
-        self.index["sources_done"] = self.done
-        self.filled, self.skipped = 0, []
-        write_json(self.out / PACK_UNFINISHED, self.index)
+    done, total = index["sources_done"], index["sources"]
+    full, size = index["images_per_shard"], index["img_size"]
+    shard = np.empty((full, 3, size, size), np.uint8)
+    remaining = range(done, total)
+    loader = DataLoader(Decoder(images), sampler=remaining, batch_size=32, num_workers=workers)
+    tty = sys.stderr.isatty()
+    bar = tqdm(desc="pack", total=total, initial=done, unit="image", disable=not tty)
+    last = time.monotonic()
+    for pixels, reasons in loader:
+        for image, reason in zip(pixels.numpy(), reasons, strict=True):
+            index["sources_done"] += 1
+            if reason:
+                name = images.name(index["sources_done"] - 1)
+                index["skipped"].append({"name": name, "reason": reason})
+                continue
+            shard[index["count"] % full] = image
+            index["count"] += 1
+            if index["count"] % full == 0:
+                packed.add_shard(out, index, shard)
+        bar.update(len(reasons))
+        if not tty and time.monotonic() - last >= SECONDS_A_LINE:
+            last, done = time.monotonic(), index["sources_done"]
+            print(f"pack: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+    bar.close()
+    # An interrupted run may have written the last shard already, which is not full.
+    if index["count"] > full * len(index["shards"]):
+        packed.add_shard(out, index, shard[: index["count"] % full])
 
 
 def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
@@ -221,13 +144,12 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     """
     images = ImageFolderDataset(source, img_size)
     names = [images.name(i) for i in range(len(images))]
-    index = begin(source, out, images, names)
+    index = begin(source, out, img_size, names)
     if (out / PACK_INDEX).is_file():
         return index
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("shard-*.npy", PACK_UNFINISHED, NAMES):
-        for leftover in out.glob(f".{name}.*"):  # of a run that was killed while writing
-            leftover.unlink()
+    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while writing
+        leftover.unlink()
     done, total = index["sources_done"], index["sources"]
     need, free = (total - done) * 3 * img_size**2, shutil.disk_usage(out).free
     if need > free:
@@ -239,57 +161,15 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
         print(f"'{out}': continues after {done:,} of {total:,} files", flush=True)
     else:
         write_json(out / PACK_UNFINISHED, index)
-
-    writer, progress = ShardWriter(out, index), Progress(done, total)
-    loader = DataLoader(
-        Decoder(images), sampler=range(done, total), batch_size=32, num_workers=num_workers
-    )
-    for pixels, reasons in loader:
-        for image, reason in zip(pixels.numpy(), reasons, strict=True):
-            if reason:
-                writer.skip(names[writer.done], reason)
-            else:
-                writer.add(image)
-        progress.add(len(reasons))
-    progress.bar.close()
-    if not index["count"] + writer.filled:
-        first = (index["skipped"] + writer.skipped)[0]
+    pack_rest(images, out, index, num_workers)
+    if not index["count"]:
+        first = index["skipped"][0]
         raise ValueError(
             f"none of the {total:,} files in '{source}' is an image, '{first['name']}' for example:"
             f" {first['reason']}; give a folder with images that can be read"
         )
-    writer.flush()
-    finish(out, index, names)
+    packed.finish(out, index, names)
     return index
-
-
-def finish(out: Path, index: dict, names: list[str]) -> None:
-    """Write the names of the packed images, and give the index its final name."""
-    skipped = {entry["name"] for entry in index["skipped"]}
-    lines = b"".join(os.fsencode(name) + b"\n" for name in names if name not in skipped)
-    write_whole(out / NAMES, lambda file: file.write(lines))
-    index["names_sha256"] = hashlib.sha256(lines).hexdigest()
-    write_json(out / PACK_UNFINISHED, index)
-    os.replace(out / PACK_UNFINISHED, out / PACK_INDEX)
-
-
-def verify(out: Path, index: dict) -> None:
-    """Read every file and compare its SHA-256 with the index.
-
-    Raises:
-        ValueError: one line that names what differs.
-    """
-    files = [(shard["file"], shard["sha256"]) for shard in index["shards"]]
-    files.append((NAMES, index["names_sha256"]))
-    bar = tqdm(files, desc="verify", unit="file", disable=not sys.stderr.isatty())
-    bad = [name for name, digest in bar if sha256_of(out / name) != digest]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ValueError(
-            f"'{out}' is damaged, checksums differ: {', '.join(bad[:3])}{more}; copy the "
-            f"folder again, or remove '{out}' and pack again"
-        )
-    print(f"'{out}' is intact: {len(files)} files have the checksums of the index")
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -299,12 +179,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input.
     """
     parser = Parser(prog="pack_images.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "source", nargs="?", metavar="SRC", help="a folder of images, nested or flat"
-    )
-    parser.add_argument(
-        "out", metavar="OUT", help="the folder to write, new or of an interrupted run"
-    )
+    parser.add_argument("source", nargs="?", metavar="SRC", help="a folder of images, nested too")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, or to continue")
     parser.add_argument(
         "--img-size", type=number(int, 16), default=128, help="pixels a side, as in train.py"
     )
@@ -333,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 + (f", listed in {out / PACK_INDEX}" if index["skipped"] else "")
             )
         if flags.verify:
-            verify(out, index)
+            packed.verify(out, index)
     except OSError as error:
         raise ValueError(
             f"'{error.filename or out}': {error.strerror or error}; {AGAIN}"

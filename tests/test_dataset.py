@@ -19,12 +19,12 @@ import dataset
 from dataset import (
     ImageFolderDataset,
     StreamSampler,
-    SyntheticDataset,
     UnreadableImage,
     build_dataset,
     train_loader,
     val_loader,
 )
+from synthetic import SyntheticDataset
 from util import one_line
 
 
@@ -216,7 +216,7 @@ def test_folders_without_images_are_refused(tmp_path):
             ImageFolderDataset(tmp_path / name, 8)
         message = str(caught.value)
         assert str(tmp_path / name) in message and why in message and "\n" not in message
-        assert ".png" in message and "synthetic" in message  # what is allowed, how to mend it
+        assert ".png" in message and "synthetic" in message  # what is allowed, how to fix it
 
 
 # ------------------------------------------------------------------ damaged files
@@ -289,6 +289,7 @@ def test_items_are_a_function_of_seed_and_index():
     assert len(images) == len(list(images)) == 4
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_another_process():
     code = (
         "import hashlib, synthetic; assert synthetic._textures.cache_info().currsize == 0\n"
@@ -307,6 +308,7 @@ def test_the_same_bytes_in_another_process():
     assert there.stdout.strip() == hashlib.sha256(here).hexdigest()
 
 
+@pytest.mark.slow
 def test_training_and_validation_share_no_image():
     train, val = (build_dataset("synthetic", 16, 0, train) for train in (True, False))
     assert (len(train), len(val)) == (12_800, 256)

@@ -57,6 +57,7 @@ def test_files_written_today_are_the_old_ones(name, tmp_path):
         assert differ <= 2
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on(tmp_path):
     """A checkpoint of that commit resumes, under its flags' old names too."""
     flags = record.FROZEN[record.RESUMABLE]

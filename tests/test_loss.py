@@ -89,7 +89,7 @@ def test_equal_images_are_at_distance_zero_also_after_train(squeeze):
     assert before.min() > 1e-4
 
 
-@pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
+@pytest.mark.parametrize("net", ["squeeze", "alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_value_equals_the_package_s_own(net, cache):
     """The package is given its own random backbone; this reads it back under torchvision's names.
 
@@ -173,6 +173,7 @@ def test_distance_is_float32_under_autocast(cache):
     torch.testing.assert_close(distance, module(images, reconstruction), rtol=0.02, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_graph_has_no_break(squeeze):
     torch._dynamo.reset()
     compiled = torch.compile(squeeze, backend="eager", fullgraph=True)

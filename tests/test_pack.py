@@ -17,18 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
+import packed as packed_module
 import train
 import util
-from dataset import (
-    ImageFolderDataset,
-    PackedDataset,
-    SyntheticDataset,
-    build_dataset,
-    train_loader,
-    val_loader,
-)
+from dataset import ImageFolderDataset, build_dataset, train_loader, val_loader
+from packed import PackedDataset
 from scripts import pack_images
+from synthetic import SyntheticDataset
 
 SIZE = 16
 FLAGS = [f"--img-size={SIZE}", "--num-workers=0"]
@@ -326,7 +321,7 @@ def test_an_index_of_somebody_else_leaves_a_folder_a_folder(tmp_path):
 
 # ------------------------------------------------------------------ reading
 def test_a_batch_is_its_items(packed, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_MAPPED", 2)  # of 4 shards
+    monkeypatch.setattr(packed_module, "MAX_MAPPED", 2)  # of 4 shards
     images, order = PackedDataset(packed, SIZE), [12, 0, 7, 7, -1, np.int64(3), 4]
     batch = images.__getitems__(order)
     assert batch.shape == (7, 3, SIZE, SIZE) and batch.is_contiguous()

@@ -308,7 +308,7 @@ def test_reproduce_trains_and_resumes_and_report_reads_it(tmp_path):
 def make_images(folder: Path) -> Path:
     from PIL import Image
 
-    from dataset import SyntheticDataset
+    from synthetic import SyntheticDataset
 
     (folder / "made").mkdir()
     for i, image in enumerate(SyntheticDataset(32, 0, 3)):

@@ -24,11 +24,11 @@ from tqdm import tqdm
 import train
 import util
 from checkpoint import load_checkpoint, save_checkpoint
-from dataset import SyntheticDataset
 from loss import TrainingLoss
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
 from run import Meter, RunFolder
+from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--img-size=16", "--channel=16", "--batch-size=4", "--perceptual-weight=0", "--lr=0.01"]

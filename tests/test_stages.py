@@ -14,11 +14,12 @@ from PIL import Image
 
 import loss.perceptual
 import util
-from dataset import IMAGENET_MEAN, IMAGENET_STD, SyntheticDataset
+from dataset import IMAGENET_MEAN, IMAGENET_STD
 from evaluation import evaluate_stages, prepare
 from metric import psnr
 from model import load_model
 from scripts import compare, evaluate, stages
+from synthetic import SyntheticDataset
 
 pytestmark = pytest.mark.usefixtures("no_lpips")
 CONFIGURATIONS = {
