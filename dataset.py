@@ -27,13 +27,14 @@ from torchvision.transforms.functional import center_crop, resize
 
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
-from util import StopSignals, from_all, rank
+from util import StopSignals, from_all, rank, stop_with_parent
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
+LOADER_TIMEOUT = 600  # seconds without a batch after which a loading process is given up
 
 
 class UnreadableImage(ValueError):
@@ -304,7 +305,9 @@ def _collate(batch: torch.Tensor | list) -> torch.Tensor | None:
     return default_collate(batch) if batch else None
 
 
-def _leave_signals(deferred: torch.Tensor, worker: int) -> None:
+def _start_worker(deferred: torch.Tensor, worker: int) -> None:
+    stop_with_parent(signal.SIGKILL)
+
     # A scheduler sends its signals to all processes; the training process finishes its step, for
     # which it needs its workers, and ends them itself.
     def exit_unless_deferred(number: int, frame: object) -> None:
@@ -327,7 +330,8 @@ def _loader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=functools.partial(_leave_signals, (stop or StopSignals()).deferred),
+        worker_init_fn=functools.partial(_start_worker, (stop or StopSignals()).deferred),
+        timeout=LOADER_TIMEOUT if num_workers else 0,
         pin_memory=torch.device(device).type == "cuda",
         # A DataLoader draws a number whenever it is started: not from the global random state,
         # which a resumed run must find as it was.
@@ -365,9 +369,14 @@ def val_loader(
     world_size: int = 1,
     **loading: object,
 ) -> DataLoader:
-    """This process's share, images rank, rank + world_size, ..., in order; it may be empty."""
+    """This process's share, images rank, rank + world_size, ..., in order; it may be empty.
+
+    The loading processes of the first iteration serve all later ones. Start them, by `iter`, before
+    the first backward pass: a process that is forked beside autograd's threads can hang.
+    """
     share = range(rank, len(dataset), world_size)
-    return _loader(dataset, num_workers, sampler=share, batch_size=batch_size, **loading)
+    options = dict(sampler=share, batch_size=batch_size, persistent_workers=num_workers > 0)
+    return _loader(dataset, num_workers, **options, **loading)
 
 
 def skipped_images(*datasets: Dataset) -> list[str]:

@@ -101,6 +101,8 @@ class RunFolder:
             ValueError: another process holds it.
         """
         with open(self.path / "lock", "w") as file:
+            # A forked process would hold the lock after this one is killed.
+            os.register_at_fork(after_in_child=file.close)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

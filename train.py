@@ -119,6 +119,8 @@ class Training:
         per_process = args.batch_size // processes
         self.batches = train_loader(self.train_set, per_process, **order, **share)
         self.val_batches = val_loader(self.val_set, min(args.batch_size, 64), **share)
+        if args.num_workers:
+            iter(self.val_batches)  # starts its processes, before there are threads to fork beside
 
         # Run folder
         folder = resumed["run"] if resumed else None

@@ -44,16 +44,16 @@ def setup_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        stop_with_parent()
+        stop_with_parent(signal.SIGTERM)  # of torchrun
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device(device)
 
 
-def stop_with_parent() -> None:
-    """On Linux, send this process SIGTERM when its parent, `torchrun`, ends or is killed."""
+def stop_with_parent(number: int) -> None:
+    """On Linux, send this process the signal `number` when its parent ends or is killed."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def share_cores(num_workers: int) -> None:
@@ -296,10 +296,12 @@ def _explain_dead_worker(kind, error, trace) -> None:
     if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno):
         frames = traceback.extract_tb(trace)
         dead = any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+    problem = "a loading process died; it may have run out of memory: give fewer --num-workers"
+    if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
+        dead, problem = True, f"{one_line(error)}: a loading process, or the disk, hangs"
     if not dead:
         return sys.__excepthook__(kind, error, trace)
-    reason = "it may have run out of memory: give fewer --num-workers"
-    print(f"{Path(sys.argv[0]).name}: error: a loading process died; {reason}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
 
 
 def run_script(main: Callable) -> None:

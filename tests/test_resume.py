@@ -658,8 +658,7 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
 
 def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path):
     process = start(tmp_path / "run", "--num-workers=1")
-    (worker,) = (pid for pid in children(process.pid))
-    os.kill(worker, signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
     assert "train.py: error: a loading process died" in out and "Traceback" not in out, out
@@ -680,6 +679,27 @@ def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, 
     explained = file == "dataloader.py"
     err = capsys.readouterr().err
     assert ("a loading process died" in err, "Traceback" in err) == (explained, not explained)
+
+
+def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dataset.LOADER_TIMEOUT", 3)
+    monkeypatch.setattr(SyntheticDataset, "__getitem__", lambda self, i: time.sleep(3600))
+    with pytest.raises(RuntimeError) as caught:
+        util.run_script(lambda: run(tmp_path / "run", "--num-workers=1"))
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    sys.excepthook = sys.__excepthook__
+    assert "error: DataLoader timed out after 3 seconds" in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_no_lock_and_no_process(tmp_path):
+    process = start(tmp_path / "run", "--num-workers=2")
+    workers = children(process.pid)
+    assert len(workers) == 4  # two for training, two for validation
+    process.kill()
+    process.wait()
+    with RunFolder(tmp_path / "run").locked():
+        pass
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
