@@ -202,6 +202,8 @@ def _add_run(add: Callable) -> None:
     add("--resume", str, None, MAY_CHANGE, metavar="auto|PATH",
         help="continue a run: `auto` from the newest whole checkpoint of its folder (a new run if "
              "there is none), or a checkpoint or run folder; default: a new run")
+    add("--allow-other-images", bool, False, MAY_CHANGE,
+        help="resume although names or sizes of the training images are not those of the run")
     add("--keep", number(int, 1), 2, MAY_CHANGE, help="newest checkpoints kept (beside best.pt)")
     add("--max-skipped-steps", number(int, 1), 10, MAY_CHANGE,
         help="steps in a row whose loss or gradient is not finite, skipped, before the run stops")
@@ -282,6 +284,16 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
     if args.ema_decay == 1:
         parser.error("--ema-decay must be below 1, or the codebook would never move")
+    for name in ("save", "load", "resume"):
+        if getattr(args, name) == "":
+            parser.error(f"--{name} is empty: give a path, or leave it out")
+    if not args.l1_weight and not args.perceptual_weight:
+        parser.error(
+            "--l1-weight 0 and --perceptual-weight 0 leave nothing to reconstruct by: "
+            "give one of them a weight above 0"
+        )
+    if args.levels is not None and "levels" not in QUANTIZERS[args.quantizer].flags:
+        parser.error(f"--levels has no effect on --quantizer {args.quantizer}: leave it out")
     if args.lpips_net is None:
         args.lpips_net = "vgg" if args.perceptual_weight else "none"
     if args.lpips_net == "none" and args.perceptual_weight:

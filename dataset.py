@@ -13,6 +13,7 @@ Datasets return bytes: a quarter of the traffic of float32 between workers, host
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import signal
 import warnings
@@ -183,6 +184,15 @@ class ImageFolderDataset(Dataset):
         """The file behind item `index`."""
         return self.root / self.name(index)
 
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the images' names, and of the sizes of up to 10,000 of the files."""
+        names, sizes = hashlib.sha256(), hashlib.sha256()
+        for name in self._paths.tolist():
+            names.update(name + b"\n")
+        for index in some(range(len(self)), 10_000):
+            sizes.update(b"%d\n" % os.stat(self.path(index)).st_size)
+        return {"names": names.hexdigest(), "sizes": sizes.hexdigest()}
+
     def __getitem__(self, index: int) -> torch.Tensor:
         pixels = np.array(fit(read_image(self.path(index)), self.img_size))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -211,6 +221,10 @@ class SkipCorrupt(Dataset):
         if self.train:
             raise ValueError("none of the training images can be read: give another folder")
         return None
+
+    def fingerprint(self) -> dict[str, str]:
+        """That of the folder."""
+        return self.images.fingerprint()
 
     def skipped(self) -> list[str]:
         """The files that could not be read so far."""

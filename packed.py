@@ -1,6 +1,6 @@
-"""Packed images: a folder of images decoded, resized and cropped once, as arrays to be mapped.
+"""Packed images: a folder of images decoded, resized and cropped once, as arrays of bytes.
 
-    shard-00000.npy ...  uint8 (N, 3, S, S); numpy.load(file, mmap_mode="r") maps it
+    shard-00000.npy ...  uint8 (N, 3, S, S), which numpy.load reads
     names.txt            line i + 1 is the source of image i, relative to the folder packed
     index.json           size, count, the shards with their SHA-256, sources that were skipped
 
@@ -13,6 +13,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ PACK_FORMAT, PACK_VERSION = "rfsq packed images", 1
 PACK_INDEX, PACK_UNFINISHED = "index.json", "unfinished.json"
 PACK_SHARD, PACK_NAMES = "shard-{:05d}.npy", "names.txt"
 PACK_DAMAGED = "copy the folder again, or remove '{}' and pack again"
-MAX_MAPPED = 512  # each mapped shard holds a file open, and a process may often open 1,024
+MAX_OPEN = 512  # shards at a time: a process may often open 1,024 files
 
 
 def is_packed(root: str | os.PathLike) -> bool:
@@ -57,7 +58,7 @@ def read_pack(root: str | os.PathLike, name: str = PACK_INDEX) -> dict:
         index = json.loads(path.read_bytes())
         newer = index["format"] == PACK_FORMAT and index["version"] > PACK_VERSION
         sound = newer or _is_consistent(index)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         newer = sound = False
     if newer:
         raise ValueError(
@@ -76,13 +77,16 @@ def read_pack(root: str | os.PathLike, name: str = PACK_INDEX) -> dict:
 
 
 def _is_consistent(index: dict) -> bool:
-    full, count = index["images_per_shard"], index["count"]
+    full, count, shards = index["images_per_shard"], index["count"], index["shards"]
     counts = [min(full, count - first) for first in range(0, count, full)]
+    names = [PACK_SHARD.format(i) for i in range(len(shards))]  # of this folder, and no others
+    numbers = [full, count, index["img_size"], *(shard["bytes"] for shard in shards)]
     return (
         index["format"] == PACK_FORMAT
-        and isinstance(index["img_size"], int)
-        and counts == [shard["count"] for shard in index["shards"]]
-        and all({"file", "bytes"} <= shard.keys() for shard in index["shards"])
+        and all(type(number) is int for number in numbers)
+        and counts == [shard["count"] for shard in shards]
+        and names == [shard["file"] for shard in shards]
+        and all(isinstance(shard["sha256"], str) for shard in shards)
     )
 
 
@@ -179,31 +183,41 @@ class PackedDataset(Dataset):
         self.root, self.img_size = Path(root), img_size
         self._full, self._count = index["images_per_shard"], index["count"]
         self._shards = [(shard["file"], shard["count"]) for shard in index["shards"]]
-        self._mapped: dict[int, np.ndarray] = {}
+        self._names_sha256 = index["names_sha256"]
+        self._shards_sha256 = [shard["sha256"] for shard in index["shards"]]
+        self._open: dict[int, tuple[BinaryIO, int]] = {}
 
     def __getstate__(self) -> dict:
-        # Pickled, a map is a copy of its data: each process maps the files itself.
-        return {**self.__dict__, "_mapped": {}}
+        return {**self.__dict__, "_open": {}}  # each process opens the files itself
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the images' names, as of the folder that was packed, and of the pixels."""
+        pixels = hashlib.sha256("".join(self._shards_sha256).encode()).hexdigest()
+        return {"names": self._names_sha256, "pixels": pixels}
 
     def __len__(self) -> int:
         return self._count
 
-    def _shard(self, number: int) -> np.ndarray:
-        if number not in self._mapped:
-            if len(self._mapped) >= MAX_MAPPED:
-                self._mapped.clear()
-            file, count = self._shards[number]
+    def _shard(self, number: int) -> tuple[BinaryIO, int]:
+        """A shard's file, and where its pixels begin."""
+        if number not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                self._open.clear()
+            name, count = self._shards[number]
             try:
-                shard = np.load(self.root / file, mmap_mode="r", allow_pickle=False)
-                if shard.dtype != np.uint8 or shard.shape != (count, 3, *2 * (self.img_size,)):
-                    raise ValueError(f"{shard.dtype} {shard.shape} is not what the index says")
+                file = open(self.root / name, "rb", buffering=0)  # noqa: SIM115
+                np.lib.format.read_magic(file)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                if (dtype, shape) != (np.uint8, (count, 3, *2 * (self.img_size,))) or fortran:
+                    raise ValueError(f"{dtype} {shape} is not what the index says")
             except Exception as error:  # a damaged header can raise nearly anything
-                raise ValueError(
-                    f"cannot read shard {self.root / file}: {' '.join(str(error).split())}; "
-                    + PACK_DAMAGED.format(self.root)
-                ) from error
-            self._mapped[number] = np.asarray(shard)  # views of a np.memmap are slow to make
-        return self._mapped[number]
+                raise self._unreadable(name, " ".join(str(error).split())) from error
+            self._open[number] = file, file.tell()
+        return self._open[number]
+
+    def _unreadable(self, name: str, reason: str) -> ValueError:
+        path = self.root / name
+        return ValueError(f"cannot read shard {path}: {reason}; {PACK_DAMAGED.format(self.root)}")
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.__getitems__([index])[0]
@@ -216,5 +230,8 @@ class PackedDataset(Dataset):
             if not -self._count <= index < self._count:
                 raise IndexError(f"index {index}: '{self.root}' holds {self._count} images")
             shard, row = divmod(index % self._count, self._full)
-            image[:] = self._shard(shard)[row]
+            file, start = self._shard(shard)
+            # Not a memory map: reading one beyond the end of a truncated file kills the process.
+            if os.preadv(file.fileno(), [image], start + row * image.nbytes) != image.nbytes:
+                raise self._unreadable(self._shards[shard][0], "it ends too early")
         return torch.from_numpy(batch)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.utils import save_image
 
 import util
@@ -266,7 +267,7 @@ class RunFolder:
         write_json(self.path / "results.json", results)
 
 
-def find_resumed(args: Namespace, default_name: str, train_images: int) -> dict | None:
+def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict | None:
     """What --resume continues: a checkpoint with its `path` and `run` folder added; None: nothing.
 
     Raises:
@@ -290,10 +291,10 @@ def find_resumed(args: Namespace, default_name: str, train_images: int) -> dict 
         path, saved = found
     if "interval_sums" not in saved:
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
-    if saved["train_images"] != train_images:
+    if saved["train_images"] != len(train_set):
         raise ValueError(
             f"{path} is of a run on {saved['train_images']:,} training images, here are "
-            f"{train_images:,}, which come in another order: give the same images to resume it"
+            f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
     before, may_change = current_flags(saved["args"]), may_change_flags()
     if not args.perceptual_weight:
@@ -306,6 +307,14 @@ def find_resumed(args: Namespace, default_name: str, train_images: int) -> dict 
     if differ:
         raise ValueError(
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
+        )
+    # Checkpoints from before fingerprints have none; a packed folder has names, and no sizes.
+    before, now = saved.get("train_fingerprint", {}), train_set.fingerprint()
+    other = [what for what in now if what in before and now[what] != before[what]]
+    if other and not args.allow_other_images:
+        raise ValueError(
+            f"{path} is of a run on other training images (their {' and '.join(other)} differ): "
+            "give the same images, or --allow-other-images to resume it with these"
         )
     return {**saved, "path": str(path), "run": str(folder)}
 

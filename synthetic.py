@@ -201,6 +201,10 @@ class SyntheticDataset(Dataset):
             raise ValueError(f"seed {seed}, stream {stream}, length {length}: none may be negative")
         self.img_size, self.seed, self.length, self.stream = img_size, seed, length, stream
 
+    def fingerprint(self) -> dict[str, str]:
+        """The seed and the stream, of which every image is a function."""
+        return {"names": f"generated, seed {self.seed}, stream {self.stream}"}
+
     def __len__(self) -> int:
         return self.length
 

@@ -102,7 +102,7 @@ class Training:
         if args.load:
             load_weights(self.model, args, args.load)
         name = f"{self.model.quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
-        resumed = util.on_main(lambda: find_resumed(args, name, len(self.train_set)))
+        resumed = util.on_main(lambda: find_resumed(args, name, self.train_set))
         self.resumed_from = resumed["path"] if resumed else None
         self.first_step = resumed["step"] if resumed else 0  # how many are done
         if self.first_step > self.steps:
@@ -110,6 +110,7 @@ class Training:
                 f"the checkpoint is at step {self.first_step}, but these flags end the run at step "
                 f"{self.steps}: give more --max-train-epochs or --train-iters"
             )
+        self.fingerprint = util.on_main(self.train_set.fingerprint)
         self._build_step(resumed)
 
         # Loaders
@@ -253,6 +254,7 @@ class Training:
                 "step": step,
                 "best_psnr": self.best,
                 "train_images": len(self.train_set),
+                "train_fingerprint": self.fingerprint,
                 **self.meter.state_dict(),
                 "seconds": time.perf_counter() - self.started,
                 "random": random_states(),

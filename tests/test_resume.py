@@ -28,6 +28,7 @@ from loss import TrainingLoss
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
 from run import Meter, RunFolder
+from scripts import pack_images
 from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +191,26 @@ def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
     (tmp_path / "images").rename(tmp_path / "moved")  # a path may change
     run(tmp_path / "cut", f"--train-data-path={tmp_path / 'moved'}", *resume)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_other_images_of_equal_count_are_refused(tmp_path, monkeypatch, capsys):
+    for folder, seed in (("images", 0), ("others", 1)):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            save_image(SyntheticDataset(16, seed, 8)[i] / 255, tmp_path / folder / f"{i}.png")
+    pack_images.main([str(tmp_path / "images"), str(tmp_path / "packed"), "--img-size=16"])
+    data = [f"--train-data-path={tmp_path / name}" for name in ("images", "others", "packed")]
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 4)
+        with pytest.raises(util.Interrupted):
+            run(tmp_path / "cut", data[0])
+    with pytest.raises(ValueError, match=r"other training images \(their sizes.*--allow-other-im"):
+        run(tmp_path / "cut", data[1], "--resume=auto")
+    (tmp_path / "images" / "7.png").rename(tmp_path / "images" / "8.png")
+    with pytest.raises(ValueError, match=r"other training images \(their names differ\)"):
+        run(tmp_path / "cut", data[0], "--resume=auto")
+    run(tmp_path / "cut", data[2], "--resume=auto", "--train-iters=6")  # the same images, packed
+    run(tmp_path / "cut", data[1], "--resume=auto", "--allow-other-images")
 
 
 def test_speed_counts_the_time_before_the_interruption(tmp_path, monkeypatch):

@@ -156,7 +156,8 @@ def test_same_seed_same_weights_other_seed_other_weights(photographs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, term", [(["--l1-weight=2"], 2.0), (["--l1-weight=0", "--quantizer-loss-weight=3"], 3.0)]
+    "flags, term",
+    [(["--l1-weight=2"], 2.0), (["--l1-weight=0.5", "--quantizer-loss-weight=3"], 3.0)],
 )
 def test_loss_weights_work(flags, term, photographs, tmp_path):
     lfq = ["--quantizer=lfq", "--train-iters=1", f"--save={tmp_path / 'run'}"]
@@ -291,6 +292,15 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         ),
         "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "--ema-decay"),
         "all weights 0": ("train", [*good, "--l1-weight=0", "--codebook-weight=0"], "weights"),
+        "empty save": ("train", [*good, "--save="], "--save is empty"),
+        "empty resume": ("train", [*good, "--resume="], "--resume is empty"),
+        "nothing to learn from": ("train", [*good, "--l1-weight=0"], "--l1-weight 0"),
+        "levels of lfq": ("train", [*good, "--quantizer=lfq", "--levels", "4"], "--levels"),
+        "too many stages": ("train", [*good, "--rfsq-stages=1000000"], "--rfsq-stages"),
+        "too many workers": ("train", [*good, "--num-workers=100000"], "--num-workers"),
+        "too large": ("train", [*good, "--img-size=1000000"], "--img-size"),
+        "too deep": ("train", [*good, "--res-blocks=100000"], "--res-blocks"),
+        "slope": ("train", [*good, "--rfsq-slope=1e300"], "--rfsq-slope"),
         "levels too many": ("train", [*good, "--levels", *["64"] * 11], "2^62"),
         "pack nothing": ("pack_images", ["nowhere", str(tmp_path / "packed")], "nowhere"),
         "pack an empty folder": ("pack_images", [str(empty), str(tmp_path / "packed")], str(empty)),
