@@ -92,7 +92,7 @@ def read_header(data: bytes) -> Header:
     """The header of a file, from its first 27 bytes or more; the checksum is not verified.
 
     Raises:
-        ValueError: the file has another format or version, or ends within the header.
+        ValueError: another format or version, no valid size, or the file ends within the header.
     """
     if not data:
         raise ValueError("is empty (zero bytes)")
@@ -103,9 +103,13 @@ def read_header(data: bytes) -> Header:
         raise ValueError(f"has {kind} version, {data[4]}: this program reads version {VERSION}")
     if len(data) < HEAD_BYTES:
         raise ValueError(f"is truncated: it ends within the header, after {len(data)} bytes")
-    _, _, flags, *fields = _HEAD.unpack_from(data)
+    _, _, flags, stages, fingerprint, width, height = _HEAD.unpack_from(data)
+    try:
+        check_size(width, height)
+    except ValueError as error:
+        raise ValueError(f"has an invalid size in its header: {error}") from error
     payload = struct.unpack_from("<I", data, _HEAD.size)[0] if flags & CODED else None
-    return Header(*fields, payload, flags)
+    return Header(stages, fingerprint, width, height, payload, flags)
 
 
 def intact(data: bytes) -> bool:

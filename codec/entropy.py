@@ -113,21 +113,6 @@ class EntropyModel:
                 digest.update(weight.astype("<i4").tobytes())
         self.digest = digest.digest()
 
-    @classmethod
-    def from_state(cls, state: dict) -> EntropyModel:
-        """The entropy model in a checkpoint, whose tables and weights are CPU tensors.
-
-        Raises:
-            ValueError: it has an older layout, or does not fit.
-        """
-        if "weights" not in state:
-            raise ValueError("the checkpoint's entropy model has an older layout: run fit again")
-        tables, weights = (
-            [[tensor.numpy() for tensor in row] for row in state[name]]
-            for name in ("tables", "weights")
-        )
-        return cls(state["digits"], state["ordered"], tables, weights)
-
     def check_length(self, payload: int, positions: int, stages: int) -> None:
         """Raises ValueError if a payload of so many bytes is too short for the positions."""
         symbols = positions * sum(len(row) for row in self.digits[:stages])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from arguments import Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
-from codec import bitstream, entropy
+from codec import bitstream
 from codec.codec import Codec, psnr
 from dataset import IMAGE_SUFFIXES, find, read_image, some
 from util import progress
@@ -83,9 +83,12 @@ def read_file(path: Path, codec: Codec) -> bytes:
         ValueError: its size or its header is wrong; the path is not in the message.
     """
     with open(path, "rb") as file:
-        head = file.read(bitstream.HEAD_BYTES)
-        size = path.stat().st_size
-        codec.check_claim(head, size)
+        head, size = file.read(bitstream.HEAD_BYTES), path.stat().st_size
+        header = bitstream.read_header(head)
+        known = header.fingerprint == codec.mark(header.flags)
+        limit = codec.length(header) if known else bitstream.MAX_PIXELS
+        if size > limit:
+            raise ValueError(f"is damaged: it has {size} bytes, more than the {limit} it can have")
         return head + file.read(size)
 
 
@@ -108,10 +111,6 @@ def encode(flags: Namespace) -> dict:
     files = find(flags.inputs, IMAGE_SUFFIXES)
     names = outputs(files, Path(flags.out), SUFFIX, flags.force)
     codec = Codec(flags.load, util.setup_processes())
-    codec.check_stages(flags.stages)
-    if flags.entropy_coding:
-        codec.check_entropy_model()
-        entropy.load_constriction()
     rows = []
     for (path, below), out in zip(progress(files, "image"), names, strict=True):
         row, data = measure(codec, np.asarray(read_image(path)), flags)
