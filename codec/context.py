@@ -33,12 +33,8 @@ LAPLACIANS = 4  # known channels that the activity is measured on
 UNIT = 2**12  # the integer that stands for a regression weight of 1
 AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
 COARSEST = 16  # rows and columns between the positions of the first pass
-Moves = list[tuple[int, int]]  # rows and columns to a neighbour
 
 
-# ---------------------------------------------------------------------------------------
-# The order of positions
-# ---------------------------------------------------------------------------------------
 class Pass(NamedTuple):
     """Positions of a grid that are coded together.
 
@@ -61,26 +57,25 @@ def lattice(height: int, width: int) -> list[Pass]:
     pair.
     """
 
-    def scan(top: int, left: int, step: int, moves: Moves, kind: int) -> Pass:
+    def scan(top: int, left: int, step: int, moves: list[tuple[int, int]], kind: int) -> Pass:
         rows = np.arange(top, height, step, dtype=np.int32)
         columns = np.arange(left, width, step, dtype=np.int32)
         rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
         pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
         alone = 0 if any(moves[0]) else len(rows)
-        kinds = np.full(len(rows), kind, np.int8)
-        return Pass(rows, columns, np.array(pairs, np.int32), kinds, alone)
+        return Pass(
+            rows, columns, np.array(pairs, np.int32), np.full(len(rows), kind, np.int8), alone
+        )
 
     def reflect(x: np.ndarray, by: int, limit: int) -> np.ndarray:
         return np.where((x + by >= 0) & (x + by < limit), x + by, x - by)
 
-    passes = [scan(0, 0, COARSEST, [(0, 0)] * 4, 2)]
-    half = COARSEST // 2
+    passes, half = [scan(0, 0, COARSEST, [(0, 0)] * 4, 2)], COARSEST // 2
     while half:
         corners = [(y, x) for y in (-half, half) for x in (-half, half)]
         up_down, left_right = [(-half, 0), (half, 0)], [(0, -half), (0, half)]
-        edges = (up_down if height > half else left_right) + (
-            left_right if width > half else up_down
-        )
+        edges = up_down if height > half else left_right
+        edges = edges + (left_right if width > half else up_down)
         edge, corner = (0, 1) if half == 1 else (2, 2)  # classes
         passes.append(scan(half, half, 2 * half, corners, corner))
         passes.append(scan(0, half, 2 * half, edges, edge))
@@ -92,19 +87,10 @@ def lattice(height: int, width: int) -> list[Pass]:
 @functools.lru_cache(maxsize=1)
 def whole_lattice(height: int, width: int) -> Pass:
     """All passes in one, in their order, for use where all indices are known."""
-    rows, columns, neighbours, kind, alone = zip(*lattice(height, width), strict=True)
-    return Pass(
-        np.concatenate(rows),
-        np.concatenate(columns),
-        np.concatenate(neighbours, axis=-1),
-        np.concatenate(kind),
-        sum(alone),
-    )
+    *arrays, alone = zip(*lattice(height, width), strict=True)
+    return Pass(*(np.concatenate(parts, axis=-1) for parts in arrays), sum(alone))
 
 
-# ---------------------------------------------------------------------------------------
-# Stages and their digits
-# ---------------------------------------------------------------------------------------
 class Stage:
     """How the index of one stage is split into digits, and how many contexts each digit has.
 
@@ -113,9 +99,7 @@ class Stage:
         ordered: whether the digits are channels, whose values have an order.
         earlier: number of digits of all earlier stages together.
 
-    Attributes:
-        contexts: for each digit (coarse, fine): the number of coarse contexts, and of contexts
-            within each of them. Sparse contexts back off to their coarse context.
+    `contexts` has for each digit the number of coarse contexts, and of contexts within each.
     """
 
     def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
@@ -136,27 +120,33 @@ class Stage:
             self.contexts.append((1, fine))
             self.chains.append(range(first, place))
 
-    def weights_shape(self, place: int) -> tuple[int, int]:
+    def weights_shape(self, place: int) -> tuple[int, ...]:
         """Shape of a digit's regressions: classes, and weights (neighbours, known digits, 1)."""
-        return CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1
+        return (CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1) if self.ordered else (0,)
 
-    def split(self, indices: np.ndarray) -> np.ndarray:
-        """Indices (h, w) -> digits (digits, h, w), int32."""
-        digits = np.empty((len(self.digits), *indices.shape), np.int32)
-        for place, size in enumerate(self.digits):
-            indices, digits[place] = np.divmod(indices, size)
-        return digits
 
-    def join(self, digits: np.ndarray) -> np.ndarray:
-        """The inverse of `split`."""
-        indices = np.zeros(digits.shape[1:], np.int64)
-        for digit, size in zip(digits[::-1], self.digits[::-1], strict=True):
-            indices = indices * size + digit
-        return indices
+def split(stages: Sequence[Stage], indices: np.ndarray) -> np.ndarray:
+    """Indices (h, w, k) -> the digits of the first k stages (digits, h, w), int32."""
+    planes = []
+    for k in range(indices.shape[2]):
+        rest = indices[..., k]
+        for size in stages[k].digits:
+            rest, digit = np.divmod(rest, size)
+            planes.append(digit.astype(np.int32))
+    return np.stack(planes)
+
+
+def join(stages: Sequence[Stage], planes: np.ndarray) -> np.ndarray:
+    """The inverse of `split`, for the stages that have been split: indices (h, w, k), int64."""
+    indices = np.zeros((*planes.shape[1:], len(stages)), np.int64)
+    for k, stage in enumerate(stages):
+        for place in reversed(range(len(stage.digits))):
+            indices[..., k] = indices[..., k] * stage.digits[place] + planes[stage.earlier + place]
+    return indices
 
 
 class Digit(NamedTuple):
-    """One digit of an image: digit `place` of stage `k`, with all that is known before it.
+    """Digit `place` of stage `k` of an image, with all that is known before it.
 
     `digits` (digits, h, w) are those of the stage, known below `place`; `earlier` (n, h, w) are
     those of all earlier stages, empty for bit fields.
@@ -203,10 +193,8 @@ class Digit(NamedTuple):
             yield scan, coarse * self.stage.contexts[self.place][1] + fine
 
     def around(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the known channels tell at every position.
-
-        Returns:
-            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w).
+        """What the known channels tell at every position: their part of the predictions
+        (CLASSES, h, w), float64, and the second activity (h, w).
         """
         height, width = self.plane.shape
         prediction = np.zeros((CLASSES, height * width))
@@ -237,23 +225,15 @@ class Digit(NamedTuple):
         return [*self.earlier, *self.digits[: self.place]]
 
 
-def digits_of(
-    stages: Sequence[Stage], indices: np.ndarray, last_first: bool = False
-) -> Iterator[Digit]:
-    """All digits of indices (h, w, k), in the order of decoding or from the last to the first.
+def digits_of(stages: Sequence[Stage], planes: np.ndarray) -> Iterator[Digit]:
+    """All digits of `split` planes, in the order of decoding.
 
-    A decoder starts with zeros, and before it asks for the next digit it fills in the plane of the
-    current one, and the index that the stage's digits make.
+    They are views: a decoder starts with zeros, and fills in a digit before it asks for the next.
     """
-    direction = -1 if last_first else 1
-    for k in range(indices.shape[2])[::direction]:
-        stage, digits = stages[k], stages[k].split(indices[..., k])
-        earlier = np.empty((0, *indices.shape[:2]), np.int32)
-        if stage.ordered:
-            planes = [stages[j].split(indices[..., j]) for j in range(k)]
-            earlier = np.concatenate([earlier, *planes])
-        for place in range(len(digits))[::direction]:
-            yield Digit(stage, k, place, digits, earlier)
+    for k, stage in enumerate(stages):
+        digits = planes[stage.earlier : stage.earlier + len(stage.digits)]
+        for place in range(len(digits)):
+            yield Digit(stage, k, place, digits, planes[: stage.earlier if stage.ordered else 0])
 
 
 def surroundings(plane: np.ndarray) -> np.ndarray:

@@ -20,7 +20,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from codec.context import CLASSES, UNIT, Stage, digits_of, lattice, whole_lattice
+from codec.context import (
+    CLASSES,
+    UNIT,
+    Digit,
+    Pass,
+    Stage,
+    digits_of,
+    join,
+    lattice,
+    split,
+    whole_lattice,
+)
 
 MAX_SYMBOLS = 65536
 MIN_BITS, SLACK_BITS = 0.02, 64  # least bits per symbol, but for the first word of the coder
@@ -106,7 +117,7 @@ class EntropyModel:
                     or table.min() < 1
                     or table.max() > whole // 64 * 63
                     or (table.sum(1, dtype=np.int64) != whole).any()
-                    or weight.shape != (stage.weights_shape(place) if ordered else (0,))
+                    or weight.shape != stage.weights_shape(place)
                 ):
                     raise ValueError("the checkpoint's entropy model does not fit: run fit again")
                 digest.update(table.astype("<i4").tobytes())
@@ -124,8 +135,9 @@ class EntropyModel:
         stream = load_constriction()
         coder = stream.stack.AnsCoder(np.array([START], np.uint32))
         passes = [whole_lattice(*indices.shape[:2])]
+        stages = self.stages[: indices.shape[2]]
         # ANS is a stack: what is decoded first is encoded last.
-        for digit in digits_of(self.stages, indices, last_first=True):
+        for digit in reversed([*digits_of(stages, split(stages, indices))]):
             table = self.tables[digit.k][digit.place]
             for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
                 symbols = digit.plane[scan.rows, scan.columns]
@@ -145,20 +157,20 @@ class EntropyModel:
             raise ValueError("the entropy-coded payload ends in a zero byte")
         words = np.frombuffer(payload + bytes(-len(payload) % 4), "<u4").astype(np.uint32)
         coder = stream.stack.AnsCoder(words)
-        indices = np.zeros((*shape, stages), np.int64)
+        known = self.stages[:stages]
+        planes = np.zeros((sum(len(stage.digits) for stage in known), *shape), np.int32)
         # Bit fields do not depend on neighbours: all positions can be decoded at once.
         passes = lattice(*shape) if self.ordered else [whole_lattice(*shape)]
-        for digit in digits_of(self.stages, indices):
+        for digit in digits_of(known, planes):
             table = self.tables[digit.k][digit.place]
             for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
                 for part in _chunks(table, len(contexts)):
                     model, rows = _model(stream, table, contexts[part])
                     count = rows or (part.stop - part.start,)
                     digit.plane[scan.rows[part], scan.columns[part]] = coder.decode(model, *count)
-            indices[..., digit.k] = digit.stage.join(digit.digits)
         if coder.get_compressed().tolist() != [START]:
             raise ValueError("the entropy-coded payload does not end where its last index does")
-        return indices
+        return join(known, planes)
 
 
 def _chunks(table: np.ndarray, count: int) -> list[slice]:
@@ -213,33 +225,20 @@ class Counts:
                 self._fit()
             return
         passes = [whole_lattice(*indices.shape[:2])]
-        for digit in digits_of(self.stages, indices):
+        for digit in digits_of(self.stages, split(self.stages, indices)):
             counts = self.counts[digit.k][digit.place]
             for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
                 symbols = digit.plane[scan.rows, scan.columns]
                 np.add.at(counts.reshape(-1), contexts * counts.shape[1] + symbols, 1)
 
     def _fit(self) -> None:
-        """Fit the regressions on the images kept so far, by least squares; then count these."""
-        if self.ordered:
-            shapes = [[x.weights_shape(i) for i in range(len(x.digits))] for x in self.stages]
-            squares = [[np.zeros((*shape, shape[1])) for shape in row] for row in shapes]
-            products = [[np.zeros(shape) for shape in row] for row in shapes]
-            for indices in self.kept:
-                scan = whole_lattice(*indices.shape[:2])
-                for digit in digits_of(self.stages, indices):
-                    features, wanted = digit.features(scan), digit.plane[scan.rows, scan.columns]
-                    for kind in range(CLASSES):
-                        chosen = features[:, scan.kind == kind]
-                        squares[digit.k][digit.place][kind] += chosen @ chosen.T
-                        products[digit.k][digit.place][kind] += chosen @ wanted[scan.kind == kind]
-            self.weights = [
-                [_regression(*sums) for sums in zip(*rows, strict=True)]
-                for rows in zip(squares, products, strict=True)
-            ]
-        else:
-            self.weights = [[np.zeros(0, np.int32) for _ in row] for row in self.digits]
+        """Fit the regressions on the images kept so far; then count these."""
         kept, self.kept = self.kept, []
+        self.weights = [[] for _ in self.stages]
+        scans = [whole_lattice(*indices.shape[:2]) for indices in kept]
+        images = [digits_of(self.stages, split(self.stages, indices)) for indices in kept]
+        for digits in zip(*images, strict=True):  # the same digit of all images
+            self.weights[digits[0].k].append(_regression(digits, scans))
         for indices in kept:
             self.add(indices)
 
@@ -263,11 +262,21 @@ class Counts:
         return EntropyModel(self.digits, self.ordered, tables, self.weights)
 
 
-def _regression(squares: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Integer weights (classes, n) from the sums X X^T (classes, n, n) and X y (classes, n)."""
+def _regression(digits: Sequence[Digit], scans: Sequence[Pass]) -> np.ndarray:
+    """Integer weights (CLASSES, n) of a digit that is known in several images: least squares."""
+    shape = digits[0].stage.weights_shape(digits[0].place)
+    if not digits[0].stage.ordered:
+        return np.zeros(shape, np.int32)
+    squares, products = np.zeros((*shape, shape[1])), np.zeros(shape)
+    for digit, scan in zip(digits, scans, strict=True):
+        features, wanted = digit.features(scan), digit.plane[scan.rows, scan.columns]
+        for kind in range(CLASSES):
+            chosen = features[:, scan.kind == kind]
+            squares[kind] += chosen @ chosen.T
+            products[kind] += chosen @ wanted[scan.kind == kind]
     # A small ridge: constant features, or too few positions, leave the solution undetermined.
     ridge = 1e-6 * (np.trace(squares, axis1=1, axis2=2) + 1)
-    squares = squares + ridge[:, None, None] * np.eye(squares.shape[1])
+    squares += ridge[:, None, None] * np.eye(shape[1])
     solution = np.linalg.solve(squares, products[..., None])[..., 0]
     limit = 2**31 // UNIT - 1
     return np.rint(solution.clip(-limit, limit) * UNIT).astype(np.int32)
