@@ -36,17 +36,13 @@ COARSEST = 16  # rows and columns between the positions of the first pass
 
 
 class Pass(NamedTuple):
-    """Positions of a grid that are coded together.
+    """Positions of a grid that are coded together."""
 
-    Rows and columns (n,), the four neighbours of each (4, 2, n), their class (n,), and the number
-    of positions, at the front, that have no neighbours.
-    """
-
-    rows: np.ndarray
-    columns: np.ndarray
-    neighbours: np.ndarray
-    kind: np.ndarray
-    alone: int
+    rows: np.ndarray  # (n,)
+    columns: np.ndarray  # (n,)
+    neighbours: np.ndarray  # (4, 2, n), their rows and columns
+    kind: np.ndarray  # (n,), the class
+    alone: int  # positions, at the front, that have no neighbours
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,32 +52,33 @@ def lattice(height: int, width: int) -> list[Pass]:
     A neighbour outside the grid is replaced by the opposite one; if both are outside, by the other
     pair.
     """
-
-    def scan(top: int, left: int, step: int, moves: list[tuple[int, int]], kind: int) -> Pass:
-        rows = np.arange(top, height, step, dtype=np.int32)
-        columns = np.arange(left, width, step, dtype=np.int32)
-        rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
-        pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
-        alone = 0 if any(moves[0]) else len(rows)
-        return Pass(
-            rows, columns, np.array(pairs, np.int32), np.full(len(rows), kind, np.int8), alone
-        )
+    passes = []
 
     def reflect(x: np.ndarray, by: int, limit: int) -> np.ndarray:
         return np.where((x + by >= 0) & (x + by < limit), x + by, x - by)
 
-    passes, half = [scan(0, 0, COARSEST, [(0, 0)] * 4, 2)], COARSEST // 2
+    def add(top: int, left: int, step: int, moves: list[tuple[int, int]], kind: int) -> None:
+        rows = np.arange(top, height, step, dtype=np.int32)
+        columns = np.arange(left, width, step, dtype=np.int32)
+        rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+        pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
+        kinds, alone = np.full(len(rows), kind, np.int8), 0 if any(moves[0]) else len(rows)
+        if len(rows):
+            passes.append(Pass(rows, columns, np.array(pairs, np.int32), kinds, alone))
+
+    add(0, 0, COARSEST, [(0, 0)] * 4, 2)
+    half = COARSEST // 2
     while half:
         corners = [(y, x) for y in (-half, half) for x in (-half, half)]
         up_down, left_right = [(-half, 0), (half, 0)], [(0, -half), (0, half)]
         edges = up_down if height > half else left_right
         edges = edges + (left_right if width > half else up_down)
         edge, corner = (0, 1) if half == 1 else (2, 2)  # classes
-        passes.append(scan(half, half, 2 * half, corners, corner))
-        passes.append(scan(0, half, 2 * half, edges, edge))
-        passes.append(scan(half, 0, 2 * half, edges, edge))
+        add(half, half, 2 * half, corners, corner)
+        add(0, half, 2 * half, edges, edge)
+        add(half, 0, 2 * half, edges, edge)
         half //= 2
-    return [each for each in passes if len(each.rows)]
+    return passes
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,37 +89,42 @@ def whole_lattice(height: int, width: int) -> Pass:
 
 
 class Stage:
-    """How the index of one stage is split into digits, and how many contexts each digit has.
+    """How the index of one stage is split into digits.
 
     Args:
         digits: alphabet of each digit, lowest first.
         ordered: whether the digits are channels, whose values have an order.
         earlier: number of digits of all earlier stages together.
 
-    `contexts` has for each digit the number of coarse contexts, and of contexts within each.
+    For each digit, `contexts` has the number of coarse contexts and that of contexts in each of
+    them; `tables` and `weights` have the shapes of its frequencies and of its regressions.
     """
 
     def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
         self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
         self.contexts: list[tuple[int, int]] = []
-        self.steps: list[int] = []  # of the predictions
+        self.tables: list[tuple[int, ...]] = []  # contexts, alphabet
+        self.weights: list[tuple[int, ...]] = []  # classes, neighbours and known digits and 1
         self.chains: list[range] = []  # earlier digits that make up the context of a bit field
         for place, size in enumerate(self.digits):
+            first, coarse, fine = place, 1, 1
             if ordered:
                 fine = (len(EDGES) + 1) ** 2
-                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size))))
-                self.contexts.append((CLASSES * self.steps[-1], fine))
-                continue
-            fine, first = 1, place
-            while first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
+                coarse = CLASSES * max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size)))
+            while not ordered and first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
                 first -= 1
                 fine *= self.digits[first]
-            self.contexts.append((1, fine))
+            known = len(AROUND) * (earlier + place)
+            self.contexts.append((coarse, fine))
+            self.tables.append((coarse * fine, size))
+            self.weights.append((CLASSES, 4 + known + 1) if ordered else (0,))
             self.chains.append(range(first, place))
 
-    def weights_shape(self, place: int) -> tuple[int, ...]:
-        """Shape of a digit's regressions: classes, and weights (neighbours, known digits, 1)."""
-        return (CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1) if self.ordered else (0,)
+
+def stages_of(digits: Sequence[Sequence[int]], ordered: bool) -> list[Stage]:
+    """The stages that have these digits."""
+    earlier = [sum(map(len, digits[:k])) for k in range(len(digits))]
+    return [Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
 
 
 def split(stages: Sequence[Stage], indices: np.ndarray) -> np.ndarray:
@@ -146,17 +148,13 @@ def join(stages: Sequence[Stage], planes: np.ndarray) -> np.ndarray:
 
 
 class Digit(NamedTuple):
-    """Digit `place` of stage `k` of an image, with all that is known before it.
-
-    `digits` (digits, h, w) are those of the stage, known below `place`; `earlier` (n, h, w) are
-    those of all earlier stages, empty for bit fields.
-    """
+    """Digit `place` of stage `k` of an image, with all that is known before it."""
 
     stage: Stage
     k: int
     place: int
-    digits: np.ndarray
-    earlier: np.ndarray
+    digits: np.ndarray  # (digits, h, w) of the stage, known below `place`
+    earlier: np.ndarray  # (n, h, w) of all earlier stages, empty for bit fields
 
     @property
     def plane(self) -> np.ndarray:
@@ -170,15 +168,16 @@ class Digit(NamedTuple):
 
         A pass is looked at when its turn comes, so that a decoder can fill in those before it.
         """
-        if not self.stage.ordered:
+        stage, size = self.stage, self.stage.digits[self.place]
+        if not stage.ordered:
             for scan in passes:
                 index = np.zeros(len(scan.rows), np.int64)
-                for other in self.stage.chains[self.place]:
+                for other in stage.chains[self.place]:
                     known = self.digits[other][scan.rows, scan.columns]
-                    index = index * self.stage.digits[other] + known
+                    index = index * stage.digits[other] + known
                 yield scan, index
             return
-        size, steps = self.stage.digits[self.place], self.stage.steps[self.place]
+        steps, fine = stage.contexts[self.place][0] // CLASSES, stage.contexts[self.place][1]
         prediction, activity = self.around(weights)
         own = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)
         for scan in passes:
@@ -187,28 +186,27 @@ class Digit(NamedTuple):
             guess = prediction[kind, rows, columns] + (mine[:4] * near).sum(0) + mine[4]
             guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
             spread = np.abs(4 * near - near.sum(0)).sum(0)
-            fine = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
-            fine += activity[rows, columns]
-            coarse = guess.astype(np.int64) * CLASSES + kind
-            yield scan, coarse * self.stage.contexts[self.place][1] + fine
+            active = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
+            active += activity[rows, columns]
+            yield scan, (guess.astype(np.int64) * CLASSES + kind) * fine + active
 
     def around(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the known channels tell at every position: their part of the predictions
-        (CLASSES, h, w), float64, and the second activity (h, w).
+        """What the known channels tell at every position.
+
+        Returns their part of the predictions (CLASSES, h, w), float64, and the second activity
+        (h, w).
         """
-        height, width = self.plane.shape
-        prediction = np.zeros((CLASSES, height * width))
-        roughness = np.zeros((height, width))
-        known = self._known()
+        prediction = np.zeros((CLASSES, self.plane.size))
+        roughness = np.zeros(self.plane.shape)
+        known = [*self.earlier, *self.digits[: self.place]]
         for number, plane in enumerate(known):
-            near = surroundings(plane)
-            start = 4 + len(AROUND) * number
+            near, start = surroundings(plane), 4 + len(AROUND) * number
             own = weights[:, start : start + len(AROUND)].astype(np.float64)
             prediction += own @ near.reshape(len(AROUND), -1)
             if number >= len(known) - LAPLACIANS:
                 roughness += np.abs(4 * near[0] - near[1:].sum(0))
         activity = np.searchsorted(EDGES, roughness, side="right")
-        return prediction.reshape(CLASSES, height, width), activity
+        return prediction.reshape(CLASSES, *self.plane.shape), activity
 
     def neighbours(self, scan: Pass) -> np.ndarray:
         """The digit at the four neighbours of a pass (4, n), float64; mid-range without them."""
@@ -218,20 +216,18 @@ class Digit(NamedTuple):
 
     def features(self, scan: Pass) -> np.ndarray:
         """What the regressions are on, in the order of their weights (weights, n), float64."""
-        known = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self._known()]
-        return np.concatenate([self.neighbours(scan), *known, np.ones((1, len(scan.rows)))])
-
-    def _known(self) -> list[np.ndarray]:
-        return [*self.earlier, *self.digits[: self.place]]
+        known = [*self.earlier, *self.digits[: self.place]]
+        near = [surroundings(plane)[:, scan.rows, scan.columns] for plane in known]
+        return np.concatenate([self.neighbours(scan), *near, np.ones((1, len(scan.rows)))])
 
 
 def digits_of(stages: Sequence[Stage], planes: np.ndarray) -> Iterator[Digit]:
-    """All digits of `split` planes, in the order of decoding.
+    """All digits of planes (digits, h, w) of the first stages, in the order of decoding.
 
     They are views: a decoder starts with zeros, and fills in a digit before it asks for the next.
     """
     for k, stage in enumerate(stages):
-        digits = planes[stage.earlier : stage.earlier + len(stage.digits)]
+        digits = planes[stage.earlier :][: len(stage.digits)]
         for place in range(len(digits)):
             yield Digit(stage, k, place, digits, planes[: stage.earlier if stage.ordered else 0])
 
