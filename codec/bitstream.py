@@ -35,6 +35,7 @@ Entropy-coded payload: one ANS stream of the `constriction` package, specified i
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
@@ -53,15 +54,13 @@ BLOCK_BITS, CHUNK = 32768, 65536
 
 @dataclass(frozen=True)
 class Header:
-    """The fields before the statistics: width and height in pixels, length of the payload in bytes
-    (None at fixed rate).
-    """
+    """The fields before the statistics."""
 
     stages: int
     fingerprint: bytes
-    width: int
+    width: int  # in pixels
     height: int
-    payload: int | None = None
+    payload: int | None = None  # bytes, None at fixed rate
     flags: int = 0
 
     @property
@@ -91,8 +90,7 @@ def write(header: Header, side: bytes, payload: bytes) -> bytes:
 def read_header(data: bytes) -> Header:
     """The header of a file, from its first 27 bytes or more; the checksum is not verified.
 
-    Raises:
-        ValueError: another format or version, no valid size, or the file ends within the header.
+    Raises ValueError: another format or version, no valid size, or the end within the header.
     """
     if not data:
         raise ValueError("is empty (zero bytes)")
@@ -119,44 +117,34 @@ def intact(data: bytes) -> bool:
 
 def payload_bytes(positions: int, sizes: Sequence[int]) -> int:
     """Bytes of a fixed-rate payload, from the numbers of codes of its stages."""
-    bits = 0
-    for size in sizes:
-        whole, rest = divmod(positions, _block(size))
-        bits += whole * _bits(size, _block(size)) + _bits(size, rest)
-    return -(-bits // 8)
+    return -(-sum(bits for *_, bits in _blocks(positions, sizes)) // 8)
 
 
 def _power_of_two(size: int) -> bool:
     return size & (size - 1) == 0
 
 
-def _block(size: int) -> int:
-    """Indices that are packed at a time; for N no power of two, those that make one integer."""
-    return CHUNK if _power_of_two(size) else max(1, int(BLOCK_BITS / math.log2(size)))
-
-
+@functools.lru_cache
 def _bits(size: int, count: int) -> int:
     """Bits of a block of `count` indices: ceil(count log2 size), exactly."""
-    if _power_of_two(size):
-        return count * (size.bit_length() - 1)
-    return (size**count - 1).bit_length()
+    return (
+        count * (size.bit_length() - 1) if _power_of_two(size) else (size**count - 1).bit_length()
+    )
 
 
-def _blocks(positions: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, slice]]:
-    """(stage, number of its codes, positions) of each block, in the order of the payload."""
+def _blocks(positions: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, slice, int]]:
+    """(stage, number of its codes, positions, bits) of each block, in the order of the payload."""
     for stage, size in enumerate(sizes):
-        for start in range(0, positions, _block(size)):
-            yield stage, size, slice(start, min(start + _block(size), positions))
+        step = CHUNK if _power_of_two(size) else max(1, int(BLOCK_BITS / math.log2(size)))
+        for start in range(0, positions, step):
+            end = min(start + step, positions)
+            yield stage, size, slice(start, end), _bits(size, end - start)
 
 
 def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
-    """Indices (positions, stages) -> the fixed-rate payload.
-
-    Raises:
-        ValueError: an index is out of range.
-    """
+    """Indices (positions, stages) -> the fixed-rate payload; ValueError if one is out of range."""
     bits = []
-    for stage, size, part in _blocks(len(indices), sizes):
+    for stage, size, part, _ in _blocks(len(indices), sizes):
         block = indices[part, stage]
         if not 0 <= int(block.min()) <= int(block.max()) < size:
             raise ValueError(f"indices must be from 0 to {size - 1}")
@@ -167,21 +155,17 @@ def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
 def unpack(payload: bytes, positions: int, sizes: Sequence[int]) -> np.ndarray:
     """The inverse of `pack`: indices (positions, stages), int64.
 
-    Raises:
-        ValueError: the length is wrong, a value is out of range, or a padding bit is set.
+    Raises ValueError: the length is wrong, a value is out of range, or a padding bit is set.
     """
     wanted = payload_bytes(positions, sizes)
     if len(payload) != wanted:
         raise ValueError(f"the payload has {len(payload)} bytes, not {wanted}")
     bits = np.unpackbits(np.frombuffer(payload, np.uint8))
     indices = np.empty((positions, len(sizes)), np.int64)
-    start = 0
-    for stage, size, part in _blocks(positions, sizes):
-        count = part.stop - part.start
-        end = start + _bits(size, count)
-        indices[part, stage] = _from_bits(bits[start:end], count, size)
-        start = end
-    if bits[start:].any():
+    for stage, size, part, count in _blocks(positions, sizes):
+        indices[part, stage] = _from_bits(bits[:count], part.stop - part.start, size)
+        bits = bits[count:]
+    if bits.any():
         raise ValueError("a padding bit after the last index is set")
     return indices
 

@@ -37,19 +37,13 @@ class Codec:
     Args:
         checkpoint: `last.pt`, `best.pt`, or the output of `compress.py fit`.
         device: where the network runs, in float32 (no TF32).
-        tile: side, in pixels, of what goes through the network at once; rounded up to a multiple
-            of f.
+        tile: side, in pixels, of what goes through the network at once; at least f.
 
-    Attributes:
-        model: the model, in evaluation mode.
-        stages: number of stages that a file can hold: those of the model, at most 255.
-        bits: bits per position, without image statistics.
-        fingerprint: 8 bytes that identify the architecture and all that decoding depends on.
-        entropy_model: the `EntropyModel` of the checkpoint, or None.
-        seconds: time spent so far in the `network` (with the quantizer) and in `packing`.
+    `stages` is the number that a file can hold, `bits` those per position without image statistics,
+    `fingerprint` 8 bytes of the architecture and all that decoding depends on, `entropy_model` that
+    of the checkpoint or None, `seconds` the time spent in the network and in packing.
 
-    Raises:
-        ValueError: the file is not a checkpoint, or its entropy model does not fit.
+    Raises ValueError: the file is not a checkpoint, or its entropy model does not fit.
     """
 
     def __init__(
@@ -67,22 +61,18 @@ class Codec:
         self.tile = -(-max(1, tile) // self.model.f)  # in positions
         self.fingerprint = _fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
-        if (state := self.checkpoint.get(ENTROPY_MODEL)) is not None:
-            if "weights" not in state:
-                raise ValueError(
-                    "the checkpoint's entropy model has an older layout: run fit again"
-                )
+        if state := self.checkpoint.get(ENTROPY_MODEL):
+            problem = "an older layout" if "weights" not in state else ""
             if [math.prod(digits) for digits in state["digits"]] != self.sizes:
-                raise ValueError(
-                    "the checkpoint's entropy model has other codebooks: run fit again"
-                )
+                problem = "other codebooks"
+            if problem:
+                raise ValueError(f"the checkpoint's entropy model has {problem}: run fit again")
             tables, weights = (
                 [[tensor.numpy() for tensor in row] for row in state[name]]
                 for name in ("tables", "weights")
             )
-            self.entropy_model = entropy.EntropyModel(
-                state["digits"], state["ordered"], tables, weights
-            )
+            digits, ordered = state["digits"], state["ordered"]
+            self.entropy_model = entropy.EntropyModel(digits, ordered, tables, weights)
         self.seconds = {"network": 0.0, "packing": 0.0}
 
     def encode(
@@ -90,24 +80,17 @@ class Codec:
     ) -> bytes:
         """uint8 (H, W, 3) -> the bytes of a file, of the first `stages` stages (default: all).
 
-        Raises:
-            ValueError: the image or the number of stages is invalid, or there is no entropy model.
+        Raises ValueError: the image or the number of stages is invalid, or no entropy model.
         """
-        _stages(stages, self.stages, "the model has")
-        if entropy_coding:
-            self._coder()
         return self.write(*self.encode_indices(image), image.shape[:2], stages, entropy_coding)
 
     def decode(self, data: bytes, stages: int | None = None) -> np.ndarray:
         """The bytes of a file -> uint8 (H, W, 3), from the first `stages` stages (default: all).
 
-        Raises:
-            ValueError: what is wrong with the file, as a sentence whose subject is left out: put
-                the name of the file in front.
+        Raises ValueError: what is wrong, as a sentence that lacks its subject, the file's name.
         """
         return self.decode_indices(*self.read(data, stages))
 
-    # --- indices <-> bytes ---------------------------------------------------------------
     def write(
         self,
         indices: np.ndarray,
@@ -121,12 +104,16 @@ class Codec:
         k = _stages(stages, self.stages, "the model has")
         side = b"" if statistics is None else statistics[:k].astype("<f2").tobytes()
         if entropy_coding:
-            payload = self._coder().encode(indices[..., :k])
+            if self.entropy_model is None:
+                raise ValueError(
+                    "the checkpoint has no entropy model: run `compress.py fit` on training images"
+                )
+            payload = self.entropy_model.encode(indices[..., :k])
             flags, length = bitstream.CODED, len(payload)
         else:
             payload = bitstream.pack(indices[..., :k].reshape(-1, k), self.sizes[:k])
             flags, length = 0, None
-        header = bitstream.Header(k, self.mark(flags), size[1], size[0], length, flags)
+        header = bitstream.Header(k, self._mark(flags), size[1], size[0], length, flags)
         data = bitstream.write(header, side, payload)
         self.seconds["packing"] += time.perf_counter() - start
         return data
@@ -151,8 +138,8 @@ class Codec:
                 )
         payload, shape = data[end:-4], self.grid(header.height, header.width)
         try:
-            if header.flags & bitstream.CODED:
-                indices = self._coder().decode(payload, shape, kept)
+            if self.entropy_model and header.flags & bitstream.CODED:
+                indices = self.entropy_model.decode(payload, shape, kept)
             else:
                 indices = bitstream.unpack(payload, math.prod(shape), self.sizes[:kept])
         except ValueError as error:
@@ -161,13 +148,9 @@ class Codec:
         return indices.reshape(*shape, kept)[..., :k], statistics, (header.height, header.width)
 
     def check(self, data: bytes) -> bitstream.Header:
-        """The header of a file of this model.
-
-        Raises:
-            ValueError: the header, the length or the checksum is wrong.
-        """
+        """The header of a file of this model; ValueError if it, the length or the CRC is wrong."""
         header = bitstream.read_header(data)
-        known, wanted = header.fingerprint == self.mark(header.flags), self.length(header)
+        known, wanted = header.fingerprint == self._mark(header.flags), self.length(header)
         coded = header.flags & bitstream.CODED
         if not bitstream.intact(data):
             if known and len(data) < wanted:
@@ -192,9 +175,9 @@ class Codec:
             raise ValueError(f"claims {header.stages} stages: the model has {self.stages}")
         if len(data) != wanted:
             raise ValueError(f"has {len(data)} bytes, but its header says {wanted}")
-        if header.payload is not None:
+        if self.entropy_model and header.payload is not None:
             positions = math.prod(self.grid(header.height, header.width))
-            self._coder().check_length(header.payload, positions, header.stages)
+            self.entropy_model.check_length(header.payload, positions, header.stages)
         return header
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -209,21 +192,20 @@ class Codec:
             payload = bitstream.payload_bytes(positions, self.sizes[: header.stages])
         return header.size + 2 * header.stages * self.side_values + payload + 4
 
-    def mark(self, flags: int) -> bytes:
+    def check_size(self, head: bytes, size: int) -> None:
+        """Raises ValueError if a file that begins with `head` cannot have `size` bytes."""
+        header = bitstream.read_header(head)
+        known = header.fingerprint == self._mark(header.flags)
+        limit = self.length(header) if known else bitstream.MAX_PIXELS
+        if size > limit:
+            raise ValueError(f"is damaged: it has {size} bytes, more than the {limit} it can have")
+
+    def _mark(self, flags: int) -> bytes:
         """The fingerprint in a header; an entropy-coded file depends on the entropy model too."""
         if not flags & bitstream.CODED:
             return self.fingerprint
-        if self.entropy_model is None:
-            return b""
-        return hashlib.sha256(self.fingerprint + self.entropy_model.digest).digest()[:8]
-
-    # --- the entropy model ---------------------------------------------------------------
-    def _coder(self) -> entropy.EntropyModel:
-        if self.entropy_model is None:
-            raise ValueError(
-                "the checkpoint has no entropy model: run `compress.py fit` on training images"
-            )
-        return self.entropy_model
+        model = self.entropy_model
+        return hashlib.sha256(self.fingerprint + model.digest).digest()[:8] if model else b""
 
     def counts(self) -> entropy.Counts:
         """Empty counts for this model's indices."""
@@ -242,13 +224,11 @@ class Codec:
         self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
         return self.checkpoint
 
-    # --- image <-> indices ---------------------------------------------------------------
     @torch.inference_mode()
     def encode_indices(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 (H, W, 3) -> indices (h, w, stages), int64, and statistics (stages, 2, C) or None.
 
-        Raises:
-            ValueError: the image has another type or shape, no pixels, or too many.
+        Raises ValueError: the image has another type or shape, no pixels, or too many.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
@@ -289,15 +269,15 @@ class Codec:
             side = (torch.tensor(statistics.astype(np.float32), device=self.device)[None],)
         if not model.quantizer.stage_axis:
             indices = indices[..., 0]
-        image = np.empty((*size, 3), np.uint8)
-        for core, outer, inner in tiles(indices.shape[:2], self.tile, reach(model.decoder)):
+        shape = indices.shape[:2]
+        image = np.empty((shape[0] * f, shape[1] * f, 3), np.uint8)
+        for core, outer, inner in tiles(shape, self.tile, reach(model.decoder)):
             tokens = torch.from_numpy(indices[outer].copy()).to(self.device)[None]
             pixels = model.decode(tokens, *side)[0].clamp(0, 1).mul(255).round()
-            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()[in_pixels(inner, f)]
-            part = image[in_pixels(core, f)]  # smaller where the image was padded
-            part[:] = pixels[: part.shape[0], : part.shape[1]]
+            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
-        return image
+        return image[: size[0], : size[1]]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def lattice(height: int, width: int) -> list[Pass]:
 def whole_lattice(height: int, width: int) -> Pass:
     """All passes in one, in their order, for use where all indices are known."""
     *arrays, alone = zip(*lattice(height, width), strict=True)
-    return Pass(*(np.concatenate(parts, axis=-1) for parts in arrays), sum(alone))
+    return Pass._make([*(np.concatenate(parts, axis=-1) for parts in arrays), sum(alone)])
 
 
 class Stage:
@@ -161,6 +161,11 @@ class Digit(NamedTuple):
         """The digit itself (h, w), a view."""
         return self.digits[self.place]
 
+    @property
+    def known(self) -> list[np.ndarray]:
+        """All digits (h, w) before it."""
+        return [*self.earlier, *self.digits[: self.place]]
+
     def contexts(
         self, weights: np.ndarray, passes: Iterable[Pass]
     ) -> Iterator[tuple[Pass, np.ndarray]]:
@@ -191,19 +196,14 @@ class Digit(NamedTuple):
             yield scan, (guess.astype(np.int64) * CLASSES + kind) * fine + active
 
     def around(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the known channels tell at every position.
-
-        Returns their part of the predictions (CLASSES, h, w), float64, and the second activity
-        (h, w).
-        """
+        """Part of the predictions (CLASSES, h, w) by known channels; second activity (h, w)."""
         prediction = np.zeros((CLASSES, self.plane.size))
         roughness = np.zeros(self.plane.shape)
-        known = [*self.earlier, *self.digits[: self.place]]
-        for number, plane in enumerate(known):
+        for number, plane in enumerate(self.known):
             near, start = surroundings(plane), 4 + len(AROUND) * number
             own = weights[:, start : start + len(AROUND)].astype(np.float64)
             prediction += own @ near.reshape(len(AROUND), -1)
-            if number >= len(known) - LAPLACIANS:
+            if number >= len(self.known) - LAPLACIANS:
                 roughness += np.abs(4 * near[0] - near[1:].sum(0))
         activity = np.searchsorted(EDGES, roughness, side="right")
         return prediction.reshape(CLASSES, *self.plane.shape), activity
@@ -216,8 +216,7 @@ class Digit(NamedTuple):
 
     def features(self, scan: Pass) -> np.ndarray:
         """What the regressions are on, in the order of their weights (weights, n), float64."""
-        known = [*self.earlier, *self.digits[: self.place]]
-        near = [surroundings(plane)[:, scan.rows, scan.columns] for plane in known]
+        near = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self.known]
         return np.concatenate([self.neighbours(scan), *near, np.ones((1, len(scan.rows)))])
 
 

@@ -34,11 +34,7 @@ SAMPLE = 2**20  # positions that the regressions are fitted on
 
 
 def load_constriction():
-    """constriction's stream coders.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
+    """constriction's stream coders; ValueError if the package is not installed."""
     try:
         from constriction import stream  # pyright: ignore  (optional; its stubs lack this)
     except ImportError as error:
@@ -49,10 +45,8 @@ def load_constriction():
 def bit_fields(size: int) -> list[int]:
     """The alphabets of an index of `size` codes without channels, lowest digit first.
 
-    Powers of two: the fewest bit fields of at most 12 bits, as even as possible. Others: one.
-
-    Raises:
-        ValueError: more than 65,536 codes that are not a power of two.
+    Powers of two: the fewest bit fields of at most 12 bits, as even as possible. Others: one, and
+    ValueError above 65,536 codes.
     """
     if size & (size - 1):
         if size > MAX_SYMBOLS:
@@ -80,8 +74,7 @@ class EntropyModel:
         tables: integers (contexts, alphabet), each row with the sum `total(alphabet)`.
         weights: integer weights of the regressions (CLASSES, n); empty for bit fields.
 
-    Raises:
-        ValueError: an array has another shape, or frequencies that are out of range.
+    Raises ValueError: an array has another shape, or frequencies that are out of range.
     """
 
     def __init__(self, digits: list[list[int]], ordered: bool, tables: Rows, weights: Rows):
@@ -114,7 +107,7 @@ class EntropyModel:
         """What is coded at a time, from the first (order `iter`) or the last (`reversed`).
 
         Yields a digit's plane, rows and columns in it, and constriction's model of the symbols
-        there with its parameters: the probabilities of each symbol, or the number of symbols.
+        there with its parameters: their probabilities, or none where there is one context.
         """
         categorical = load_constriction().model.Categorical
         for digit in order([*digits_of(self.stages, planes)]):
@@ -128,10 +121,10 @@ class EntropyModel:
                     rows, columns = scan.rows[part], scan.columns[part]
                     if len(table) == 1:
                         model = categorical(table[0].astype(np.float32) / whole, perfect=False)
-                        yield digit.plane, rows, columns, model, len(rows)
+                        yield digit.plane, rows, columns, model, ()
                     else:
                         p = table[contexts[part]].astype(np.float32) / whole
-                        yield digit.plane, rows, columns, categorical(perfect=False), p
+                        yield digit.plane, rows, columns, categorical(perfect=False), (p,)
 
     def encode(self, indices: np.ndarray) -> bytes:
         """Indices (h, w, k) of the first k stages -> payload."""
@@ -139,14 +132,13 @@ class EntropyModel:
         # ANS is a stack: what is decoded first is encoded last.
         planes, passes = context.split(self.stages, indices), [whole_lattice(*indices.shape[:2])]
         for plane, rows, columns, model, p in self._parts(planes, passes, reversed):
-            coder.encode_reverse(plane[rows, columns], model, *([] if isinstance(p, int) else [p]))
+            coder.encode_reverse(plane[rows, columns], model, *p)
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
     def decode(self, payload: bytes, shape: tuple[int, int], stages: int) -> np.ndarray:
         """The inverse of `encode`: indices (h, w, stages), int64.
 
-        Raises:
-            ValueError: the payload is not what `encode` gives for any indices of this shape.
+        Raises ValueError: `encode` gives this payload for no indices of this shape.
         """
         if not payload or payload[-1] == 0:
             raise ValueError("the entropy-coded payload ends in a zero byte")
@@ -156,7 +148,7 @@ class EntropyModel:
         # Bit fields do not depend on neighbours: all positions can be decoded at once.
         passes = context.lattice(*shape) if self.ordered else [whole_lattice(*shape)]
         for plane, rows, columns, model, p in self._parts(planes, passes, iter):
-            plane[rows, columns] = coder.decode(model, p)
+            plane[rows, columns] = coder.decode(model, *(p or (len(rows),)))
         if coder.get_compressed().tolist() != [START]:
             raise ValueError("the entropy-coded payload does not end where its last index does")
         return context.join(self.stages[:stages], planes)
@@ -255,8 +247,8 @@ def frequencies(p: np.ndarray) -> np.ndarray:
     counts[rows, top] = np.minimum(counts[rows, top], whole // 64 * 63)
     # What is missing goes evenly to all symbols but the most frequent one.
     share, rest = np.divmod(whole - counts.sum(1), size - 1)
-    symbols = np.arange(size)[None]
-    others = symbols != top[:, None]
-    order = symbols - (symbols > top[:, None])  # among the others
-    counts += others * (share[:, None] + (order < rest[:, None]))
+    order = np.arange(size) - (np.arange(size) > top[:, None])  # among the others
+    more = share[:, None] + (order < rest[:, None])
+    more[rows, top] = 0
+    counts += more
     return counts.astype(np.int16 if whole <= 2**15 else np.int32)
