@@ -127,9 +127,7 @@ def _power_of_two(size: int) -> bool:
 @functools.lru_cache
 def _bits(size: int, count: int) -> int:
     """Bits of a block of `count` indices: ceil(count log2 size), exactly."""
-    return (
-        count * (size.bit_length() - 1) if _power_of_two(size) else (size**count - 1).bit_length()
-    )
+    return (size**count - 1).bit_length()
 
 
 def _blocks(positions: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, slice, int]]:

@@ -37,9 +37,9 @@ class Codec:
     Args:
         checkpoint: `last.pt`, `best.pt`, or the output of `compress.py fit`.
         device: where the network runs, in float32 (no TF32).
-        tile: side, in pixels, of what goes through the network at once; at least f.
+        tile: side, in pixels, of what the network gets at once; rounded up to a multiple of f.
 
-    `stages` is the number that a file can hold, `bits` those per position without image statistics,
+    `stages` is how many a file can hold, `bits` the rate per position without image statistics,
     `fingerprint` 8 bytes of the architecture and all that decoding depends on, `entropy_model` that
     of the checkpoint or None, `seconds` the time spent in the network and in packing.
 
@@ -192,7 +192,7 @@ class Codec:
             payload = bitstream.payload_bytes(positions, self.sizes[: header.stages])
         return header.size + 2 * header.stages * self.side_values + payload + 4
 
-    def check_size(self, head: bytes, size: int) -> None:
+    def check_claim(self, head: bytes, size: int) -> None:
         """Raises ValueError if a file that begins with `head` cannot have `size` bytes."""
         header = bitstream.read_header(head)
         known = header.fingerprint == self._mark(header.flags)

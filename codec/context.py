@@ -130,9 +130,8 @@ def stages_of(digits: Sequence[Sequence[int]], ordered: bool) -> list[Stage]:
 def split(stages: Sequence[Stage], indices: np.ndarray) -> np.ndarray:
     """Indices (h, w, k) -> the digits of the first k stages (digits, h, w), int32."""
     planes = []
-    for k in range(indices.shape[2]):
-        rest = indices[..., k]
-        for size in stages[k].digits:
+    for stage, rest in zip(stages, np.moveaxis(indices, 2, 0), strict=False):
+        for size in stage.digits:
             rest, digit = np.divmod(rest, size)
             planes.append(digit.astype(np.int32))
     return np.stack(planes)
@@ -234,6 +233,5 @@ def digits_of(stages: Sequence[Stage], planes: np.ndarray) -> Iterator[Digit]:
 def surroundings(plane: np.ndarray) -> np.ndarray:
     """A plane (h, w) and its neighbours at distance 1 (5, h, w), float64, the edge repeated."""
     height, width = plane.shape
-    rows, columns = (np.arange(-1, n + 1).clip(0, n - 1) for n in (height, width))
-    padded = plane[rows[:, None], columns].astype(np.float64)
+    padded = np.pad(plane.astype(np.float64), 1, mode="edge")
     return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])

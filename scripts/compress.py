@@ -141,7 +141,7 @@ def decode(flags: Namespace) -> dict:
         try:
             with open(path, "rb") as file:  # whole only if it is no larger than its header allows
                 head = file.read(bitstream.HEAD_BYTES)
-                codec.check_size(head, path.stat().st_size)
+                codec.check_claim(head, path.stat().st_size)
                 data = head + file.read()
             image = codec.decode(data, flags.stages)
         except ValueError as error:
