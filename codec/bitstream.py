@@ -39,8 +39,9 @@ import functools
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -51,22 +52,15 @@ HEAD_BYTES = _HEAD.size + 4  # of the longer of the two headers
 BLOCK_BITS, CHUNK = 32768, 65536
 
 
-# ---------------------------------------------------------------------------------------
-# Header and checksum
-# ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Header:
-    """The fields before the statistics.
-
-    `width` and `height` are in pixels; `payload` is the length of an entropy-coded payload in
-    bytes, None at fixed rate.
-    """
+    """The fields before the statistics."""
 
     stages: int
     fingerprint: bytes
-    width: int
+    width: int  # in pixels
     height: int
-    payload: int | None = None
+    payload: int | None = None  # bytes, None at fixed rate
     flags: int = 0
 
     @property
@@ -96,8 +90,7 @@ def write(header: Header, side: bytes, payload: bytes) -> bytes:
 def read_header(data: bytes) -> Header:
     """The header of a file, from its first 27 bytes or more; the checksum is not verified.
 
-    Raises:
-        ValueError: the file has another format or version, or ends within the header.
+    Raises ValueError: another format or version, no valid size, or the end within the header.
     """
     if not data:
         raise ValueError("is empty (zero bytes)")
@@ -108,7 +101,11 @@ def read_header(data: bytes) -> Header:
         raise ValueError(f"has {kind} version, {data[4]}: this program reads version {VERSION}")
     if len(data) < HEAD_BYTES:
         raise ValueError(f"is truncated: it ends within the header, after {len(data)} bytes")
-    _, _, flags, stages, fingerprint, width, height = _HEAD.unpack(data[: _HEAD.size])
+    _, _, flags, stages, fingerprint, width, height = _HEAD.unpack_from(data)
+    try:
+        check_size(width, height)
+    except ValueError as error:
+        raise ValueError(f"has an invalid size in its header: {error}") from error
     payload = struct.unpack_from("<I", data, _HEAD.size)[0] if flags & CODED else None
     return Header(stages, fingerprint, width, height, payload, flags)
 
@@ -118,100 +115,57 @@ def intact(data: bytes) -> bool:
     return len(data) > 4 and zlib.crc32(data[:-4]) == struct.unpack("<I", data[-4:])[0]
 
 
-# ---------------------------------------------------------------------------------------
-# Fixed rate
-# ---------------------------------------------------------------------------------------
 def payload_bytes(positions: int, sizes: Sequence[int]) -> int:
     """Bytes of a fixed-rate payload, from the numbers of codes of its stages."""
-    bits = 0
-    for size in sizes:
-        block = _block(size)
-        whole, rest = divmod(positions, block)
-        bits += whole * _bits(size, block) + _bits(size, rest)
-    return -(-bits // 8)
+    return -(-sum(bits for *_, bits in _blocks(positions, sizes)) // 8)
 
 
 def _power_of_two(size: int) -> bool:
     return size & (size - 1) == 0
 
 
-def _block(size: int) -> int:
-    """Indices that are packed at a time; for N no power of two, those that make one integer."""
-    return CHUNK if _power_of_two(size) else max(1, int(BLOCK_BITS / math.log2(size)))
-
-
+@functools.lru_cache
 def _bits(size: int, count: int) -> int:
     """Bits of a block of `count` indices: ceil(count log2 size), exactly."""
-    if _power_of_two(size):
-        return count * (size.bit_length() - 1)
     return (size**count - 1).bit_length()
 
 
-def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
-    """Indices (positions, stages) -> the fixed-rate payload.
+def _blocks(positions: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, slice, int]]:
+    """(stage, number of its codes, positions, bits) of each block, in the order of the payload."""
+    for stage, size in enumerate(sizes):
+        step = CHUNK if _power_of_two(size) else max(1, int(BLOCK_BITS / math.log2(size)))
+        for start in range(0, positions, step):
+            end = min(start + step, positions)
+            yield stage, size, slice(start, end), _bits(size, end - start)
 
-    Raises:
-        ValueError: an index is out of range.
-    """
-    out, rest = bytearray(), np.empty(0, np.uint8)
-    for column, size in zip(indices.T, sizes, strict=True):
-        if not 0 <= int(column.min()) <= int(column.max()) < size:
+
+def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
+    """Indices (positions, stages) -> the fixed-rate payload; ValueError if one is out of range."""
+    bits = []
+    for stage, size, part, _ in _blocks(len(indices), sizes):
+        block = indices[part, stage]
+        if not 0 <= int(block.min()) <= int(block.max()) < size:
             raise ValueError(f"indices must be from 0 to {size - 1}")
-        for start in range(0, len(column), _block(size)):
-            bits = np.concatenate([rest, _to_bits(column[start : start + _block(size)], size)])
-            whole = len(bits) // 8 * 8
-            out += np.packbits(bits[:whole]).tobytes()
-            rest = bits[whole:]
-    return bytes(out + np.packbits(rest).tobytes())
+        bits.append(_to_bits(block, size))
+    return np.packbits(np.concatenate(bits)).tobytes()
 
 
 def unpack(payload: bytes, positions: int, sizes: Sequence[int]) -> np.ndarray:
     """The inverse of `pack`: indices (positions, stages), int64.
 
-    Raises:
-        ValueError: the length is wrong, a value is out of range, or a padding bit is set.
+    Raises ValueError: the length is wrong, a value is out of range, or a padding bit is set.
     """
     wanted = payload_bytes(positions, sizes)
     if len(payload) != wanted:
         raise ValueError(f"the payload has {len(payload)} bytes, not {wanted}")
-    data = np.frombuffer(payload, np.uint8)
+    bits = np.unpackbits(np.frombuffer(payload, np.uint8))
     indices = np.empty((positions, len(sizes)), np.int64)
-    place = 0  # in bits
-    for stage, size in enumerate(sizes):
-        for start in range(0, positions, _block(size)):
-            count = min(_block(size), positions - start)
-            end = place + _bits(size, count)
-            bits = np.unpackbits(data[place // 8 : -(-end // 8)])[place % 8 :][: end - place]
-            indices[start : start + count, stage] = _from_bits(bits, count, size)
-            place = end
-    if place % 8 and data[-1] & (0xFF >> place % 8):
+    for stage, size, part, count in _blocks(positions, sizes):
+        indices[part, stage] = _from_bits(bits[:count], part.stop - part.start, size)
+        bits = bits[count:]
+    if bits.any():
         raise ValueError("a padding bit after the last index is set")
     return indices
-
-
-def _groups(size: int) -> np.ndarray:
-    """Place values (1, N, N^2, ...) of as many indices as fit 62 bits, for N no power of two."""
-    return np.array([size**j for j in range(max(1, int(62 / math.log2(size))))], np.int64)
-
-
-_power = functools.lru_cache(maxsize=64)(pow)
-
-
-def _join(digits: list[int], base: int) -> int:
-    """The sum of digit_j base^j, by halves: Python multiplies long integers in quadratic time."""
-    if len(digits) == 1:
-        return digits[0]
-    half = 2 ** ((len(digits) - 1).bit_length() - 1)
-    return _join(digits[:half], base) + _join(digits[half:], base) * _power(base, half)
-
-
-def _split(number: int, base: int, count: int) -> list[int]:
-    """The inverse of `_join`: `count` digits."""
-    if count == 1:
-        return [number]
-    half = 2 ** ((count - 1).bit_length() - 1)
-    high, low = divmod(number, _power(base, half))
-    return _split(low, base, half) + _split(high, base, count - half)
 
 
 def _to_bits(column: np.ndarray, size: int) -> np.ndarray:
@@ -220,13 +174,13 @@ def _to_bits(column: np.ndarray, size: int) -> np.ndarray:
         width = size.bit_length() - 1
         octets = column.astype(">u8").view(np.uint8).reshape(-1, 8)
         return np.unpackbits(octets, axis=1)[:, 64 - width :].reshape(-1)
-    # numpy adds up the indices of a group; Python's integers, which have any length, the groups.
-    places = _groups(size)
-    padded = np.pad(column, (0, -len(column) % len(places)))
-    groups = padded.reshape(-1, len(places)) @ places
-    number = _join(groups.tolist(), size ** len(places))
+    # Pairs of digits, pairs of pairs, ...: one by one, the time would be quadratic in their number.
+    digits, base = column.tolist(), size
+    while len(digits) > 1:
+        pairs = zip_longest(digits[::2], digits[1::2], fillvalue=0)
+        digits, base = [low + high * base for low, high in pairs], base * base
     length = _bits(size, len(column))
-    octets = number.to_bytes(-(-length // 8), "big")
+    octets = digits[0].to_bytes(-(-length // 8), "big")
     return np.unpackbits(np.frombuffer(octets, np.uint8))[-length % 8 :]
 
 
@@ -236,10 +190,11 @@ def _from_bits(bits: np.ndarray, count: int, size: int) -> np.ndarray:
         padded = np.zeros((count, 64), np.uint8)
         padded[:, 64 - size.bit_length() + 1 :] = bits.reshape(count, -1)
         return np.packbits(padded, axis=1).view(">u8")[:, 0].astype(np.int64)
-    padded = np.pad(bits, (-len(bits) % 8, 0))
-    number = int.from_bytes(np.packbits(padded).tobytes(), "big")
+    number = int.from_bytes(np.packbits(np.pad(bits, (-len(bits) % 8, 0))).tobytes(), "big")
     if number >= size**count:
         raise ValueError(f"a block of indices is out of range for {size} codes")
-    places = _groups(size)
-    groups = _split(number, size ** len(places), -(-count // len(places)))
-    return (np.array(groups, np.int64)[:, None] // places % size).reshape(-1)[:count]
+    digits = [number]
+    for level in reversed(range((count - 1).bit_length())):
+        base = size**2**level
+        digits = [part for number in digits for part in reversed(divmod(number, base))]
+    return np.array(digits[:count], np.int64)

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import util
 from arguments import architecture_flags
 from codec import bitstream, entropy
 from codec.tiles import in_pixels, reach, tiles
 from model import VQVAE, load_model
-from quantizers import Quantized, Quantizer
+from quantizers import Quantized
 
 ENTROPY_MODEL = "entropy_model"  # its key in a checkpoint
 
@@ -38,19 +37,13 @@ class Codec:
     Args:
         checkpoint: `last.pt`, `best.pt`, or the output of `compress.py fit`.
         device: where the network runs, in float32 (no TF32).
-        tile: side, in pixels, of what goes through the network at once; rounded up to a multiple
-            of f.
+        tile: side, in pixels, of what the network gets at once; rounded up to a multiple of f.
 
-    Attributes:
-        model: the model, in evaluation mode.
-        stages: number of stages of the model.
-        bits: bits per position, without image statistics.
-        fingerprint: 8 bytes that identify the architecture and all that decoding depends on.
-        entropy_model: the `EntropyModel` of the checkpoint, or None.
-        seconds: time spent so far in the `network` (with the quantizer) and in `packing`.
+    `stages` is how many a file can hold, `bits` the rate per position without image statistics,
+    `fingerprint` 8 bytes of the architecture and all that decoding depends on, `entropy_model` that
+    of the checkpoint or None, `seconds` the time spent in the network and in packing.
 
-    Raises:
-        ValueError: the file is not a checkpoint, or its entropy model does not fit.
+    Raises ValueError: the file is not a checkpoint, or its entropy model does not fit.
     """
 
     def __init__(
@@ -61,47 +54,43 @@ class Codec:
         util.set_float32_precision("ieee")
         self.model.to(self.device)
         quantizer = self.model.quantizer
-        self.sizes = quantizer.codebook_sizes
-        self.stages, self.bits = quantizer.stages, quantizer.bits
+        self.sizes, self.bits = quantizer.codebook_sizes, quantizer.bits
+        self.stages = min(quantizer.stages, 255)
         # Per stage; each is stored as a half float.
-        self.side_values = round(quantizer.side_bits / 16 / self.stages)
+        self.side_values = round(quantizer.side_bits / 16 / quantizer.stages)
         self.tile = -(-max(1, tile) // self.model.f)  # in positions
         self.fingerprint = _fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
-        if ENTROPY_MODEL in self.checkpoint:
-            self.entropy_model = entropy.EntropyModel.from_state(self.checkpoint[ENTROPY_MODEL])
-            if [math.prod(digits) for digits in self.entropy_model.digits] != self.sizes:
-                raise ValueError(
-                    "the checkpoint's entropy model has other codebooks: run fit again"
-                )
+        if state := self.checkpoint.get(ENTROPY_MODEL):
+            problem = "an older layout" if "weights" not in state else ""
+            if [math.prod(digits) for digits in state["digits"]] != self.sizes:
+                problem = "other codebooks"
+            if problem:
+                raise ValueError(f"the checkpoint's entropy model has {problem}: run fit again")
+            tables, weights = (
+                [[tensor.numpy() for tensor in row] for row in state[name]]
+                for name in ("tables", "weights")
+            )
+            digits, ordered = state["digits"], state["ordered"]
+            self.entropy_model = entropy.EntropyModel(digits, ordered, tables, weights)
         self.seconds = {"network": 0.0, "packing": 0.0}
 
-    # --- image <-> bytes -----------------------------------------------------------------
     def encode(
         self, image: np.ndarray, stages: int | None = None, entropy_coding: bool = False
     ) -> bytes:
         """uint8 (H, W, 3) -> the bytes of a file, of the first `stages` stages (default: all).
 
-        Raises:
-            ValueError: the image or the number of stages is invalid, or there is no entropy model.
+        Raises ValueError: the image or the number of stages is invalid, or no entropy model.
         """
-        self.check_stages(stages)
-        if entropy_coding:
-            self.check_entropy_model()
-        indices, statistics = self.encode_indices(image)
-        return self.write(indices, statistics, image.shape[:2], stages, entropy_coding)
+        return self.write(*self.encode_indices(image), image.shape[:2], stages, entropy_coding)
 
     def decode(self, data: bytes, stages: int | None = None) -> np.ndarray:
         """The bytes of a file -> uint8 (H, W, 3), from the first `stages` stages (default: all).
 
-        Raises:
-            ValueError: what is wrong with the file, as a sentence whose subject is left out: put
-                the name of the file in front.
+        Raises ValueError: what is wrong, as a sentence that lacks its subject, the file's name.
         """
-        indices, statistics, size = self.read(data, stages)
-        return self.decode_indices(indices, statistics, size)
+        return self.decode_indices(*self.read(data, stages))
 
-    # --- indices <-> bytes ---------------------------------------------------------------
     def write(
         self,
         indices: np.ndarray,
@@ -112,14 +101,17 @@ class Codec:
     ) -> bytes:
         """The result of `encode_indices` and the image's (height, width) -> the bytes of a file."""
         start = time.perf_counter()
-        k = self.check_stages(stages)
-        kept = indices[..., :k]
+        k = _stages(stages, self.stages, "the model has")
         side = b"" if statistics is None else statistics[:k].astype("<f2").tobytes()
         if entropy_coding:
-            payload = self.check_entropy_model().encode(kept)
+            if self.entropy_model is None:
+                raise ValueError(
+                    "the checkpoint has no entropy model: run `compress.py fit` on training images"
+                )
+            payload = self.entropy_model.encode(indices[..., :k])
             flags, length = bitstream.CODED, len(payload)
         else:
-            payload = bitstream.pack(kept.reshape(-1, k), self.sizes[:k])
+            payload = bitstream.pack(indices[..., :k].reshape(-1, k), self.sizes[:k])
             flags, length = 0, None
         header = bitstream.Header(k, self._mark(flags), size[1], size[0], length, flags)
         data = bitstream.write(header, side, payload)
@@ -137,7 +129,6 @@ class Codec:
         header = self.check(data)
         kept, k = header.stages, _stages(stages, header.stages, "the file holds")
         end = header.size + 2 * kept * self.side_values
-        payload = data[end:-4]
         statistics = None
         if self.side_values:
             statistics = np.frombuffer(data[header.size : end], "<f2").reshape(kept, 2, -1)[:k]
@@ -145,10 +136,10 @@ class Codec:
                 raise ValueError(
                     "is damaged: its image statistics are not positive, finite numbers"
                 )
-        shape = self.grid(header)
+        payload, shape = data[end:-4], self.grid(header.height, header.width)
         try:
-            if header.flags & bitstream.CODED:
-                indices = self.check_entropy_model().decode(payload, shape, kept)
+            if self.entropy_model and header.flags & bitstream.CODED:
+                indices = self.entropy_model.decode(payload, shape, kept)
             else:
                 indices = bitstream.unpack(payload, math.prod(shape), self.sizes[:kept])
         except ValueError as error:
@@ -157,20 +148,12 @@ class Codec:
         return indices.reshape(*shape, kept)[..., :k], statistics, (header.height, header.width)
 
     def check(self, data: bytes) -> bitstream.Header:
-        """The header of a file of this model.
-
-        Raises:
-            ValueError: the header, the length or the checksum is wrong.
-        """
+        """The header of a file of this model; ValueError if it, the length or the CRC is wrong."""
         header = bitstream.read_header(data)
-        known = header.fingerprint == self._mark(header.flags)
-        if known:
-            try:
-                bitstream.check_size(header.width, header.height)
-            except ValueError as error:
-                raise ValueError(f"has an invalid size in its header: {error}") from error
+        known, wanted = header.fingerprint == self._mark(header.flags), self.length(header)
+        coded = header.flags & bitstream.CODED
         if not bitstream.intact(data):
-            if known and len(data) < (wanted := self.length(header)):
+            if known and len(data) < wanted:
                 raise ValueError(
                     f"is truncated or damaged: {len(data)} of the {wanted} bytes that its header "
                     "says"
@@ -178,16 +161,36 @@ class Codec:
             raise ValueError("is damaged: its checksum is wrong")
         if header.flags & ~bitstream.CODED:
             raise ValueError(f"has the unknown flags {header.flags:#04x}: a newer version wrote it")
+        if coded and self.entropy_model is None:
+            raise ValueError(
+                "is entropy-coded, and the checkpoint has no entropy model: give the one that "
+                "encoded it (from `compress.py fit`)"
+            )
         if not known:
-            raise ValueError(self._stranger(header))
+            model = "model or entropy model" if coded else "model"
+            raise ValueError(
+                f"was written with another {model}: give the checkpoint that encoded it"
+            )
         if not 1 <= header.stages <= self.stages:
             raise ValueError(f"claims {header.stages} stages: the model has {self.stages}")
-        if len(data) != (wanted := self.length(header)):
+        if len(data) != wanted:
             raise ValueError(f"has {len(data)} bytes, but its header says {wanted}")
-        if header.payload is not None:
-            positions = math.prod(self.grid(header))
-            self.check_entropy_model().check_length(header.payload, positions, header.stages)
+        if self.entropy_model and header.payload is not None:
+            positions = math.prod(self.grid(header.height, header.width))
+            self.entropy_model.check_length(header.payload, positions, header.stages)
         return header
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Latent positions (h, w) of an image."""
+        return -(-height // self.model.f), -(-width // self.model.f)
+
+    def length(self, header: bitstream.Header) -> int:
+        """Bytes of the file that a header begins."""
+        payload = header.payload
+        if payload is None:
+            positions = math.prod(self.grid(header.height, header.width))
+            payload = bitstream.payload_bytes(positions, self.sizes[: header.stages])
+        return header.size + 2 * header.stages * self.side_values + payload + 4
 
     def check_claim(self, head: bytes, size: int) -> None:
         """Raises ValueError if a file that begins with `head` cannot have `size` bytes."""
@@ -197,53 +200,20 @@ class Codec:
         if size > limit:
             raise ValueError(f"is damaged: it has {size} bytes, more than the {limit} it can have")
 
-    def grid(self, header: bitstream.Header) -> tuple[int, int]:
-        """Latent positions (h, w) of the image that a header describes."""
-        return -(-header.height // self.model.f), -(-header.width // self.model.f)
-
-    def length(self, header: bitstream.Header) -> int:
-        """Bytes of the file that a header begins."""
-        payload = header.payload
-        if payload is None:
-            sizes = self.sizes[: header.stages]
-            payload = bitstream.payload_bytes(math.prod(self.grid(header)), sizes)
-        return header.size + 2 * header.stages * self.side_values + payload + 4
-
-    def check_stages(self, stages: int | None) -> int:
-        """The number of stages that a file shall hold, all for None; ValueError for too many."""
-        return _stages(stages, min(self.stages, 255), "the model has")
-
     def _mark(self, flags: int) -> bytes:
         """The fingerprint in a header; an entropy-coded file depends on the entropy model too."""
         if not flags & bitstream.CODED:
             return self.fingerprint
-        if self.entropy_model is None:
-            return b""
-        return hashlib.sha256(self.fingerprint + self.entropy_model.digest).digest()[:8]
-
-    def _stranger(self, header: bitstream.Header) -> str:
-        """The message about a file with another fingerprint."""
-        coded = header.flags & bitstream.CODED
-        if coded and self.entropy_model is None:
-            return (
-                "is entropy-coded, and the checkpoint has no entropy model: give the one that "
-                "encoded it (from `compress.py fit`)"
-            )
-        model = "model or entropy model" if coded else "model"
-        return f"was written with another {model}: give the checkpoint that encoded it"
-
-    # --- the entropy model ---------------------------------------------------------------
-    def check_entropy_model(self) -> entropy.EntropyModel:
-        """The entropy model; ValueError if there is none."""
-        if self.entropy_model is None:
-            raise ValueError(
-                "the checkpoint has no entropy model: run `compress.py fit` on training images"
-            )
-        return self.entropy_model
+        model = self.entropy_model
+        return hashlib.sha256(self.fingerprint + model.digest).digest()[:8] if model else b""
 
     def counts(self) -> entropy.Counts:
         """Empty counts for this model's indices."""
-        return entropy.Counts(self.sizes, channel_levels(self.model.quantizer))
+        quantizer = self.model.quantizer
+        levels = getattr(quantizer, "levels", None)  # of the channels of an index
+        if levels is None and {*self.sizes} == {2**quantizer.dim}:
+            levels = [2] * quantizer.dim  # one bit per channel
+        return entropy.Counts(self.sizes, levels)
 
     def fit(self, counts: entropy.Counts) -> dict:
         """Use the entropy model of these counts. Returns the checkpoint that includes it."""
@@ -254,13 +224,11 @@ class Codec:
         self.checkpoint = {**self.checkpoint, ENTROPY_MODEL: state}
         return self.checkpoint
 
-    # --- image <-> indices ---------------------------------------------------------------
     @torch.inference_mode()
     def encode_indices(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 (H, W, 3) -> indices (h, w, stages), int64, and statistics (stages, 2, C) or None.
 
-        The quantizer works tile by tile, unless it has side information: then it gets the whole
-        latent, because the statistics are those of the image.
+        Raises ValueError: the image has another type or shape, no pixels, or too many.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
@@ -272,31 +240,22 @@ class Codec:
         if height % f or width % f:
             # numpy reflects as often as is needed, and repeats the edge of a single pixel.
             image = np.pad(image, [(0, -height % f), (0, -width % f), (0, 0)], mode="reflect")
-        shape = (image.shape[0] // f, image.shape[1] // f)
-        indices = np.empty((*shape, self.stages), np.int64)
-        latent = statistics = None
-        if self.side_values:
-            latent = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
+        shape = self.grid(height, width)
+        latent = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
         for core, outer, inner in tiles(shape, self.tile, reach(model.encoder)):
             # Copies, here and below: torch shares the memory, and warns if it is read-only.
             pixels = torch.from_numpy(image[in_pixels(outer, f)].copy()).to(self.device)
-            z = model.to_latent(pixels.permute(2, 0, 1)[None].float() / 255)[(..., *inner)]
-            if latent is None:
-                indices[core] = self._to_numpy(Quantized(*model.quantizer(z)).indices)
-            else:
-                latent[(..., *core)] = z
-        if latent is not None:
-            quantized = Quantized(*model.quantizer(latent))
-            indices = self._to_numpy(quantized.indices)
+            z = model.to_latent(pixels.permute(2, 0, 1)[None].float() / 255)
+            latent[(..., *core)] = z[(..., *inner)]
+        indices, statistics = np.empty((*shape, len(self.sizes)), np.int64), None
+        # In one piece if there are statistics, because these are the image's.
+        for core, _, _ in tiles(shape, max(shape) if self.side_values else self.tile, 0):
+            quantized = Quantized(*model.quantizer(latent[(..., *core)]))
+            indices[core] = quantized.indices[0].cpu().numpy().reshape(indices[core].shape)
             if quantized.statistics is not None:
                 statistics = quantized.statistics[0].cpu().numpy()
         self.seconds["network"] += time.perf_counter() - start
         return indices, statistics
-
-    def _to_numpy(self, indices: Tensor) -> np.ndarray:
-        """(1, h, w[, stages]) -> (h, w, stages)."""
-        array = indices[0].cpu().numpy()
-        return array if self.model.quantizer.stage_axis else array[..., None]
 
     @torch.inference_mode()
     def decode_indices(
@@ -310,15 +269,15 @@ class Codec:
             side = (torch.tensor(statistics.astype(np.float32), device=self.device)[None],)
         if not model.quantizer.stage_axis:
             indices = indices[..., 0]
-        image = np.empty((*size, 3), np.uint8)
-        for core, outer, inner in tiles(indices.shape[:2], self.tile, reach(model.decoder)):
+        shape = indices.shape[:2]
+        image = np.empty((shape[0] * f, shape[1] * f, 3), np.uint8)
+        for core, outer, inner in tiles(shape, self.tile, reach(model.decoder)):
             tokens = torch.from_numpy(indices[outer].copy()).to(self.device)[None]
             pixels = model.decode(tokens, *side)[0].clamp(0, 1).mul(255).round()
-            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()[in_pixels(inner, f)]
-            part = image[in_pixels(core, f)]  # smaller where the image was padded
-            part[:] = pixels[: part.shape[0], : part.shape[1]]
+            pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
-        return image
+        return image[: size[0], : size[1]]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -326,14 +285,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     # Row by row: a large image as integers would take four times its memory.
     square = sum(int(np.square(x.astype(np.int32) - y).sum()) for x, y in zip(a, b, strict=True))
     return 10 * math.log10(255**2 * a.size / square) if square else math.inf
-
-
-def channel_levels(quantizer: Quantizer) -> list[int] | None:
-    """Levels of the channels that an index of any stage is made of, lowest digit first, or None."""
-    levels = getattr(quantizer, "levels", None)
-    if levels is None and {*quantizer.codebook_sizes} == {2**quantizer.dim}:
-        levels = [2] * quantizer.dim  # one bit per channel
-    return levels
 
 
 def _fingerprint(model: VQVAE, flags: dict) -> bytes:

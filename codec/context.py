@@ -33,24 +33,16 @@ LAPLACIANS = 4  # known channels that the activity is measured on
 UNIT = 2**12  # the integer that stands for a regression weight of 1
 AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
 COARSEST = 16  # rows and columns between the positions of the first pass
-Moves = list[tuple[int, int]]  # rows and columns to a neighbour
 
 
-# ---------------------------------------------------------------------------------------
-# The order of positions
-# ---------------------------------------------------------------------------------------
 class Pass(NamedTuple):
-    """Positions of a grid that are coded together.
+    """Positions of a grid that are coded together."""
 
-    Rows and columns (n,), the four neighbours of each (4, 2, n), their class (n,), and the number
-    of positions, at the front, that have no neighbours.
-    """
-
-    rows: np.ndarray
-    columns: np.ndarray
-    neighbours: np.ndarray
-    kind: np.ndarray
-    alone: int
+    rows: np.ndarray  # (n,)
+    columns: np.ndarray  # (n,)
+    neighbours: np.ndarray  # (4, 2, n), their rows and columns
+    kind: np.ndarray  # (n,), the class
+    alone: int  # positions, at the front, that have no neighbours
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,118 +52,118 @@ def lattice(height: int, width: int) -> list[Pass]:
     A neighbour outside the grid is replaced by the opposite one; if both are outside, by the other
     pair.
     """
-
-    def scan(top: int, left: int, step: int, moves: Moves, kind: int) -> Pass:
-        rows = np.arange(top, height, step, dtype=np.int32)
-        columns = np.arange(left, width, step, dtype=np.int32)
-        rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
-        pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
-        alone = 0 if any(moves[0]) else len(rows)
-        kinds = np.full(len(rows), kind, np.int8)
-        return Pass(rows, columns, np.array(pairs, np.int32), kinds, alone)
+    passes = []
 
     def reflect(x: np.ndarray, by: int, limit: int) -> np.ndarray:
         return np.where((x + by >= 0) & (x + by < limit), x + by, x - by)
 
-    passes = [scan(0, 0, COARSEST, [(0, 0)] * 4, 2)]
+    def add(top: int, left: int, step: int, moves: list[tuple[int, int]], kind: int) -> None:
+        rows = np.arange(top, height, step, dtype=np.int32)
+        columns = np.arange(left, width, step, dtype=np.int32)
+        rows, columns = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
+        pairs = [(reflect(rows, y, height), reflect(columns, x, width)) for y, x in moves]
+        kinds, alone = np.full(len(rows), kind, np.int8), 0 if any(moves[0]) else len(rows)
+        if len(rows):
+            passes.append(Pass(rows, columns, np.array(pairs, np.int32), kinds, alone))
+
+    add(0, 0, COARSEST, [(0, 0)] * 4, 2)
     half = COARSEST // 2
     while half:
         corners = [(y, x) for y in (-half, half) for x in (-half, half)]
         up_down, left_right = [(-half, 0), (half, 0)], [(0, -half), (0, half)]
-        edges = (up_down if height > half else left_right) + (
-            left_right if width > half else up_down
-        )
+        edges = up_down if height > half else left_right
+        edges = edges + (left_right if width > half else up_down)
         edge, corner = (0, 1) if half == 1 else (2, 2)  # classes
-        passes.append(scan(half, half, 2 * half, corners, corner))
-        passes.append(scan(0, half, 2 * half, edges, edge))
-        passes.append(scan(half, 0, 2 * half, edges, edge))
+        add(half, half, 2 * half, corners, corner)
+        add(0, half, 2 * half, edges, edge)
+        add(half, 0, 2 * half, edges, edge)
         half //= 2
-    return [each for each in passes if len(each.rows)]
+    return passes
 
 
 @functools.lru_cache(maxsize=1)
 def whole_lattice(height: int, width: int) -> Pass:
     """All passes in one, in their order, for use where all indices are known."""
-    rows, columns, neighbours, kind, alone = zip(*lattice(height, width), strict=True)
-    return Pass(
-        np.concatenate(rows),
-        np.concatenate(columns),
-        np.concatenate(neighbours, axis=-1),
-        np.concatenate(kind),
-        sum(alone),
-    )
+    *arrays, alone = zip(*lattice(height, width), strict=True)
+    return Pass._make([*(np.concatenate(parts, axis=-1) for parts in arrays), sum(alone)])
 
 
-# ---------------------------------------------------------------------------------------
-# Stages and their digits
-# ---------------------------------------------------------------------------------------
 class Stage:
-    """How the index of one stage is split into digits, and how many contexts each digit has.
+    """How the index of one stage is split into digits.
 
     Args:
         digits: alphabet of each digit, lowest first.
         ordered: whether the digits are channels, whose values have an order.
         earlier: number of digits of all earlier stages together.
 
-    Attributes:
-        contexts: for each digit (coarse, fine): the number of coarse contexts, and of contexts
-            within each of them. Sparse contexts back off to their coarse context.
+    For each digit, `contexts` has the number of coarse contexts and that of contexts in each of
+    them; `tables` and `weights` have the shapes of its frequencies and of its regressions.
     """
 
     def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
         self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
         self.contexts: list[tuple[int, int]] = []
-        self.steps: list[int] = []  # of the predictions
+        self.tables: list[tuple[int, ...]] = []  # contexts, alphabet
+        self.weights: list[tuple[int, ...]] = []  # classes, neighbours and known digits and 1
         self.chains: list[range] = []  # earlier digits that make up the context of a bit field
         for place, size in enumerate(self.digits):
+            first, coarse, fine = place, 1, 1
             if ordered:
                 fine = (len(EDGES) + 1) ** 2
-                self.steps.append(max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size))))
-                self.contexts.append((CLASSES * self.steps[-1], fine))
-                continue
-            fine, first = 1, place
-            while first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
+                coarse = CLASSES * max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size)))
+            while not ordered and first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
                 first -= 1
                 fine *= self.digits[first]
-            self.contexts.append((1, fine))
+            known = len(AROUND) * (earlier + place)
+            self.contexts.append((coarse, fine))
+            self.tables.append((coarse * fine, size))
+            self.weights.append((CLASSES, 4 + known + 1) if ordered else (0,))
             self.chains.append(range(first, place))
 
-    def weights_shape(self, place: int) -> tuple[int, int]:
-        """Shape of a digit's regressions: classes, and weights (neighbours, known digits, 1)."""
-        return CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1
 
-    def split(self, indices: np.ndarray) -> np.ndarray:
-        """Indices (h, w) -> digits (digits, h, w), int32."""
-        digits = np.empty((len(self.digits), *indices.shape), np.int32)
-        for place, size in enumerate(self.digits):
-            indices, digits[place] = np.divmod(indices, size)
-        return digits
+def stages_of(digits: Sequence[Sequence[int]], ordered: bool) -> list[Stage]:
+    """The stages that have these digits."""
+    earlier = [sum(map(len, digits[:k])) for k in range(len(digits))]
+    return [Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
 
-    def join(self, digits: np.ndarray) -> np.ndarray:
-        """The inverse of `split`."""
-        indices = np.zeros(digits.shape[1:], np.int64)
-        for digit, size in zip(digits[::-1], self.digits[::-1], strict=True):
-            indices = indices * size + digit
-        return indices
+
+def split(stages: Sequence[Stage], indices: np.ndarray) -> np.ndarray:
+    """Indices (h, w, k) -> the digits of the first k stages (digits, h, w), int32."""
+    planes = []
+    for stage, rest in zip(stages, np.moveaxis(indices, 2, 0), strict=False):
+        for size in stage.digits:
+            rest, digit = np.divmod(rest, size)
+            planes.append(digit.astype(np.int32))
+    return np.stack(planes)
+
+
+def join(stages: Sequence[Stage], planes: np.ndarray) -> np.ndarray:
+    """The inverse of `split`, for the stages that have been split: indices (h, w, k), int64."""
+    indices = np.zeros((*planes.shape[1:], len(stages)), np.int64)
+    for k, stage in enumerate(stages):
+        for place in reversed(range(len(stage.digits))):
+            indices[..., k] = indices[..., k] * stage.digits[place] + planes[stage.earlier + place]
+    return indices
 
 
 class Digit(NamedTuple):
-    """One digit of an image: digit `place` of stage `k`, with all that is known before it.
-
-    `digits` (digits, h, w) are those of the stage, known below `place`; `earlier` (n, h, w) are
-    those of all earlier stages, empty for bit fields.
-    """
+    """Digit `place` of stage `k` of an image, with all that is known before it."""
 
     stage: Stage
     k: int
     place: int
-    digits: np.ndarray
-    earlier: np.ndarray
+    digits: np.ndarray  # (digits, h, w) of the stage, known below `place`
+    earlier: np.ndarray  # (n, h, w) of all earlier stages, empty for bit fields
 
     @property
     def plane(self) -> np.ndarray:
         """The digit itself (h, w), a view."""
         return self.digits[self.place]
+
+    @property
+    def known(self) -> list[np.ndarray]:
+        """All digits (h, w) before it."""
+        return [*self.earlier, *self.digits[: self.place]]
 
     def contexts(
         self, weights: np.ndarray, passes: Iterable[Pass]
@@ -180,15 +172,16 @@ class Digit(NamedTuple):
 
         A pass is looked at when its turn comes, so that a decoder can fill in those before it.
         """
-        if not self.stage.ordered:
+        stage, size = self.stage, self.stage.digits[self.place]
+        if not stage.ordered:
             for scan in passes:
                 index = np.zeros(len(scan.rows), np.int64)
-                for other in self.stage.chains[self.place]:
+                for other in stage.chains[self.place]:
                     known = self.digits[other][scan.rows, scan.columns]
-                    index = index * self.stage.digits[other] + known
+                    index = index * stage.digits[other] + known
                 yield scan, index
             return
-        size, steps = self.stage.digits[self.place], self.stage.steps[self.place]
+        steps, fine = stage.contexts[self.place][0] // CLASSES, stage.contexts[self.place][1]
         prediction, activity = self.around(weights)
         own = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)
         for scan in passes:
@@ -197,30 +190,22 @@ class Digit(NamedTuple):
             guess = prediction[kind, rows, columns] + (mine[:4] * near).sum(0) + mine[4]
             guess = np.floor((guess + UNIT / 2) * steps / (size * UNIT)).clip(0, steps - 1)
             spread = np.abs(4 * near - near.sum(0)).sum(0)
-            fine = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
-            fine += activity[rows, columns]
-            coarse = guess.astype(np.int64) * CLASSES + kind
-            yield scan, coarse * self.stage.contexts[self.place][1] + fine
+            active = np.searchsorted(EDGES, spread, side="right") * (len(EDGES) + 1)
+            active += activity[rows, columns]
+            yield scan, (guess.astype(np.int64) * CLASSES + kind) * fine + active
 
     def around(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the known channels tell at every position.
-
-        Returns:
-            their part of the predictions (CLASSES, h, w), float64, and the second activity (h, w).
-        """
-        height, width = self.plane.shape
-        prediction = np.zeros((CLASSES, height * width))
-        roughness = np.zeros((height, width))
-        known = self._known()
-        for number, plane in enumerate(known):
-            near = surroundings(plane)
-            start = 4 + len(AROUND) * number
+        """Part of the predictions (CLASSES, h, w) by known channels; second activity (h, w)."""
+        prediction = np.zeros((CLASSES, self.plane.size))
+        roughness = np.zeros(self.plane.shape)
+        for number, plane in enumerate(self.known):
+            near, start = surroundings(plane), 4 + len(AROUND) * number
             own = weights[:, start : start + len(AROUND)].astype(np.float64)
             prediction += own @ near.reshape(len(AROUND), -1)
-            if number >= len(known) - LAPLACIANS:
+            if number >= len(self.known) - LAPLACIANS:
                 roughness += np.abs(4 * near[0] - near[1:].sum(0))
         activity = np.searchsorted(EDGES, roughness, side="right")
-        return prediction.reshape(CLASSES, height, width), activity
+        return prediction.reshape(CLASSES, *self.plane.shape), activity
 
     def neighbours(self, scan: Pass) -> np.ndarray:
         """The digit at the four neighbours of a pass (4, n), float64; mid-range without them."""
@@ -230,35 +215,23 @@ class Digit(NamedTuple):
 
     def features(self, scan: Pass) -> np.ndarray:
         """What the regressions are on, in the order of their weights (weights, n), float64."""
-        known = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self._known()]
-        return np.concatenate([self.neighbours(scan), *known, np.ones((1, len(scan.rows)))])
-
-    def _known(self) -> list[np.ndarray]:
-        return [*self.earlier, *self.digits[: self.place]]
+        near = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self.known]
+        return np.concatenate([self.neighbours(scan), *near, np.ones((1, len(scan.rows)))])
 
 
-def digits_of(
-    stages: Sequence[Stage], indices: np.ndarray, last_first: bool = False
-) -> Iterator[Digit]:
-    """All digits of indices (h, w, k), in the order of decoding or from the last to the first.
+def digits_of(stages: Sequence[Stage], planes: np.ndarray) -> Iterator[Digit]:
+    """All digits of planes (digits, h, w) of the first stages, in the order of decoding.
 
-    A decoder starts with zeros, and before it asks for the next digit it fills in the plane of the
-    current one, and the index that the stage's digits make.
+    They are views: a decoder starts with zeros, and fills in a digit before it asks for the next.
     """
-    direction = -1 if last_first else 1
-    for k in range(indices.shape[2])[::direction]:
-        stage, digits = stages[k], stages[k].split(indices[..., k])
-        earlier = np.empty((0, *indices.shape[:2]), np.int32)
-        if stage.ordered:
-            planes = [stages[j].split(indices[..., j]) for j in range(k)]
-            earlier = np.concatenate([earlier, *planes])
-        for place in range(len(digits))[::direction]:
-            yield Digit(stage, k, place, digits, earlier)
+    for k, stage in enumerate(stages):
+        digits = planes[stage.earlier :][: len(stage.digits)]
+        for place in range(len(digits)):
+            yield Digit(stage, k, place, digits, planes[: stage.earlier if stage.ordered else 0])
 
 
 def surroundings(plane: np.ndarray) -> np.ndarray:
     """A plane (h, w) and its neighbours at distance 1 (5, h, w), float64, the edge repeated."""
     height, width = plane.shape
-    rows, columns = (np.arange(-1, n + 1).clip(0, n - 1) for n in (height, width))
-    padded = plane[rows[:, None], columns].astype(np.float64)
+    padded = np.pad(plane.astype(np.float64), 1, mode="edge")
     return np.stack([padded[1 + y :, 1 + x :][:height, :width] for y, x in AROUND])

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from codec.context import CLASSES, UNIT, Stage, digits_of, lattice, whole_lattice
+from codec import context
+from codec.context import CLASSES, UNIT, digits_of, whole_lattice
+
+Rows = list[list[np.ndarray]]  # for each stage, for each of its digits, lowest first
 
 MAX_SYMBOLS = 65536
 MIN_BITS, SLACK_BITS = 0.02, 64  # least bits per symbol, but for the first word of the coder
@@ -31,11 +34,7 @@ SAMPLE = 2**20  # positions that the regressions are fitted on
 
 
 def load_constriction():
-    """constriction's stream coders.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
+    """constriction's stream coders; ValueError if the package is not installed."""
     try:
         from constriction import stream  # pyright: ignore  (optional; its stubs lack this)
     except ImportError as error:
@@ -46,10 +45,8 @@ def load_constriction():
 def bit_fields(size: int) -> list[int]:
     """The alphabets of an index of `size` codes without channels, lowest digit first.
 
-    Powers of two: the fewest bit fields of at most 12 bits, as even as possible. Others: one.
-
-    Raises:
-        ValueError: more than 65,536 codes that are not a power of two.
+    Powers of two: the fewest bit fields of at most 12 bits, as even as possible. Others: one, and
+    ValueError above 65,536 codes.
     """
     if size & (size - 1):
         if size > MAX_SYMBOLS:
@@ -63,11 +60,6 @@ def bit_fields(size: int) -> list[int]:
     return [2 ** (bits // parts + (i < bits % parts)) for i in range(parts)]
 
 
-def _stages(digits: list[list[int]], ordered: bool) -> list[Stage]:
-    earlier = [sum(map(len, digits[:k])) for k in range(len(digits))]
-    return [Stage(row, ordered, before) for row, before in zip(digits, earlier, strict=True)]
-
-
 def total(size: int) -> int:
     """The sum of the frequencies in a row of `size` symbols; 15 bits fit an int16."""
     return 2**15 if size <= 512 else 2**22
@@ -79,54 +71,31 @@ class EntropyModel:
     Args:
         digits: for each stage the alphabets of its digits, lowest first.
         ordered: whether the digits are channels.
-        tables: for each stage and digit, integers (contexts, alphabet), each row with the sum
-            `total(alphabet)`.
-        weights: for each stage and digit, the integer weights of the regressions (CLASSES, n);
-            empty for bit fields.
+        tables: integers (contexts, alphabet), each row with the sum `total(alphabet)`.
+        weights: integer weights of the regressions (CLASSES, n); empty for bit fields.
 
-    Raises:
-        ValueError: a table has another shape, or frequencies that are out of range.
+    Raises ValueError: an array has another shape, or frequencies that are out of range.
     """
 
-    def __init__(
-        self,
-        digits: list[list[int]],
-        ordered: bool,
-        tables: list[list[np.ndarray]],
-        weights: list[list[np.ndarray]],
-    ):
+    def __init__(self, digits: list[list[int]], ordered: bool, tables: Rows, weights: Rows):
         self.digits, self.ordered, self.tables, self.weights = digits, ordered, tables, weights
-        self.stages = _stages(digits, ordered)
+        self.stages = context.stages_of(digits, ordered)
         digest = hashlib.sha256(repr((digits, ordered)).encode())
-        for stage, row, fitted in zip(self.stages, tables, weights, strict=True):
-            for place, (table, weight) in enumerate(zip(row, fitted, strict=True)):
-                size, whole = stage.digits[place], total(stage.digits[place])
+        for stage, *arrays in zip(self.stages, tables, weights, strict=True):
+            for shape, regression, table, weight in zip(
+                stage.tables, stage.weights, *arrays, strict=True
+            ):
                 if (
-                    table.shape != (math.prod(stage.contexts[place]), size)
+                    table.shape != shape
                     or table.min() < 1
-                    or table.max() > whole // 64 * 63
-                    or (table.sum(1, dtype=np.int64) != whole).any()
-                    or weight.shape != (stage.weights_shape(place) if ordered else (0,))
+                    or table.max() > total(shape[1]) // 64 * 63
+                    or (table.sum(1, dtype=np.int64) != total(shape[1])).any()
+                    or weight.shape != regression
                 ):
                     raise ValueError("the checkpoint's entropy model does not fit: run fit again")
                 digest.update(table.astype("<i4").tobytes())
                 digest.update(weight.astype("<i4").tobytes())
         self.digest = digest.digest()
-
-    @classmethod
-    def from_state(cls, state: dict) -> EntropyModel:
-        """The entropy model in a checkpoint, whose tables and weights are CPU tensors.
-
-        Raises:
-            ValueError: it has an older layout, or does not fit.
-        """
-        if "weights" not in state:
-            raise ValueError("the checkpoint's entropy model has an older layout: run fit again")
-        tables, weights = (
-            [[tensor.numpy() for tensor in row] for row in state[name]]
-            for name in ("tables", "weights")
-        )
-        return cls(state["digits"], state["ordered"], tables, weights)
 
     def check_length(self, payload: int, positions: int, stages: int) -> None:
         """Raises ValueError if a payload of so many bytes is too short for the positions."""
@@ -134,65 +103,55 @@ class EntropyModel:
         if symbols * MIN_BITS > 8 * payload + SLACK_BITS:
             raise ValueError(f"claims {positions} positions in a payload of {payload} bytes")
 
+    def _parts(self, planes: np.ndarray, passes: Sequence[context.Pass], order: Callable):
+        """What is coded at a time, from the first (order `iter`) or the last (`reversed`).
+
+        Yields a digit's plane, rows and columns in it, and constriction's model of the symbols
+        there with its parameters: their probabilities, or none where there is one context.
+        """
+        categorical = load_constriction().model.Categorical
+        for digit in order([*digits_of(self.stages, planes)]):
+            table = self.tables[digit.k][digit.place]
+            # Exact in float32: integers of at most 22 bits, divided by a power of two.
+            whole, alphabet = np.float32(total(table.shape[1])), table.shape[1]
+            for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
+                step = len(contexts) if len(table) == 1 else max(1, CHUNK // alphabet)
+                for start in order(range(0, len(contexts), step)):
+                    part = slice(start, start + step)
+                    rows, columns = scan.rows[part], scan.columns[part]
+                    if len(table) == 1:
+                        model = categorical(table[0].astype(np.float32) / whole, perfect=False)
+                        yield digit.plane, rows, columns, model, ()
+                    else:
+                        p = table[contexts[part]].astype(np.float32) / whole
+                        yield digit.plane, rows, columns, categorical(perfect=False), (p,)
+
     def encode(self, indices: np.ndarray) -> bytes:
         """Indices (h, w, k) of the first k stages -> payload."""
-        stream = load_constriction()
-        coder = stream.stack.AnsCoder(np.array([START], np.uint32))
-        passes = [whole_lattice(*indices.shape[:2])]
+        coder = load_constriction().stack.AnsCoder(np.array([START], np.uint32))
         # ANS is a stack: what is decoded first is encoded last.
-        for digit in digits_of(self.stages, indices, last_first=True):
-            table = self.tables[digit.k][digit.place]
-            for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
-                symbols = digit.plane[scan.rows, scan.columns]
-                for part in reversed(_chunks(table, len(symbols))):
-                    model, rows = _model(stream, table, contexts[part])
-                    coder.encode_reverse(symbols[part], model, *rows)
+        planes, passes = context.split(self.stages, indices), [whole_lattice(*indices.shape[:2])]
+        for plane, rows, columns, model, p in self._parts(planes, passes, reversed):
+            coder.encode_reverse(plane[rows, columns], model, *p)
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
     def decode(self, payload: bytes, shape: tuple[int, int], stages: int) -> np.ndarray:
         """The inverse of `encode`: indices (h, w, stages), int64.
 
-        Raises:
-            ValueError: the payload is not what `encode` gives for any indices of this shape.
+        Raises ValueError: `encode` gives this payload for no indices of this shape.
         """
-        stream = load_constriction()
         if not payload or payload[-1] == 0:
             raise ValueError("the entropy-coded payload ends in a zero byte")
         words = np.frombuffer(payload + bytes(-len(payload) % 4), "<u4").astype(np.uint32)
-        coder = stream.stack.AnsCoder(words)
-        indices = np.zeros((*shape, stages), np.int64)
+        coder = load_constriction().stack.AnsCoder(words)
+        planes = np.zeros((sum(map(len, self.digits[:stages])), *shape), np.int32)
         # Bit fields do not depend on neighbours: all positions can be decoded at once.
-        passes = lattice(*shape) if self.ordered else [whole_lattice(*shape)]
-        for digit in digits_of(self.stages, indices):
-            table = self.tables[digit.k][digit.place]
-            for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
-                for part in _chunks(table, len(contexts)):
-                    model, rows = _model(stream, table, contexts[part])
-                    count = rows or (part.stop - part.start,)
-                    digit.plane[scan.rows[part], scan.columns[part]] = coder.decode(model, *count)
-            indices[..., digit.k] = digit.stage.join(digit.digits)
+        passes = context.lattice(*shape) if self.ordered else [whole_lattice(*shape)]
+        for plane, rows, columns, model, p in self._parts(planes, passes, iter):
+            plane[rows, columns] = coder.decode(model, *(p or (len(rows),)))
         if coder.get_compressed().tolist() != [START]:
             raise ValueError("the entropy-coded payload does not end where its last index does")
-        return indices
-
-
-def _chunks(table: np.ndarray, count: int) -> list[slice]:
-    """Slices of `count` symbols, each of few enough that their probabilities fit in memory."""
-    step = count if len(table) == 1 else max(1, CHUNK // table.shape[1])
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def _model(stream, table: np.ndarray, contexts: np.ndarray) -> tuple:
-    """constriction's model of symbols in these contexts, and the rows of its probabilities.
-
-    Where there is one context, the model has its probabilities inside, and there are no rows.
-    """
-    # Exact in float32: integers of at most 22 bits, divided by a power of two.
-    rows = table if len(table) == 1 else table[contexts]
-    p = rows.astype(np.float32) / np.float32(total(table.shape[1]))
-    if len(table) == 1:
-        return stream.model.Categorical(p[0], perfect=False), ()
-    return stream.model.Categorical(perfect=False), (p,)
+        return context.join(self.stages[:stages], planes)
 
 
 class Counts:
@@ -209,16 +168,10 @@ class Counts:
         channels = list(levels or ())
         self.ordered = bool(channels) and all(math.prod(channels) == size for size in sizes)
         self.digits = [channels if self.ordered else bit_fields(size) for size in sizes]
-        self.stages = _stages(self.digits, self.ordered)
-        self.counts = [
-            [
-                np.zeros((math.prod(contexts), size), np.int64)
-                for size, contexts in zip(stage.digits, stage.contexts, strict=True)
-            ]
-            for stage in self.stages
-        ]
+        self.stages = context.stages_of(self.digits, self.ordered)
+        self.counts = [[np.zeros(x, np.int64) for x in stage.tables] for stage in self.stages]
         self.kept: list[np.ndarray] = []
-        self.weights: list[list[np.ndarray]] = []  # empty until they are fitted
+        self.weights: Rows = []  # empty until they are fitted
 
     def add(self, indices: np.ndarray) -> None:
         """Count the indices (h, w, stages) of an image."""
@@ -228,33 +181,20 @@ class Counts:
                 self._fit()
             return
         passes = [whole_lattice(*indices.shape[:2])]
-        for digit in digits_of(self.stages, indices):
+        for digit in digits_of(self.stages, context.split(self.stages, indices)):
             counts = self.counts[digit.k][digit.place]
             for scan, contexts in digit.contexts(self.weights[digit.k][digit.place], passes):
                 symbols = digit.plane[scan.rows, scan.columns]
                 np.add.at(counts.reshape(-1), contexts * counts.shape[1] + symbols, 1)
 
     def _fit(self) -> None:
-        """Fit the regressions on the images kept so far, by least squares; then count these."""
-        if self.ordered:
-            shapes = [[x.weights_shape(i) for i in range(len(x.digits))] for x in self.stages]
-            squares = [[np.zeros((*shape, shape[1])) for shape in row] for row in shapes]
-            products = [[np.zeros(shape) for shape in row] for row in shapes]
-            for indices in self.kept:
-                scan = whole_lattice(*indices.shape[:2])
-                for digit in digits_of(self.stages, indices):
-                    features, wanted = digit.features(scan), digit.plane[scan.rows, scan.columns]
-                    for kind in range(CLASSES):
-                        chosen = features[:, scan.kind == kind]
-                        squares[digit.k][digit.place][kind] += chosen @ chosen.T
-                        products[digit.k][digit.place][kind] += chosen @ wanted[scan.kind == kind]
-            self.weights = [
-                [_regression(*sums) for sums in zip(*rows, strict=True)]
-                for rows in zip(squares, products, strict=True)
-            ]
-        else:
-            self.weights = [[np.zeros(0, np.int32) for _ in row] for row in self.digits]
+        """Fit the regressions on the images kept so far; then count these."""
         kept, self.kept = self.kept, []
+        self.weights = [[] for _ in self.stages]
+        scans = [whole_lattice(*indices.shape[:2]) for indices in kept]
+        images = [digits_of(self.stages, context.split(self.stages, indices)) for indices in kept]
+        for digits in zip(*images, strict=True):  # the same digit of all images
+            self.weights[digits[0].k].append(_regression(digits, scans))
         for indices in kept:
             self.add(indices)
 
@@ -278,11 +218,21 @@ class Counts:
         return EntropyModel(self.digits, self.ordered, tables, self.weights)
 
 
-def _regression(squares: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Integer weights (classes, n) from the sums X X^T (classes, n, n) and X y (classes, n)."""
+def _regression(digits: Sequence[context.Digit], scans: list[context.Pass]) -> np.ndarray:
+    """Integer weights (CLASSES, n) of a digit that is known in several images: least squares."""
+    shape = digits[0].stage.weights[digits[0].place]
+    if not digits[0].stage.ordered:
+        return np.zeros(shape, np.int32)
+    squares, products = np.zeros((*shape, shape[1])), np.zeros(shape)
+    for digit, scan in zip(digits, scans, strict=True):
+        features, wanted = digit.features(scan), digit.plane[scan.rows, scan.columns]
+        for kind in range(CLASSES):
+            chosen = features[:, scan.kind == kind]
+            squares[kind] += chosen @ chosen.T
+            products[kind] += chosen @ wanted[scan.kind == kind]
     # A small ridge: constant features, or too few positions, leave the solution undetermined.
     ridge = 1e-6 * (np.trace(squares, axis1=1, axis2=2) + 1)
-    squares = squares + ridge[:, None, None] * np.eye(squares.shape[1])
+    squares += ridge[:, None, None] * np.eye(shape[1])
     solution = np.linalg.solve(squares, products[..., None])[..., 0]
     limit = 2**31 // UNIT - 1
     return np.rint(solution.clip(-limit, limit) * UNIT).astype(np.int32)
@@ -297,8 +247,8 @@ def frequencies(p: np.ndarray) -> np.ndarray:
     counts[rows, top] = np.minimum(counts[rows, top], whole // 64 * 63)
     # What is missing goes evenly to all symbols but the most frequent one.
     share, rest = np.divmod(whole - counts.sum(1), size - 1)
-    symbols = np.arange(size)[None]
-    others = symbols != top[:, None]
-    order = symbols - (symbols > top[:, None])  # among the others
-    counts += others * (share[:, None] + (order < rest[:, None]))
+    order = np.arange(size) - (np.arange(size) > top[:, None])  # among the others
+    more = share[:, None] + (order < rest[:, None])
+    more[rows, top] = 0
+    counts += more
     return counts.astype(np.int16 if whole <= 2**15 else np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from torch import nn
 
@@ -22,10 +23,9 @@ def tiles(shape: tuple[int, ...], tile: int, margin: int) -> Iterator[tuple[Area
             first, last = max(0, start - margin), min(length, end + margin)
             yield slice(start, end), slice(first, last), slice(start - first, end - first)
 
-    for rows in spans(shape[0]):
-        for columns in spans(shape[1]):
-            core, outer, inner = zip(rows, columns, strict=True)
-            yield core, outer, inner
+    for rows, columns in product(spans(shape[0]), spans(shape[1])):
+        core, outer, inner = zip(rows, columns, strict=True)
+        yield core, outer, inner
 
 
 def in_pixels(area: Area, f: int) -> Area:
@@ -41,8 +41,5 @@ def reach(network: nn.Module) -> int:
     (kernel - 1) x dilation positions.
     """
     convolutions = (nn.Conv2d, nn.ConvTranspose2d)
-    return sum(
-        (max(layer.kernel_size) - 1) * max(layer.dilation)
-        for layer in network.modules()
-        if isinstance(layer, convolutions)
-    )
+    layers = [layer for layer in network.modules() if isinstance(layer, convolutions)]
+    return sum((max(layer.kernel_size) - 1) * max(layer.dilation) for layer in layers)

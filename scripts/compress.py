@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,17 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from arguments import Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
-from codec import bitstream, entropy
+from codec import bitstream
 from codec.codec import Codec, psnr
 from dataset import IMAGE_SUFFIXES, find, read_image, some
-from util import progress
 
 SUFFIX = ".rfsq"
 
 
-# ---------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------
 def check_output(path: Path, force: bool) -> None:
     """Raises ValueError if `path` exists and may not be replaced."""
     if path.is_dir() or (path.exists() and not force):
@@ -45,48 +41,36 @@ def check_output(path: Path, force: bool) -> None:
         raise ValueError(f"{path} exists: give another --out{advice}")
 
 
-def outputs(
-    files: Sequence[tuple[Path, Path]], folder: Path, suffix: str, force: bool
-) -> list[Path]:
-    """The output of each of the files that `find` gave: `folder` / its path with another suffix.
-
-    Raises:
-        ValueError: two outputs would be the same, or one exists and may not be replaced.
-    """
-    taken: dict[Path, Path] = {}
-    for file, below in files:
-        out = folder / below.with_suffix(suffix)
-        if out in taken:
-            raise ValueError(
-                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
-                "another --out"
-            )
-        check_output(out, force)
-        taken[out] = file
-    return list(taken)
-
-
 def make_folder(folder: Path) -> None:
     """Make a folder if it does not exist; ValueError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"folder {folder} cannot be made ({error.strerror}): give another --out"
-        ) from error
+        reason = f"cannot be made ({error.strerror})"
+        raise ValueError(f"folder {folder} {reason}: give another --out") from error
 
 
-def read_file(path: Path, codec: Codec) -> bytes:
-    """The bytes of a `.rfsq` file; if it is larger than its header allows, only the header is read.
+def prepare(
+    flags: Namespace, suffixes: Sequence[str], suffix: str
+) -> tuple[Codec, Iterable[tuple[Path, Path, Path]]]:
+    """The codec, and (file, its path below the folder given, output) of every input.
 
     Raises:
-        ValueError: its size or its header is wrong; the path is not in the message.
+        ValueError: two outputs would be the same, or one exists and may not be replaced.
     """
-    with open(path, "rb") as file:
-        head = file.read(bitstream.HEAD_BYTES)
-        size = path.stat().st_size
-        codec.check_claim(head, size)
-        return head + file.read(size)
+    taken: dict[Path, Path] = {}
+    files = find(flags.inputs, suffixes)
+    for file, below in files:
+        out = Path(flags.out) / below.with_suffix(suffix)
+        if out in taken:
+            raise ValueError(
+                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
+                "another --out"
+            )
+        check_output(out, flags.force)
+        taken[out] = file
+    codec = Codec(flags.load, util.setup_processes())
+    return codec, util.progress([(*f, out) for f, out in zip(files, taken, strict=True)], "file")
 
 
 def finite(value: float) -> float | None:
@@ -100,28 +84,34 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------
 def encode(flags: Namespace) -> dict:
     """Encode images, decode what was written, and report bytes, bpp and PSNR."""
-    files = find(flags.inputs, IMAGE_SUFFIXES)
-    names = outputs(files, Path(flags.out), SUFFIX, flags.force)
-    codec = Codec(flags.load, util.setup_processes())
-    codec.check_stages(flags.stages)
-    if flags.entropy_coding:
-        codec.check_entropy_model()
-        entropy.load_constriction()
+    codec, files = prepare(flags, IMAGE_SUFFIXES, SUFFIX)
     rows = []
-    for (path, below), out in zip(progress(files, "image"), names, strict=True):
-        row, data = measure(codec, np.asarray(read_image(path)), flags)
+    for path, below, out in files:
+        image = np.asarray(read_image(path))
+        data = codec.encode(image, flags.stages, flags.entropy_coding)
+        header = bitstream.read_header(data)
+        payload = len(data) - header.size - 4  # with image statistics
+        pixels = header.width * header.height
+        row = {
+            "name": str(below),
+            "width": header.width,
+            "height": header.height,
+            "bytes": len(data),
+            "payload_bytes": payload,
+            "bpp": 8 * len(data) / pixels,
+            "payload_bpp": 8 * payload / pixels,
+            "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
+            "psnr": psnr(image, codec.decode(data)),
+        }
         make_folder(out.parent)
         write_whole(out, lambda file, data=data: file.write(data))
         say(
             f"{below}  {row['width']}x{row['height']}  {len(data):,} bytes  {row['bpp']:.4f} bpp "
             f"(payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB{saving(row, flags)}"
         )
-        rows.append({"name": str(below), **row})
+        rows.append(row)
     sums = {key: sum(row[key] for row in rows) for key in ("bytes", "fixed_bytes")}
     pixels = sum(row["width"] * row["height"] for row in rows)
     mean = sum(row["psnr"] for row in rows) / len(rows)
@@ -135,25 +125,6 @@ def encode(flags: Namespace) -> dict:
     return {"images": rows, **sums, "psnr": finite(mean), "seconds": seconds}
 
 
-def measure(codec: Codec, image: np.ndarray, flags: Namespace) -> tuple[dict, bytes]:
-    """Encode an image: (its row of the results, the bytes of the file)."""
-    data = codec.encode(image, flags.stages, flags.entropy_coding)
-    header = bitstream.read_header(data)
-    payload = len(data) - header.size - 4  # with image statistics
-    pixels = header.width * header.height
-    row = {
-        "width": header.width,
-        "height": header.height,
-        "bytes": len(data),
-        "payload_bytes": payload,
-        "bpp": 8 * len(data) / pixels,
-        "payload_bpp": 8 * payload / pixels,
-        "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
-        "psnr": psnr(image, codec.decode(data)),
-    }
-    return row, data
-
-
 def saving(row: dict, flags: Namespace) -> str:
     """The saving of entropy coding, in words; empty at fixed rate."""
     if not flags.entropy_coding:
@@ -164,13 +135,14 @@ def saving(row: dict, flags: Namespace) -> str:
 
 def decode(flags: Namespace) -> dict:
     """Decode files to PNG images."""
-    files = find(flags.inputs, [SUFFIX])
-    names = outputs(files, Path(flags.out), ".png", flags.force)
-    codec = Codec(flags.load, util.setup_processes())
+    codec, files = prepare(flags, [SUFFIX], ".png")
     rows = []
-    for (path, below), out in zip(progress(files, "file"), names, strict=True):
+    for path, below, out in files:
         try:
-            data = read_file(path, codec)
+            with open(path, "rb") as file:  # whole only if it is no larger than its header allows
+                head = file.read(bitstream.HEAD_BYTES)
+                codec.check_claim(head, path.stat().st_size)
+                data = head + file.read()
             image = codec.decode(data, flags.stages)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
@@ -184,12 +156,11 @@ def decode(flags: Namespace) -> dict:
 
 def fit(flags: Namespace) -> dict:
     """Count the codes of images, and write a checkpoint with an entropy model of them."""
-    files, out = find(flags.inputs, IMAGE_SUFFIXES), Path(flags.out)
+    files, out = some(find(flags.inputs, IMAGE_SUFFIXES), flags.limit), Path(flags.out)
     check_output(out, flags.force)
     codec = Codec(flags.load, util.setup_processes())
     counts = codec.counts()
-    files = some(files, flags.limit)
-    for path, _ in progress(files, "image"):
+    for path, _ in util.progress(files, "image"):
         counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
     make_folder(out.parent)
     save_checkpoint(out, codec.fit(counts))
@@ -197,18 +168,15 @@ def fit(flags: Namespace) -> dict:
     return {"images": len(files), "output": str(out)}
 
 
-COMMANDS = (  # function, its inputs, its output and the help of that
-    (encode, "IMAGE", "DIR", "folder for the files"),
-    (decode, "FILE", "DIR", "folder for the images, PNG"),
-    (fit, "IMAGE", "FILE", "checkpoint to write"),
-)
-
-
 def get_parser() -> Parser:
     """The parser of the three commands."""
     parser = Parser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run, inputs, where, out in COMMANDS:
+    for run, inputs, where, out in (
+        (encode, "IMAGE", "DIR", "folder for the files"),
+        (decode, "FILE", "DIR", "folder for the images, PNG"),
+        (fit, "IMAGE", "FILE", "checkpoint to write"),
+    ):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         add = command.add_argument
@@ -228,11 +196,7 @@ def get_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Run a command, and return what `--json` writes.
-
-    Raises:
-        ValueError: bad input.
-    """
+    """Run a command, and return what `--json` writes; ValueError for bad input."""
     flags = get_parser().parse_args(argv)
     if util.world_size() > 1:
         raise ValueError("this script runs in one process: start it without torchrun")
