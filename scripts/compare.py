@@ -76,11 +76,7 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw as the flags say and return the path of the picture.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Draw as the flags say and return the path of the picture. ValueError for bad input."""
     parser = Parser(prog="compare.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt")

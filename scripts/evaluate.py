@@ -41,11 +41,7 @@ def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Evaluate as the flags say and return the results.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Evaluate as the flags say and return the results. ValueError for bad input."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     text = "checkpoint: last.pt, best.pt"
     parser.add_argument("--load", required=True, metavar="FILE", help=text)

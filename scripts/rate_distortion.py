@@ -237,11 +237,7 @@ def rates_of(
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Measure as the flags say, and return what `--json` writes.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Measure as the flags say, and return what `--json` writes. ValueError for bad input."""
     parser = Parser(prog="rate_distortion.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("images", metavar="DIR", help="a folder of images, nested or flat")

@@ -90,11 +90,7 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Measure every checkpoint on the same images, and return what `--json` writes.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Return what `--json` writes: the stages of every checkpoint. ValueError for bad input."""
     parser = Parser(prog="stages.py", description=__doc__.split("\n")[0])
     text = "checkpoints: last.pt, best.pt"
     parser.add_argument("--load", required=True, nargs="+", metavar="FILE", help=text)
