@@ -19,27 +19,16 @@ from quantizers import Quantized
 
 
 class Evaluation(NamedTuple):
-    """Checkpoints and the images to measure them on.
+    """Checkpoints and the images to measure them on."""
 
-    Attributes:
-        models: in evaluation mode, on `device`.
-        names: of the configurations (`--name`), or of the quantizers.
-        steps: training steps of each model.
-        images: uint8 (3, img_size, img_size) each.
-        img_size: pixels a side.
-        loader: batches of this process's share of `images`.
-        perceptual: LPIPS on `device`, or None.
-        device: the GPU of this process, or the CPU.
-    """
-
-    models: list[VQVAE]
-    names: list[str]
-    steps: list[int | None]
-    images: Dataset
-    img_size: int
-    loader: DataLoader
-    perceptual: Perceptual | None
-    device: torch.device
+    models: list[VQVAE]  # in evaluation mode, on `device`
+    names: list[str]  # of the configurations (`--name`), or of the quantizers
+    steps: list[int | None]  # training steps of each model
+    images: Dataset  # uint8 (3, img_size, img_size) each
+    img_size: int  # pixels a side
+    loader: DataLoader  # batches of this process's share of `images`
+    perceptual: Perceptual | None  # LPIPS on `device`
+    device: torch.device  # the GPU of this process, or the CPU
 
 
 def prepare(
@@ -77,14 +66,14 @@ def prepare(
             )
     size = img_size or args[0].img_size
     images = build_dataset(data, size, args[0].seed, train=False)
-    share = dict(rank=util.rank(), world_size=util.world_size(), device=device)
+    share = util.rank(), util.world_size(), device
     return Evaluation(
         models=[model.to(device) for model in models],
         names=[a.name or model.quantizer.name for a, model in zip(args, models, strict=True)],
         steps=[checkpoint.get("step") for checkpoint in checkpoints],
         images=images,
         img_size=size,
-        loader=val_loader(images, batch_size, num_workers, **share),
+        loader=val_loader(images, batch_size, num_workers, *share),
         perceptual=lpips_network(lpips_net or args[0].lpips_net, device, needed=False, side=size),
         device=device,
     )
@@ -109,9 +98,8 @@ def evaluate_stages(
         images that they decode to, 'psnr', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
     """
     quantizer = model.quantizer
-    stages = range(quantizer.stages)
     has_fsq = hasattr(quantizer, "stage_input")
-    metrics = [ImageMetrics(perceptual) for _ in stages]
+    metrics = [ImageMetrics(perceptual) for _ in range(quantizer.stages)]
     usage = CodeUsage(quantizer.codebook_sizes, stage_axis=True)
     # Sums of squares: of z and of the residual after each stage, and of the input of each FSQ.
     squares = torch.zeros(2, quantizer.stages + 1, dtype=torch.float64)
@@ -123,38 +111,31 @@ def evaluate_stages(
             quantized = Quantized(*quantizer(z))
             side = () if quantized.statistics is None else (quantized.statistics,)
             codes = None
-            squares[0, 0] += sum_of_squares(z)
-            for k in stages:
+            squares[0, 0] += _sum_of_squares(z)
+            for k, metric in enumerate(metrics):
                 if has_fsq:
-                    squares[1, k] += sum_of_squares(quantizer.stage_input(k, z, codes))
+                    squares[1, k] += _sum_of_squares(quantizer.stage_input(k, z, codes))
                 first = quantized.indices[..., : k + 1]
                 codes = quantizer.indices_to_codes(first, *side)
-                squares[0, k + 1] += sum_of_squares(z - codes)
-                metrics[k].update(images, model.decode(first, *side))
+                squares[0, k + 1] += _sum_of_squares(z - codes)
+                metric.update(images, model.decode(first, *side))
             usage.update(quantized.indices)
             elements += z.numel()
             positions = z[0, 0].numel()
 
     elements, positions = sum(util.from_all(elements)), max(util.from_all(positions))
     residual, entering = (sum(util.from_all(squares)) / elements).sqrt().tolist()
-    rows = []
-    for k, (codes, metric) in enumerate(zip(usage.compute(), metrics, strict=True)):
-        quality = metric.compute()
-        index_bits = sum(math.log2(size) for size in quantizer.codebook_sizes[: k + 1])
-        side_bits = quantizer.side_bits * (k + 1) / quantizer.stages / positions
-        rows.append(
-            {
-                **codes,
-                "bits": index_bits + side_bits,
-                "residual_rms_before": residual[k],
-                "residual_rms_after": residual[k + 1],
-                "fsq_input_rms": entering[k] if has_fsq else None,
-                **{name: quality[name] for name in ("psnr", "l1", "lpips", "paper")},
-            }
-        )
+    rows, index_bits = usage.compute(), 0.0
+    for k, (row, metric) in enumerate(zip(rows, metrics, strict=True)):
+        index_bits += math.log2(row["codebook_size"])
+        row["bits"] = index_bits + quantizer.side_bits * (k + 1) / quantizer.stages / positions
+        row["residual_rms_before"], row["residual_rms_after"] = residual[k : k + 2]
+        row["fsq_input_rms"] = entering[k] if has_fsq else None
+        row |= metric.compute()
+        del row["images"]
     return rows
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
+def _sum_of_squares(x: Tensor) -> Tensor:
     """The sum of the squares of all elements, float64, on the CPU."""
     return x.double().square().sum().cpu()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
+from timeit import timeit
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 import util
 
@@ -26,29 +23,78 @@ TURN = 0.1  # seconds of calls that are timed together
 COPY_MIB, MATRIX = (2048, 8192) if CUDA else (256, 2048)
 
 
-def synchronize() -> None:
-    """Wait for the GPU."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def clock(call: Callable, count: int) -> float:
-    """Mean seconds of `count` calls."""
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / count
-
-
 def turns(calls: Iterable[Callable], repeats: int) -> list[list[float]]:
     """Seconds a call: for each of `calls`, which take turns, the mean of each turn."""
-    for call in calls:  # compiles, allocates, fills caches
-        call()
-    counts = [max(1, min(1000, int(TURN / clock(call, 1)))) for call in calls]
-    times = [list(map(clock, calls, counts)) for _ in range(repeats)]
+    counts = []
+    for call in calls:
+        call()  # compiles, allocates, fills caches
+        counts.append(max(1, min(1000, int(TURN / timeit(call, timer=timer, number=1)))))
+    work = list(zip(calls, counts, strict=True))
+    times = [[timeit(call, timer=timer, number=n) / n for call, n in work] for _ in range(repeats)]
     return [list(column) for column in zip(*times, strict=True)]
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, min and max."""
+    values = list(values)
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def peak_memory(call: Callable) -> float:
+    """The most memory, MiB, that one call holds in tensors beyond what was held before it."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # The allocator of the CPU keeps no peak: add up the allocations that the profiler sees.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the tracer prints messages
+    with profile(profile_memory=True) as trace:
+        call()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0)) / 2**20
+
+
+def limits(repeats: int, bf16: bool) -> dict[str, float]:
+    """GB/s of a copy, read and written; GFLOP/s of matrix products and convolutions."""
+
+    def seconds(call: Callable) -> float:
+        clock = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return clock.blocked_autorange(min_run_time=repeats * TURN).median
+
+    source, target = torch.ones(2, COPY_MIB * 2**18, device=DEVICE).unbind()
+    rates = {"copy GB/s": 2e-9 * COPY_MIB * 2**20 / seconds(partial(target.copy_, source))}
+    for name in ["fp32", *["tf32"] * CUDA, *["bf16"] * (bf16 or CUDA)]:
+        util.set_float32_precision("tf32" if name == "tf32" else "ieee")
+        options = {"device": DEVICE, "dtype": torch.bfloat16 if name == "bf16" else torch.float32}
+        a, b = torch.randn(2, MATRIX, MATRIX, **options)
+        product = partial(torch.matmul, a, b)
+        rates[f"{name} product GFLOP/s"] = 2e-9 * MATRIX**3 / seconds(product)
+        # Convolutions may be faster than the matrix library: 256 filters of 128x4x4, stride 2.
+        shapes = (MATRIX // 256, 128, 64, 64), (256, 128, 4, 4)
+        pair = [torch.randn(s, **options).to(memory_format=torch.channels_last) for s in shapes]
+        convolve = partial(torch.conv2d, *pair, stride=2, padding=1)
+        count = 2 * convolve().numel() * 128 * 4 * 4
+        rates[f"{name} convolution GFLOP/s"] = 1e-9 * count / seconds(convolve)
+    return rates
+
+
+def table(title: str, rows: Sequence[dict]) -> dict:
+    """Print rows by their names; of a spread the median, and all of it if it is a ratio."""
+
+    def text(name: str, value) -> str:
+        if isinstance(value, dict):
+            whole = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
+            return whole if name == "ratio" else text(name, value["median"])
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return str(value)
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
+    print(f"\n{title}\n{util.text_table(cells)}", flush=True)
+    return {"title": title, "rows": rows}
 
 
 def forward_backward(module: nn.Module, z: Tensor, mode: str, **options) -> Callable:
@@ -66,100 +112,30 @@ def forward_backward(module: nn.Module, z: Tensor, mode: str, **options) -> Call
     return call
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, min and max."""
-    values = list(values)
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-def peak_memory(call: Callable) -> float:
-    """The most memory, MiB, that one call holds in tensors beyond what was held before it."""
-    if CUDA:
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # The allocator of the CPU keeps no peak: add up the allocations in the trace of the profiler.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the tracer prints messages
-    with tempfile.TemporaryDirectory() as folder:
-        with profile(profile_memory=True) as trace:
-            call()
-        trace.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
-    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    return max(accumulate((e["args"]["Bytes"] for e in events), initial=0)) / 2**20
-
-
 def part_times(
     step: Callable, modules: dict[str, nn.Module], others: Sequence[str], repeats: int
 ) -> list[dict]:
     """Mean time of each part of a step and its share; the GPU is waited for after each part.
 
     Args:
-        step: takes a function `mark`, and calls it with "" at its start and with each of `others`
-            when this part is done.
-        modules: parts that are modules.
+        step: takes a function `mark`, and calls it with each of `others` when this part is done.
+        modules: parts that are modules. They keep the hooks.
         others: the other parts; the first one gets the time of the forward pass between modules.
         repeats: how many steps.
     """
-    seconds, last = dict.fromkeys([*modules, *others, ""], 0.0), 0.0
+    seconds = dict.fromkeys([*modules, *others], 0.0)
+    last = timer()
 
     def mark(part: str) -> None:
         nonlocal last
-        synchronize()
-        now = time.perf_counter()
+        now = timer()
         seconds[part] += now - last
         last = now
 
-    hooks = [m.register_forward_pre_hook(lambda *_: mark(others[0])) for m in modules.values()]
     for name, module in modules.items():
-        hooks.append(module.register_forward_hook(lambda *_, name=name: mark(name)))
+        module.register_forward_pre_hook(lambda *_: mark(others[0]))
+        module.register_forward_hook(lambda *_, name=name: mark(name))
     for _ in range(repeats):
         step(mark=mark)
-    for hook in hooks:
-        hook.remove()
-    del seconds[""]  # between two steps
     total = sum(seconds.values())
     return [{"part": k, "ms": 1e3 * s / repeats, "share": s / total} for k, s in seconds.items()]
-
-
-def print_table(title: str, rows: Sequence[dict]) -> None:
-    """Print rows by their names; of a spread the median, and all of it if it is a ratio."""
-
-    def text(name: str, value) -> str:
-        if isinstance(value, dict):
-            whole = f"{value['median']:.2f} ({value['min']:.2f}..{value['max']:.2f})"
-            return whole if name == "ratio" else text(name, value["median"])
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        return str(value)
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
-    print(f"\n{title}\n{util.text_table(cells)}", flush=True)
-
-
-def limits(repeats: int, bf16: bool) -> dict[str, float]:
-    """GB/s of a copy, read and written; GFLOP/s of matrix products and convolutions."""
-
-    def seconds(call: Callable) -> float:
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=repeats * TURN).median
-
-    source, target = torch.ones(2, COPY_MIB * 2**18, device=DEVICE).unbind()
-    rates = {"copy GB/s": 2e-9 * COPY_MIB * 2**20 / seconds(partial(target.copy_, source))}
-    for name in ["fp32", *["tf32"] * CUDA, *["bf16"] * (bf16 or CUDA)]:
-        util.set_float32_precision("tf32" if name == "tf32" else "ieee")
-        kind = torch.bfloat16 if name == "bf16" else torch.float32
-        a, b = torch.randn(2, MATRIX, MATRIX, device=DEVICE).to(kind)
-        product = partial(torch.matmul, a, b)
-        rates[f"{name} product GFLOP/s"] = 2e-9 * MATRIX**3 / seconds(product)
-        # Convolutions may be faster than the matrix library: 256 filters of 128x4x4, stride 2.
-        x = torch.randn(MATRIX // 256, 128, 64, 64, device=DEVICE).to(kind)
-        filters = torch.randn(256, 128, 4, 4, device=DEVICE).to(kind)
-        x, filters = (t.to(memory_format=torch.channels_last) for t in (x, filters))
-        convolve = partial(torch.conv2d, x, filters, stride=2, padding=1)
-        count = 2 * convolve().numel() * 128 * 4 * 4
-        rates[f"{name} convolution GFLOP/s"] = 1e-9 * count / seconds(convolve)
-    return rates

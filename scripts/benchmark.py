@@ -21,9 +21,8 @@ import importlib
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -35,9 +34,9 @@ from unittest import mock
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,7 +44,7 @@ import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
 from checkpoint import write_json
-from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, train_loader
+from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, some, train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
@@ -90,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         warnings.simplefilter("ignore")  # those of the other package would interrupt the tables
         # The limits are measured in any case: the other sections refer to them.
         rates = results["limits"] = timing.limits(args.repeats, bf16=args.precision == "bf16")
-        timing.print_table("limits; a copy reads and writes", [rates])
-        sections = {"quantizers": quantizers, "step": training_step, "loader": loader}
-        for name in (name for name in sections if name in args.only):
-            results[name] = sections[name](args, rates)
-            for part in results[name].values():
-                timing.print_table(part["title"], part["rows"])
+        timing.table("limits; a copy reads and writes", [rates])
+        for name, section in (("quantizers", quantizers), ("step", training_step)):
+            if name in args.only:
+                results[name] = section(args, rates)
+        if "loader" in args.only:
+            results["loader"] = loader(args)
     if args.json:
         write_json(Path(args.json), results)
     return results
@@ -103,35 +102,33 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def get_flags(argv: Sequence[str] | None) -> Namespace:
     """The flags of the command line, or of the list `argv`; the defaults suit the device."""
-
-    def sections(text: str) -> list[str]:
-        if not set(text.split(",")) <= set(SECTIONS):
-            raise ArgumentTypeError(f"{text!r} is not among {','.join(SECTIONS)}")
-        return text.split(",")
-
     parser, count = Parser(prog="benchmark.py", description=__doc__.split("\n")[0]), number(int, 1)
-    add, width, everything = parser.add_argument, number(int, 8), ",".join(SECTIONS)
-    add("--only", default=everything, type=sections, metavar="A,B", help="what to measure")
-    add("--repeats", default=5, type=count, help="turns of each")
-    add("--threads", type=count, help="compute threads on a CPU; default: as PyTorch decides")
-    add("--json", metavar="FILE", help="write every number and the environment there")
+    add = parser.group("all sections")
+    everything = ",".join(SECTIONS)
+    add("--only", lambda names: names.split(","), everything, metavar="A,B", help="what to measure")
+    add("--repeats", count, 5, help="turns of each")
+    add("--threads", count, None, help="compute threads on a CPU; default: as PyTorch decides")
+    add("--json", str, None, metavar="FILE", help="write every number and the environment there")
     text = "compiled quantizers as well, and our step compiled; default: the step alone, on a GPU"
-    add("--compile", action=BooleanOptionalAction, help=text)
-    text, batches = "quantizers: batches of z; LFQ and EMA take the smallest", [8, 128][: 1 + CUDA]
-    add("--z-batch", default=batches, type=count, nargs="+", metavar="B", help=text)
-    add("--latent", default=32, type=count, help="quantizers: positions a side of z")
-    text = "step: ours; plain PyTorch is float32; default: bf16 on a GPU, fp32 on a CPU"
-    add("--precision", choices=("bf16", "fp32"), help=text)
-    add("--batch-size", default=128 if CUDA else 4, type=count, help="step: images")
-    add("--channel", default=256, type=width, help="step: width of the encoder's last stage")
-    add("--img-size", default=128, type=number(int, 16), help="step, loader: pixels a side")
-    text = "step: LPIPS network, with random weights if its own are not available"
-    net = "vgg" if CUDA else "none"
-    add("--lpips-net", default=net, choices=LPIPS_NETS, help=text)
-    add("--originals", metavar="DIR", help="loader: images; default: generated JPEGs")
-    add("--loader-images", default=256, type=count, help="loader: how many images to read")
+    add("--compile", bool, None, help=text)
+    add("--img-size", number(int, 16), 128, help="step, loader: pixels a side")
+    add = parser.group("quantizers")
+    text, batches = "batches of z; LFQ and EMA take the smallest", [8, 128] if CUDA else [8]
+    add("--z-batch", count, batches, nargs="+", metavar="B", help=text)
+    add("--latent", count, 32, help="positions a side of z")
+    add = parser.group("step")
+    text = "ours; plain PyTorch is float32"
+    add("--precision", ("bf16", "fp32"), "bf16" if CUDA else "fp32", help=text)
+    add("--batch-size", count, 128 if CUDA else 4, help="images")
+    add("--channel", number(int, 8), 256, help="width of the encoder's last stage")
+    text = "LPIPS network, with random weights if its own are not available"
+    add("--lpips-net", LPIPS_NETS, "vgg" if CUDA else "none", help=text)
+    add = parser.group("loader")
+    add("--originals", str, None, metavar="DIR", help="images; default: generated JPEGs")
+    add("--loader-images", count, 256, help="how many images to read")
     args = parser.parse_args(argv)
-    args.precision = args.precision or ("bf16" if CUDA else "fp32")
+    if not {*args.only} <= {*SECTIONS}:
+        parser.error(f"--only {','.join(args.only)} is not among {everything}")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
     return args
 
@@ -147,7 +144,7 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     work += [(case, min(args.z_batch)) for case in TOKENS]
     work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
     rows = []
-    for (ours, theirs, options), batch, mode in tqdm(work, "quantizers", False, disable=None):
+    for (ours, theirs, options), batch, mode in util.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
         ours = ours().to(DEVICE)
         z = torch.randn(batch, ours.dim, args.latent, args.latent, device=DEVICE)
@@ -169,12 +166,14 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
             row[f"{who}ms"] = spread(1e3 * x for x in seconds)
             row[f"{who}peak MiB"] = timing.peak_memory(call)
         row["copies"] = row["ms"]["median"] * rates["copy GB/s"] / (2e-6 * 4 * z.numel())
-        rows.append(row if len(times) < 2 else {**row, "ratio": spread(map(truediv, *times[::-1]))})
-    z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
+        if len(times) == 2:
+            row["ratio"] = spread(map(truediv, times[1], times[0]))
+        rows.append(row)
     title = f"quantizers, forward + backward; copies: our time over a copy of z; {note}"
-    result = {"times": {"title": title, "rows": rows}}
+    result = {"times": timing.table(title, rows)}
+    z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
     title = "entropies of lfq-12, nats; theirs takes log p < 1e-5 as log 1e-5"
-    return result | {"entropies": {"title": title, "rows": entropies(package, z)}}
+    return result | {"entropies": timing.table(title, entropies(package, z))}
 
 
 @torch.no_grad()
@@ -188,18 +187,16 @@ def entropies(package, z: Tensor) -> list[dict]:
     for temperature in (1.0, 20.0):
         # |z - c|^2 without |z|^2 + |c|^2, which is the same for all codes.
         p = (2 / temperature * tokens @ codes.t()).softmax(1)
-        exact = [torch.special.entr(x).sum(-1).mean().item() for x in (p, p.mean(0))]
         found = {"ours": LFQ(z.shape[1], temperature=temperature).entropies(z)}
         if package:
             lfq, inverse = package.LFQ(dim=z.shape[1]).to(DEVICE).train(), 1 / temperature
             found["theirs"] = lfq(z, inv_temperature=inverse, return_loss_breakdown=True)[1]
-        for i, name in enumerate(("token", "batch")):
-            row = {"entropy": name, "temperature": temperature, "definition": exact[i]}
+        for i, (name, x) in enumerate({"token": p, "batch": p.mean(0)}.items()):
+            exact = torch.special.entr(x).sum(-1).mean().item()
+            row = {"entropy": name, "temperature": temperature, "definition": exact}
             for who, values in found.items():
-                row |= {
-                    who: values[i].item(),
-                    f"{who} off by": abs(values[i].item() / exact[i] - 1),
-                }
+                row[who] = values[i].item()
+                row[f"{who} off by"] = abs(row[who] / exact - 1)
             rows.append(row)
     return rows
 
@@ -231,7 +228,6 @@ def perceptual(net: str) -> tuple[Perceptual | None, str]:
 def update(step: TrainingStep, optimizer, images: Tensor, precision: str, mark=lambda part: None):
     """One step as in `train.py`; calls `mark` with the part that has just been done."""
     util.set_float32_precision(precision)  # a setting of the process, in which the steps differ
-    mark("")
     terms, _ = step(images)
     mark("loss")
     optimizer.zero_grad(set_to_none=True)
@@ -251,49 +247,46 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size))
     images = images.to(DEVICE, torch.uint8)
 
-    def updates(kind: type, precision: str, compiled: bool = False) -> partial:
-        step, ours = copy.deepcopy(start), kind is TrainingStep
-        step = step if ours else kind(step.model, step.criterion, bf16=False)
-        if ours:
-            step.to(memory_format=torch.channels_last)
+    def ours(compiled: bool) -> partial:
+        step = copy.deepcopy(start).to(memory_format=torch.channels_last)
         if compiled:
             step.compile(fullgraph=True)
-        options = {"weight_decay": 5e-5, "fused": True if ours else None}
-        adam = torch.optim.Adam(step.model.parameters(), 1e-4, **options)
+        adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=True)
+        return partial(update, step, adam, images, "tf32" if bf16 else "ieee")
+
+    def plain(precision: str) -> partial:
+        step = PlainStep(copy.deepcopy(start.model), copy.deepcopy(criterion), bf16=False)
+        adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5)
         return partial(update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
-    ours = partial(updates, TrainingStep, "tf32" if bf16 else "ieee")
-    eager, kind = ours(), args.precision
-    steps = {f"ours, {kind}, compiled": ours(True)} if compiled else {f"ours, {kind}": eager}
-    steps["plain, fp32"] = updates(PlainStep, "ieee")
+    steps = {f"ours, {args.precision}{', compiled' * compiled}": ours(compiled)}
+    steps["plain, fp32"] = plain("ieee")
     if CUDA:
-        steps["plain, tf32"] = updates(PlainStep, "tf32")
-    times = timing.turns(steps.values(), args.repeats)
+        steps["plain, tf32"] = plain("tf32")
+    times, eager = timing.turns(steps.values(), args.repeats), ours(False)
     with FlopCounterMode(display=False) as counter:
         eager()
     rows = []
     for (name, call), seconds in zip(steps.items(), times, strict=True):
+        rate = 1e-9 * counter.get_total_flops() / median(seconds)
+        precision = name.split(", ")[1]
+        limit = max(value for what, value in rates.items() if what.startswith(precision))
         row = {"step": name, "images/s": spread(args.batch_size / s for s in seconds)}
-        row |= {
-            "ratio": spread(map(truediv, seconds, times[0])),
-            "peak MiB": timing.peak_memory(call),
-        }
-        row["GFLOP/s"] = 1e-9 * counter.get_total_flops() / median(seconds)
-        limit = max(rate for what, rate in rates.items() if what.startswith(name.split(", ")[1]))
-        row["of the limit"] = row["GFLOP/s"] / limit
+        row["ratio"] = spread(map(truediv, seconds, times[0]))
+        row |= {"peak MiB": timing.peak_memory(call), "GFLOP/s": rate, "of the limit": rate / limit}
         rows.append(row)
     about = f"width {args.channel}, {args.img_size} pixels, batch {args.batch_size}, {lpips_name}"
     title = f"training step, {start.model.quantizer.name}, {about}; ratio: how much faster ours is"
-    model = eager.args[0].model
-    modules = {"encoder": model.encoder, "quantizer": model.quantizer, "decoder": model.decoder}
-    modules |= {} if network is None else {"LPIPS": eager.args[0].criterion.perceptual}
-    parts = timing.part_times(eager, modules, ["loss", "backward", "optimizer"], args.repeats)
-    result = {"times": {"title": title, "rows": rows}}
-    return result | {"parts": {"title": "its parts, eager, each waited for", "rows": parts}}
+    result = {"times": timing.table(title, rows)}
+    step = eager.args[0]
+    modules = {name: getattr(step.model, name) for name in ("encoder", "quantizer", "decoder")}
+    modules |= {} if network is None else {"LPIPS": step.criterion.perceptual}
+    parts = timing.part_times(eager, modules, ("loss", "backward", "optimizer"), args.repeats)
+    return result | {"parts": timing.table("its parts, eager, each waited for", parts)}
 
 
-def loader(args: Namespace, rates: dict) -> dict[str, dict]:
+def loader(args: Namespace) -> dict[str, dict]:
     """Images/s from a folder and from the same images packed; `ratio` is to the folder."""
     with tempfile.TemporaryDirectory() as root:
         originals, out = Path(root, "originals"), Path(root, "packed")
@@ -307,7 +300,7 @@ def loader(args: Namespace, rates: dict) -> dict[str, dict]:
         folder = ImageFolderDataset(originals, args.img_size)
         packed = PackedDataset(out, args.img_size)
         loaders = [("folder", folder, 1), ("packed", packed, 1), ("packed", packed, 4)]
-        repeats = tqdm(range(args.repeats), "loader", False, disable=None)
+        repeats = util.progress(range(args.repeats), "turn")
         speeds = [[images_per_second(*loader[1:]) for loader in loaders] for _ in repeats]
     speeds, rows = list(zip(*speeds, strict=True)), []
     for (name, _, workers), speed in zip(loaders, speeds, strict=True):
@@ -315,20 +308,19 @@ def loader(args: Namespace, rates: dict) -> dict[str, dict]:
         rows.append({**row, "ratio": spread(map(truediv, speed, speeds[0]))})
     what = args.originals or "generated JPEGs of 500x375"
     title = f"loader, {len(folder)} of {what}, random order; ratio: to the folder"
-    return {"times": {"title": title, "rows": rows}}
+    return {"times": timing.table(title, rows)}
 
 
 def make_originals(args: Namespace, folder: Path) -> None:
     """Links to some of the images of --originals, evenly, or generated JPEGs."""
     if args.originals:
         given = ImageFolderDataset(args.originals, args.img_size)
-        count = min(args.loader_images, len(given))
-        for i in range(count):
-            path = given.path(i * len(given) // count).absolute()
+        for i in some(range(len(given)), args.loader_images):
+            path = given.path(i).absolute()
             (folder / f"{i:06d}{path.suffix}").symlink_to(path)
     else:
         images = SyntheticDataset(500, seed=0, length=args.loader_images)
-        for i, image in enumerate(tqdm(images, "originals", False, disable=None)):
+        for i, image in enumerate(util.progress(images, "image")):
             pixels = image[:, :375].permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
 
@@ -337,10 +329,10 @@ def images_per_second(dataset: Dataset, workers: int) -> float:
     """The rate at which batches arrive after the first one; the files are in the page cache."""
     batches = iter(train_loader(dataset, min(LOADER_BATCH, len(dataset)), 10**9, 0, 0, workers))
     next(batches)  # the start of the workers does not count
-    count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < LOADER_SECONDS:
+    count, start = 0, timer()
+    while not count or timer() - start < LOADER_SECONDS:
         count += len(next(batches))
-    return count / (time.perf_counter() - start)
+    return count / (timer() - start)
 
 
 if __name__ == "__main__":

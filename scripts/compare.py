@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from arguments import Parser, add_evaluation_flags, number
 from checkpoint import write_whole
+from dataset import some
 from evaluation import prepare
 from metric import psnr
 from model import VQVAE
@@ -39,10 +40,9 @@ def reconstruct(model: VQVAE, originals: Tensor) -> tuple[Tensor, float]:
     """From the tokens alone: (images (N, 3, H, W) in [0, 1], bits per latent position)."""
     tokens = model.encode(originals)
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
-    images = model.decode(indices, *side).clamp(0, 1)
-    quantizer = model.quantizer
-    positions = indices[0].numel() // quantizer.stages
-    return images, quantizer.bits + quantizer.side_bits / positions
+    positions = originals[0, 0].numel() / model.f**2
+    bits = model.quantizer.bits + model.quantizer.side_bits / positions
+    return model.decode(indices, *side).clamp(0, 1), bits
 
 
 def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: float):
@@ -65,8 +65,8 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
     figure = util.load_figure()(figsize=size, dpi=DPI, layout="compressed")
     grid = figure.subplots(len(cells), len(originals), squeeze=False)
     for row, (label, images, captions) in zip(grid, cells, strict=True):
-        lines = [part for line in label.split("\n") for part in textwrap.wrap(line, CHARACTERS)]
-        row[0].set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", fontsize=9)
+        label = "\n".join(textwrap.fill(line, CHARACTERS) for line in label.split("\n"))
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for axes, image, caption in zip(row, images, captions, strict=True):
             pixels = image.mul(255).round().byte().permute(1, 2, 0)
             axes.imshow(pixels.cpu().numpy(), interpolation="nearest")
@@ -76,22 +76,14 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw as the flags say and return the path of the picture.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Draw as the flags say and return the path of the picture. ValueError for bad input."""
     parser = Parser(prog="compare.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt"
-    )
-    parser.add_argument("--out", required=True, metavar="PNG", help="the picture")
-    parser.add_argument(
-        "--images", type=number(int, 1), default=6, help="how many, evenly over the split"
-    )
-    parser.add_argument(
-        "--amplify", type=number(float, 0, above=True), default=4.0, help="of the error maps"
-    )
+    add = parser.add_argument
+    add("--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt")
+    add("--out", required=True, metavar="PNG", help="the picture")
+    add("--images", type=number(int, 1), default=6, help="how many, evenly over the split")
+    factor = number(float, 0, above=True)
+    add("--amplify", type=factor, default=4.0, help="of the error maps")
     add_evaluation_flags(parser, "--val-data-path", "--img-size")
     flags = parser.parse_args(argv)
     out = Path(flags.out)
@@ -101,20 +93,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     util.load_figure()
 
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, lpips_net="none")
-    count = min(flags.images, len(setup.images))
-    chosen = [setup.images[i * len(setup.images) // count] for i in range(count)]
+    chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]
     originals = torch.stack(chosen).to(setup.device).float() / 255
     names = setup.names
     if len({*names}) < len(names):  # such as several seeds: add the run folders
         folders = [Path(path).resolve().parent.name for path in flags.load]
         names = [f"{name} {folder}" for name, folder in zip(names, folders, strict=True)]
-    rows = [
-        (name, *reconstruct(model, originals))
-        for name, model in zip(names, setup.models, strict=True)
-    ]
+    models = zip(names, setup.models, strict=True)
+    rows = [(name, *reconstruct(model, originals)) for name, model in models]
     figure = draw(originals, rows, flags.amplify)
     write_whole(out, lambda file: figure.savefig(file, format="png"))
-    print(f"{count} images through {len(rows)} checkpoints: {out}")
+    print(f"{len(chosen)} images through {len(rows)} checkpoints: {out}")
     return out
 
 

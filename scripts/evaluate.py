@@ -41,30 +41,18 @@ def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Evaluate as the flags say and return the results.
-
-    Raises:
-        ValueError: for bad input.
-    """
+    """Evaluate as the flags say and return the results. ValueError for bad input."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--load", required=True, metavar="FILE", help="checkpoint: last.pt, best.pt"
-    )
+    text = "checkpoint: last.pt, best.pt"
+    parser.add_argument("--load", required=True, metavar="FILE", help=text)
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
     util.check_outputs(flags.json)
 
-    setup = prepare(
-        [flags.load],
-        flags.val_data_path,
-        flags.img_size,
-        flags.lpips_net,
-        flags.batch_size,
-        flags.num_workers,
-    )
-    (model,), (name,), (step,) = setup.models, setup.names, setup.steps
-    main_process = util.rank() == 0
-    bar = main_process and sys.stderr.isatty()
+    loading = flags.batch_size, flags.num_workers
+    setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
+    model, name, step = setup.models[0], setup.names[0], setup.steps[0]
+    bar = util.rank() == 0 and sys.stderr.isatty()
     result = {
         "name": name,
         **evaluate(model, setup.loader, setup.perceptual, setup.device, progress=bar),
@@ -73,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "checkpoint": flags.load,
         "step": step,
     }
-    if main_process:
+    if util.rank() == 0:
         operations = ", ".join(f"{part} {count:.1f}" for part, count in result["mflop"].items())
-        print(
-            f"{name}, step {step}, {flags.load}\n\n{format_results(result)}\n"
-            f"MFLOP an image, without the quantizer: {operations}"
-        )
+        print(f"{name}, step {step}, {flags.load}\n\n{format_results(result)}")
+        print(f"MFLOP an image, without the quantizer: {operations}")
         if flags.json:
             write_json(Path(flags.json), {**result, "environment": util.environment(setup.device)})
     return result

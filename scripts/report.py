@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,31 +47,23 @@ STATED = ("img_size", "batch_size", "lpips_net", "precision", "seed")
 
 @dataclass
 class Row:
-    """One configuration in one setting; `runs` are its results, in the order of their seeds.
-
-    `flags` are those that the quantizer reads. `kind` is what the paper's table tells apart: the
-    quantizer without its weights and statistics.
-    """
+    """One configuration in one setting."""
 
     name: str
     args: Namespace
-    flags: dict
-    kind: str
-    runs: list[dict] = field(default_factory=list)
+    flags: dict  # that the quantizer reads
+    kind: str  # what the paper's table tells apart: the quantizer without weights and statistics
+    runs: list[dict] = field(default_factory=list)  # results, by seed
     label: str = ""  # the name, and the flags that are not those of the configuration
     paper: tuple[float, ...] | None = None  # the paper's figures
 
 
-# ---------------------------------------------------------------------------------------
-# What a run is: its configuration (the row) and its setting (the table)
-# ---------------------------------------------------------------------------------------
 def configurations(folder: str) -> dict[str, Row]:
     """The configurations in scripts/`folder`, by name, as rows without runs."""
     rows = {}
     for file in sorted((Path(__file__).parent / folder).glob("*.sh")):
-        text = file.read_text().replace("\\\n", " ")
-        _, _, *flags, _ = shlex.split(text, comments=True)  # exec .../paper.sh FLAGS "$@"
-        args = get_args(flags)
+        words = shlex.split(file.read_text().replace("\\\n", " "), comments=True)
+        args = get_args(words[2:-1])  # exec .../paper.sh FLAGS "$@"
         rows[args.name] = make_row(args.name, args)
     return rows
 
@@ -136,9 +128,10 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
         row.runs.append(run)
 
     def place(row: Row) -> tuple:
-        kind, strategy = row.args.quantizer, row.args.rfsq_strategy
-        places = (*ORDER, kind).index(kind), STRATEGIES.index(strategy)
-        return round(row.runs[0]["bits"]), *places, row.label
+        quantizer = row.args.quantizer
+        strategy = STRATEGIES.index(row.args.rfsq_strategy)
+        bits = round(row.runs[0]["bits"])
+        return bits, (*ORDER, quantizer).index(quantizer), strategy, row.label
 
     for _, rows in tables.values():
         for row in rows.values():
@@ -153,33 +146,27 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
 def differences(row: Row, others: Iterable[Row]) -> str:
     """The flags of a row that differ from one of the others, with their values."""
     text = ""
-    for flag in dict.fromkeys(f for other in others for f in (*row.flags, *other.flags)):
+    for flag in dict.fromkeys(flag for other in others for flag in (*row.flags, *other.flags)):
         value = getattr(row.args, flag)
         if any(getattr(other.args, flag) != value for other in others):
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            text += f", {flag.replace('_', ' ')} {value}"
+            words = value if isinstance(value, list) else [value]
+            text += f", {flag.replace('_', ' ')} {' '.join(map(str, words))}"
     return text
 
 
-def comparisons(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
-    """(row, base): RFSQ against None, against image statistics, against FSQ of equal bits."""
-    for row, base in itertools.product(rows, rows):
-        a, b = row.args, base.args
-        if (a.quantizer, b.quantizer) == ("rfsq", "fsq"):
-            if abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5:
-                yield row, base
-        elif a.quantizer == b.quantizer == "rfsq":
-            same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
-            plain = b.rfsq_strategy == "none" != a.rfsq_strategy
-            both = a.rfsq_strategy == b.rfsq_strategy == "layernorm"
-            statistics_of_both = a.rfsq_statistics, b.rfsq_statistics
-            if same_codes and (plain or (both and statistics_of_both == ("global", "image"))):
-                yield row, base
+def comparable(row: Row, base: Row) -> bool:
+    """RFSQ against None, against image statistics, or against FSQ of equal bits."""
+    a, b = row.args, base.args
+    if (a.quantizer, b.quantizer) == ("rfsq", "fsq"):
+        return abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5
+    same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
+    if not (a.quantizer == b.quantizer == "rfsq" and same_codes):
+        return False
+    if a.rfsq_strategy == b.rfsq_strategy == "layernorm":
+        return (a.rfsq_statistics, b.rfsq_statistics) == ("global", "image")
+    return b.rfsq_strategy == "none" != a.rfsq_strategy
 
 
-# ---------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------
 def show(runs: Sequence[dict], metric: str) -> str:
     """Mean and spread of a metric."""
     values = [run[metric] for run in runs]
@@ -197,15 +184,16 @@ def find_floors(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
     runs, floors, note = [run for row in rows for run in row.runs], {}, ""
     for name in runs[0]["floors"]:
         label = f"bicubic x{runs[0]['f']}" if name == "bicubic" else name.replace("_", " ")
-        values = [run["floors"][name] for run in runs]
-        low, high = (pick(value["psnr"] for value in values) for pick in (min, max))
-        differ = high - low > 1e-3  # far more than devices differ on the same images
-        if differ:
+        floors[label] = values = [run["floors"][name] for run in runs]
+        psnr = [value["psnr"] for value in values]
+        low, high = min(psnr), max(psnr)
+        if high - low <= 1e-3:  # devices differ far less on the same images
+            floors[label] = values[:1]
+        else:
             note = (
                 "**The validation images are not the same in all rows:** the PSNR of the floor "
                 f"{label} runs from {low:.2f} to {high:.2f} dB."
             )
-        floors[label] = values if differ else values[:1]
     return floors, note
 
 
@@ -216,18 +204,20 @@ def improvements(rows: Sequence[Row]) -> list[list[str]]:
         return new - old if metric == "psnr" else 100 * (old - new) / old
 
     lines = []
-    for row, base in comparisons(rows):
+    for row, base in itertools.product(rows, rows):
         pairs = [(a, b) for a in row.runs for b in base.runs if a["seed"] == b["seed"]]
+        if not (pairs and comparable(row, base)):
+            continue
         theirs = [each.paper for each in (row, base) if each.label == each.name]
         for i, metric in enumerate(DECIMALS):
-            if not pairs or None in [run[metric] for pair in pairs for run in pair]:
+            if None in [run[metric] for pair in pairs for run in pair]:
                 continue
             decimals, unit = (2, "PSNR, dB") if metric == "psnr" else (1, f"{metric.upper()}, %")
             ours = [gain(metric, a[metric], b[metric]) for a, b in pairs]
             paper = [gain(metric, a["paper"][metric], b["paper"][metric]) for a, b in pairs]
             claim = "–"
             if len(theirs) == 2 and all(theirs):
-                claim = f"{gain(metric, *(figures[i] for figures in theirs)):+.{decimals}f}"
+                claim = spread([gain(metric, theirs[0][i], theirs[1][i])], decimals, "+")
             line = [f"{row.label} against {base.label}", unit, spread(ours, decimals, "+")]
             better = f"{sum(value > 0 for value in ours)} of {len(ours)}"
             lines.append([*line, spread(paper, decimals, "+"), claim, better])
@@ -317,9 +307,8 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> str:
     """Print the tables, or write them to `--out`; return them."""
     parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUNS", help="run folders, folders of them, results.json, globs"
-    )
+    text = "run folders, folders of them, results.json, globs"
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)
     results, faults = read_results(flags.runs)
@@ -333,11 +322,10 @@ def main(argv: Sequence[str] | None = None) -> str:
         "information included; parameters are those trained by gradient (the codebooks of VQ-EMA "
         "are moving averages)."
     )
-    settings = [common for common, _ in tables]
-    sections = [
-        section(common, rows, [other for other in settings if other is not common])
-        for common, rows in tables
-    ]
+    sections = []
+    for common, rows in tables:
+        others = [other for other, _ in tables if other is not common]
+        sections.append(section(common, rows, others))
     text = "\n\n".join([intro, *sections]) + "\n"
     if flags.out:
         write_whole(Path(flags.out), lambda file: file.write(text.encode()))

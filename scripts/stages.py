@@ -39,54 +39,26 @@ COLUMNS = {  # column: (heading, decimals)
 
 def format_stages(rows: Sequence[dict]) -> str:
     """What `evaluate_stages` returns as a table for the screen."""
-
-    def text(value: float | None, decimals: int) -> str:
-        return "-" if value is None else f"{value:.{decimals}f}"
-
     table = [[heading for heading, _ in COLUMNS.values()]]
-    table += [[text(row[name], d) for name, (_, d) in COLUMNS.items()] for row in rows]
+    for row in rows:
+        cells = [(row[name], decimals) for name, (_, decimals) in COLUMNS.items()]
+        table.append(["-" if x is None else f"{x:.{decimals}f}" for x, decimals in cells])
     return util.text_table(table)
 
 
-def draw_residuals(results: Sequence[dict], path: Path) -> None:
-    """Two panels: the RMS of the residual after each stage, and of the input of each FSQ."""
-    figure = util.load_figure()(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for result in results:
-        rows = result["stages"]
-        start = rows[0]["residual_rms_before"]
-        after = [1.0, *(row["residual_rms_after"] / start for row in rows)]
-        left.plot(range(len(rows) + 1), after, marker="o", label=result["label"])
-        plot_column(right, result, "fsq_input_rms")
-    left.set(title="RMS of the residual / RMS of the latent", xlabel="after stage", yscale="log")
-    right.set(title="RMS of the input of the FSQ", xlabel="stage", yscale="log")
-    save(figure, path)
+def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: str) -> None:
+    """Write a PNG with a panel for each title, and in it a line for each of the checkpoints.
 
-
-def draw_quality(results: Sequence[dict], path: Path) -> None:
-    """PSNR, L1 and, where there is one, LPIPS of the image that the first k stages decode to."""
-    titles = {"psnr": "PSNR, dB", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
-    if results[0]["stages"][0]["lpips"] is None:
-        del titles["lpips"]
-    figure = util.load_figure()(figsize=(5 * len(titles), 4), layout="constrained")
-    for axes, (column, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
-        for result in results:
-            plot_column(axes, result, column)
-        axes.set(title=title, xlabel="stages decoded")
-    save(figure, path)
-
-
-def plot_column(axes, result: dict, column: str) -> None:
-    """A column of a checkpoint's stages against the stage, unless it has no values."""
-    rows = result["stages"]
-    values = [row[column] for row in rows]
-    if None not in values:
-        axes.plot([row["stage"] for row in rows], values, marker="o", label=result["label"])
-
-
-def save(figure, path: Path) -> None:
-    """Write a figure as PNG, with a grid in all panels and a legend in the first."""
-    for axes in figure.axes:
+    `panels`: title: (label of the x axis, its first value, the values of each checkpoint, of which
+    those without values are left out).
+    """
+    figure = util.load_figure()(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        xlabel, first, lines = panel
+        for label, y in zip(labels, lines, strict=True):
+            if None not in y:
+                axes.plot(range(first, first + len(y)), y, marker="o", label=label)
+        axes.set(title=title, xlabel=xlabel, yscale=yscale)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
@@ -94,46 +66,56 @@ def save(figure, path: Path) -> None:
     print(path)
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Measure every checkpoint on the same images, and return what `--json` writes.
+def draw_all(results: Sequence[dict], folder: Path) -> None:
+    """Draw residuals.png and quality.png from the results of `main`."""
+    labels = [result["name"] for result in results]
+    if len({*labels}) < len(labels):  # such as several seeds
+        labels = [f"{result['name']} ({result['checkpoint']})" for result in results]
 
-    Raises:
-        ValueError: for bad input.
-    """
+    def column(name: str) -> list[list]:
+        return [[row[name] for row in result["stages"]] for result in results]
+
+    before, after = column("residual_rms_before"), column("residual_rms_after")
+    residuals = [[x / a[0] for x in (a[0], *b)] for a, b in zip(before, after, strict=True)]
+    panels = {
+        "RMS of the residual / RMS of the latent": ("after stage", 0, residuals),
+        "RMS of the input of the FSQ": ("stage", 1, column("fsq_input_rms")),
+    }
+    draw(folder / "residuals.png", labels, panels, "log")
+    titles = {"psnr": "PSNR, dB", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
+    panels = {title: ("stages decoded", 1, column(name)) for name, title in titles.items()}
+    if None in panels["LPIPS"][2][0]:
+        del panels["LPIPS"]
+    draw(folder / "quality.png", labels, panels, "linear")
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Return what `--json` writes: the stages of every checkpoint. ValueError for bad input."""
     parser = Parser(prog="stages.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt"
-    )
+    text = "checkpoints: last.pt, best.pt"
+    parser.add_argument("--load", required=True, nargs="+", metavar="FILE", help=text)
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
-    folder = Path(flags.figures) if flags.figures else None
     util.check_outputs(flags.json)
-    if folder:
+    if flags.figures:
         util.load_figure()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--figures {folder} is a file: give a folder")
+        if Path(flags.figures).is_file():
+            raise ValueError(f"--figures {flags.figures} is a file: give a folder")
 
-    setup = prepare(
-        flags.load,
-        flags.val_data_path,
-        flags.img_size,
-        flags.lpips_net,
-        flags.batch_size,
-        flags.num_workers,
-    )
+    loading = flags.batch_size, flags.num_workers
+    setup = prepare(flags.load, flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
     for model in setup.models:
         if not model.quantizer.stage_axis:
             raise ValueError(
                 f"{model.quantizer.name} has no stages: give checkpoints of RFSQ, or of VQ-EMA "
                 "with --ema-stages above 1"
             )
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+    if flags.figures:
+        Path(flags.figures).mkdir(parents=True, exist_ok=True)
     results, main_process = [], util.rank() == 0
-    for path, name, step, model in zip(
-        flags.load, setup.names, setup.steps, setup.models, strict=True
-    ):
+    checkpoints = zip(flags.load, setup.names, setup.steps, setup.models, strict=True)
+    for path, name, step, model in checkpoints:
         rows = evaluate_stages(model, setup.loader, setup.perceptual, setup.device)
         results.append({"name": name, "checkpoint": path, "step": step, "stages": rows})
         if main_process:
@@ -148,12 +130,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     if flags.json and main_process:
         write_json(Path(flags.json), result)
-    if folder and main_process:
-        several = len({*setup.names}) < len(setup.names)  # of one name, such as several seeds
-        labels = [f"{r['name']} ({r['checkpoint']})" if several else r["name"] for r in results]
-        labelled = [{**r, "label": label} for r, label in zip(results, labels, strict=True)]
-        draw_residuals(labelled, folder / "residuals.png")
-        draw_quality(labelled, folder / "quality.png")
+    if flags.figures and main_process:
+        draw_all(results, Path(flags.figures))
     return result
 
 
