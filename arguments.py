@@ -249,9 +249,27 @@ def current_flags(saved: dict) -> dict:
 
 
 def args_of(checkpoint: dict) -> Namespace:
-    """The flags of a checkpoint; those that are younger than it have their defaults."""
+    """The flags of a checkpoint; those that are younger than it have their defaults.
+
+    Raises:
+        ValueError: a flag of the architecture has a value that the command line would refuse.
+    """
     args = get_args([])
+    if not isinstance(checkpoint["args"], dict):
+        raise ValueError("the flags in the checkpoint are damaged")
     vars(args).update(current_flags(checkpoint["args"]))
+    for action in get_parser()._actions:
+        value = getattr(args, action.dest, None)
+        if getattr(action, "role", None) != ARCHITECTURE or value is None:
+            continue
+        try:
+            values = [action.type(str(one)) for one in (value if action.nargs else [value])]
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            values = None
+        if values != (value if action.nargs else [value]) or (
+            action.choices and value not in action.choices
+        ):
+            raise ValueError(f"the checkpoint's {action.option_strings[0]} cannot be {value!r:.80}")
     return args
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -125,8 +126,9 @@ def _checksum(state: dict) -> str:
             if not value.isfinite().all():
                 raise NotFinite(f"{name} is not finite")
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            if value.numel():
+                flat = value.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key, entry in value.items():
                 digest.update(f"{key!r}:".encode())
@@ -142,6 +144,20 @@ def _checksum(state: dict) -> str:
     return digest.hexdigest()
 
 
+def _check_plain(value, depth: int = 0) -> None:
+    """Raises ValueError for what `save_checkpoint` never writes, and what could exhaust memory."""
+    if depth > 32:  # also for a list that contains itself
+        raise ValueError("nested too deeply")
+    if isinstance(value, torch.Tensor):
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.is_quantized or value.numel() > value.untyped_storage().nbytes():
+            raise ValueError("not a plain tensor")
+    for entry in value.values() if isinstance(value, dict) else ():
+        _check_plain(entry, depth + 1)
+    for entry in value if isinstance(value, list | tuple) else ():
+        _check_plain(entry, depth + 1)
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. Reading never executes anything from the file.
 
@@ -154,7 +170,11 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"checkpoint {path} {found}: give a file such as runs/NAME/last.pt")
     wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a small file could unpack to a large one")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_plain(state)
     except Exception as error:  # unpickling garbage can raise nearly anything
         raise ValueError(wrong) from error
     if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
-from util import StopSignals, from_all, rank, stop_with_parent
+from util import StopSignals, from_all, printable, rank, stop_with_parent
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,15 +64,18 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     """An image file as RGB: upright, its first frame, transparency over white.
 
     Raises:
-        UnreadableImage: one line that names the file; also for more than 178,956,970 pixels.
+        UnreadableImage: one line that names the file; also for more than 89,478,485 pixels.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
             warnings.simplefilter("ignore")
+            if not os.path.isfile(path):  # opening a pipe would wait for ever
+                raise ValueError("it is not a regular file")
             with Image.open(path) as file:
                 if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{file.width}x{file.height} pixels are too many")
+                    size, most = f"{file.width}x{file.height}", Image.MAX_IMAGE_PIXELS
+                    raise ValueError(f"{size} pixels are more than Pillow's limit of {most:,}")
                 file.load()  # outside the next block, which would hide its errors
                 with contextlib.suppress(Exception):  # damage to EXIF is no damage to the pixels
                     ImageOps.exif_transpose(file, in_place=True)
@@ -80,7 +83,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read image {path}: {reason}; remove it or repair it"
+            f"cannot read image {printable(path)}: {reason}; remove it or repair it"
         ) from error
 
 
@@ -399,5 +402,6 @@ def skipped_images(*datasets: Dataset) -> list[str]:
     names = sorted(set().union(*from_all(own)))
     if names and rank() == 0:
         more = f" and {len(names) - 3} more, named in results.json" if len(names) > 3 else ""
-        print(f"{len(names)} images skipped: {', '.join(names[:3])}{more}", flush=True)
+        first = ", ".join(map(printable, names[:3]))
+        print(f"{len(names)} images skipped: {first}{more}", flush=True)
     return names

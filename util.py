@@ -278,6 +278,12 @@ def progress(items: Sequence, unit: str) -> Iterable:
     return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
 
 
+def printable(text: object) -> str:
+    """A text in one line that every terminal can show: what is not printable is escaped."""
+    characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(characters)
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, also when it comes from a DataLoader's worker."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
