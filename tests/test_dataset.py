@@ -1,6 +1,7 @@
 """Images in: what the pixels are, what is refused, and which process sees which image when."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import traceback
@@ -21,6 +22,7 @@ from dataset import (
     StreamSampler,
     UnreadableImage,
     build_dataset,
+    read_image,
     train_loader,
     val_loader,
 )
@@ -290,6 +292,20 @@ def test_items_are_a_function_of_seed_and_index():
 
 
 @pytest.mark.slow
+def test_a_pipe_named_like_an_image_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UnreadableImage, match=r"x\.png: it is not a regular file"):
+        read_image(tmp_path / "x.png")
+
+
+def test_names_that_cannot_be_printed_are_escaped(tmp_path):
+    name = os.fsdecode(b"a\nb\xff.png")
+    (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(tmp_path / name)
+    assert str(caught.value).isprintable() and "a\\nb\\udcff.png" in str(caught.value)
+
+
 def test_the_same_bytes_in_another_process():
     code = (
         "import hashlib, synthetic; assert synthetic._textures.cache_info().currsize == 0\n"

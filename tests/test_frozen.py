@@ -77,3 +77,18 @@ def test_an_old_run_goes_on(tmp_path):
     longer = [x if x != str(record.STEPS) else str(record.STEPS + 5) for x in argv]
     result = train.main([*longer, "--resume", str(run)])
     assert result["steps"] == record.STEPS + 5
+
+
+@pytest.mark.parametrize("name", ["ema", "ema-residual", "lfq", "geometric"])
+def test_every_quantizer_has_an_entropy_coder(name, tmp_path):
+    pytest.importorskip("constriction")
+    image, coded = str(GOLDEN / "image.png"), str(tmp_path / "coded.pt")
+    compress.main(["fit", image, "--load", str(GOLDEN / f"{name}.pt"), "--out", coded])
+    flags = ["--load", coded, "--out", str(tmp_path)]
+    compress.main(["encode", image, *flags, "--entropy-coding"])
+    compress.main(["decode", str(tmp_path / "image.rfsq"), *flags])
+    was, now = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in (GOLDEN / f"{name}.png", tmp_path / "image.png")
+    )
+    assert abs(was - now).max() <= 1

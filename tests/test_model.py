@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -431,6 +432,25 @@ def test_what_the_quantizer_refuses_names_the_levels(argv):
         VQVAE(get_args(argv))
 
 
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("res_blocks", 10**7),
+        ("channel", "wide"),
+        ("levels", [8, None]),
+        ("levels", 8),
+        ("network", ["conv"]),
+        ("rfsq_stages", 2.5),
+    ],
+)
+def test_impossible_flags_of_a_checkpoint_are_one_line(flag, value, tmp_path):
+    args = {**vars(get_args(SMALL)), flag: value}
+    save_checkpoint(tmp_path / "last.pt", {"model": {}, "args": args})
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} cannot be") as caught:
+        load_model(tmp_path / "last.pt")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_quantizer_names_the_known():
     args = get_args([])
     args.quantizer = "vq"
@@ -505,7 +525,30 @@ def bad_checkpoint(kind, folder):
         torch.save(good["model"], path)
     elif kind == "another format":
         torch.save({"format": 999, **good}, path)
+    elif kind == "deflated":  # 100 MB in 100 kB
+        torch.save({"format": 1, **good, "x": torch.zeros(25_000_000)}, folder / "stored.pt")
+        with zipfile.ZipFile(folder / "stored.pt") as stored, zipfile.ZipFile(path, "w") as packed:
+            for entry in stored.infolist():
+                packed.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
+        (folder / "stored.pt").unlink()
+    elif kind in HOSTILE:
+        torch.save({"format": 1, "args": {}, "model": {"w": HOSTILE[kind]()}, "checksum": ""}, path)
     return path
+
+
+def endless_list():
+    endless = []
+    endless.append(endless)
+    return endless
+
+
+HOSTILE = {
+    "sparse": lambda: torch.zeros(1000, 1000).to_sparse(),
+    "meta": lambda: torch.zeros(10**12, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(10), 1.0, 0, torch.qint8),
+    "stride 0": lambda: torch.zeros(1).expand(10**10),
+    "contains itself": endless_list,
+}
 
 
 @pytest.mark.parametrize(
@@ -520,6 +563,7 @@ def bad_checkpoint(kind, folder):
         ("a tensor", "not a checkpoint"),
         ("weights alone", "not a checkpoint"),
         ("another format", "format 999"),
+        *((kind, "not a checkpoint") for kind in ("deflated", *HOSTILE)),
     ],
 )
 def test_what_is_no_checkpoint(kind, named, tmp_path):
