@@ -66,14 +66,14 @@ def prepare(
             )
     size = img_size or args[0].img_size
     images = build_dataset(data, size, args[0].seed, train=False)
-    share = util.rank(), util.world_size(), device
+    share = dict(rank=util.rank(), world_size=util.world_size(), device=device)
     return Evaluation(
         models=[model.to(device) for model in models],
         names=[a.name or model.quantizer.name for a, model in zip(args, models, strict=True)],
         steps=[checkpoint.get("step") for checkpoint in checkpoints],
         images=images,
         img_size=size,
-        loader=val_loader(images, batch_size, num_workers, *share),
+        loader=val_loader(images, batch_size, num_workers, **share),
         perceptual=lpips_network(lpips_net or args[0].lpips_net, device, needed=False, side=size),
         device=device,
     )
