@@ -51,15 +51,16 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
     Args:
         originals: (N, 3, H, H) in [0, 1].
         rows: (name, reconstructions, bits per position) of each checkpoint.
-        amplify: factor of the error maps.
+        amplify: factor of the error maps; 0 leaves them out.
     """
     blank = [""] * len(originals)
     cells = [("originals", originals, blank)]  # label, images, a caption for each
     for name, images, bits in rows:
         captions = [f"{value:.2f} dB" for value in psnr(images, originals).tolist()]
         cells.append((f"{name}\n{bits:.4g} bits a position", images, captions))
-        error = ((images - originals).abs() * amplify).clamp(max=1)
-        cells.append((f"{name}\n|error| x {amplify:g}", error, blank))
+        if amplify:
+            error = ((images - originals).abs() * amplify).clamp(max=1)
+            cells.append((f"{name}\n|error| x {amplify:g}", error, blank))
 
     size = (LABEL + CELL * len(originals), (CELL + 0.2) * len(cells))
     figure = util.load_figure()(figsize=size, dpi=DPI, layout="compressed")
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     add("--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt")
     add("--out", required=True, metavar="PNG", help="the picture")
     add("--images", type=number(int, 1), default=6, help="how many, evenly over the split")
-    factor = number(float, 0, above=True)
-    add("--amplify", type=factor, default=4.0, help="of the error maps")
+    help_text = "factor of the error maps; 0 leaves them out"
+    add("--amplify", type=number(float, 0), default=4.0, help=help_text)
     add_evaluation_flags(parser, "--val-data-path", "--img-size")
     flags = parser.parse_args(argv)
     out = Path(flags.out)
