@@ -332,7 +332,7 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
         (compare, [good, val, f"--out={absent / 'x.png'}"], "x.png"),
         (compare, [good, val], "--out"),
         (compare, [good, val, "--out=x.jpg"], "x.jpg"),
-        (compare, [good, val, out, "--amplify=0"], "--amplify"),
+        (compare, [good, val, out, "--amplify=-1"], "--amplify"),
         (compare, [good, "--val-data-path=nowhere", out], "nowhere"),
         (compare, [good, val, out, "--img-size=30"], "30"),
         (compare, [*sizes, val, out], "give --img-size"),
