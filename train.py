@@ -26,9 +26,10 @@ from arguments import get_args
 from checkpoint import NotFinite, random_states, restore_random_states
 from dataset import build_dataset, skipped_images, train_loader, val_loader
 from loss import TrainingLoss, lpips_network
+from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
-from run import Meter, RunFolder, find_resumed
+from run import RunFolder, find_resumed
 from scheduler import learning_rate
 
 

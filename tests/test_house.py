@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "quantizers"},
     {"util"},
-    {"dataset", "packed"},
+    {"packed", "meter"},
+    {"dataset"},
     {"arguments"},
     {"loss"},
     {"model", "metric"},

@@ -25,9 +25,10 @@ import train
 import util
 from checkpoint import load_checkpoint, save_checkpoint
 from loss import TrainingLoss
+from meter import Meter
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
-from run import Meter, RunFolder
+from run import RunFolder
 from scripts import pack_images
 from synthetic import SyntheticDataset
 

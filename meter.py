@@ -1,0 +1,92 @@
+"""The means that training logs: sums of an interval, kept on the device, in all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import util
+from checkpoint import NotFinite
+
+
+class Meter:
+    """Means of the loss terms over an interval of steps, and the time that the interval took.
+
+    The sums stay on the device, because reading them would wait for it. A step whose loss or
+    gradient is not finite counts as skipped and enters no mean.
+    """
+
+    def __init__(self, device: torch.device):
+        # Row 0: sums of the terms of good steps, and the number of good steps; row 1: how often
+        # each was not finite. They take their size from the first step.
+        self.sums = torch.zeros((), device=device)
+        self.skipped = torch.zeros(2, device=device)  # steps in all, and in a row
+        self.count, self.names = 0, []
+        self.start = time.perf_counter()
+
+    def update(self, terms: dict[str, Tensor], bad: Tensor) -> None:
+        """Add a step's terms (scalars by name); `bad` is 1 if the step was skipped, else 0."""
+        self.names = list(terms)
+        values = torch.stack([*terms.values(), torch.ones_like(bad)]).detach()
+        good, infinite = torch.where(bad > 0, 0, values), (~values.isfinite()).float()
+        self.sums = self.sums + torch.stack([good, infinite])
+        self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])
+        self.count += 1
+
+    def seconds(self) -> float:
+        """Seconds since the interval began, evaluations left out."""
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within `with`, time does not count."""
+        before = self.seconds()
+        yield
+        self.start = time.perf_counter() - before
+
+    def compute(self, max_skipped: int) -> dict:
+        """The mean of each term over good steps and all processes; begins a new interval.
+
+        A collective. 'skipped_steps' is added if there were any; a mean is None without good steps.
+
+        Raises:
+            NotFinite: the last `max_skipped` steps or more were all skipped.
+        """
+        if util.world_size() > 1:
+            dist.all_reduce(self.sums)
+        *totals, in_all, in_a_row = torch.cat([self.sums.flatten(), self.skipped]).tolist()
+        totals, infinite = totals[: len(self.names) + 1], totals[len(self.names) + 1 :]
+        if in_a_row >= max_skipped:
+            terms = ", ".join(n for n, count in zip(self.names, infinite, strict=False) if count)
+            raise NotFinite(f"{in_a_row:.0f} steps in a row were not finite in {terms}")
+        good = totals.pop()
+        means = {
+            name: total / good if good else None
+            for name, total in zip(self.names, totals, strict=True)
+        }
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+        self.start = time.perf_counter()
+        return means | ({"skipped_steps": int(in_all)} if in_all else {})
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds of it: one row of sums per rank. A collective."""
+        return {
+            "interval_sums": torch.stack(util.from_all(self.sums.cpu())),
+            "interval_count": self.count,
+            "interval_seconds": self.seconds(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the interval of a checkpoint."""
+        sums = state["interval_sums"]
+        # If the process count changed, every rank uses the mean of the rows.
+        sums = sums[util.rank()] if len(sums) == util.world_size() else sums.mean(0)
+        self.sums, self.skipped = (x.to(self.skipped.device) for x in (sums, state["skipped"]))
+        self.count = state["interval_count"]
+        self.start = time.perf_counter() - state["interval_seconds"]
