@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 from statistics import median
+from time import perf_counter
 from timeit import timeit
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import profile
-from torch.utils.benchmark import Timer, timer
 
 import util
 
@@ -21,6 +21,13 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 TURN = 0.1  # seconds of calls that are timed together
 # MiB of a copy far larger than any cache, rows of square matrices.
 COPY_MIB, MATRIX = (2048, 8192) if CUDA else (256, 2048)
+
+
+def timer() -> float:
+    """Seconds on a clock that is read when the device has done its work."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return perf_counter()
 
 
 def turns(calls: Iterable[Callable], repeats: int) -> list[list[float]]:
@@ -58,6 +65,8 @@ def peak_memory(call: Callable) -> float:
 
 def limits(repeats: int, bf16: bool) -> dict[str, float]:
     """GB/s of a copy, read and written; GFLOP/s of matrix products and convolutions."""
+    # Not at the top: the import warns on standard error where there is nvcc, but no GPU.
+    from torch.utils.benchmark import Timer
 
     def seconds(call: Callable) -> float:
         clock = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())

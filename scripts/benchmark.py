@@ -34,7 +34,6 @@ from unittest import mock
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.benchmark import timer
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +47,7 @@ from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, some, t
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
-from timing import CUDA, DEVICE, spread
+from timing import CUDA, DEVICE, spread, timer
 from train import TrainingStep
 
 PACKAGE, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"

@@ -291,7 +291,11 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
             "entropy_groups must divide",
         ),
         "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "--ema-decay"),
-        "all weights 0": ("train", [*good, "--l1-weight=0", "--codebook-weight=0"], "a weight above 0"),
+        "all weights 0": (
+            "train",
+            [*good, "--l1-weight=0", "--codebook-weight=0"],
+            "a weight above 0",
+        ),
         "empty save": ("train", [*good, "--save="], "--save is empty"),
         "empty resume": ("train", [*good, "--resume="], "--resume is empty"),
         "nothing to learn from": ("train", [*good, "--l1-weight=0"], "--l1-weight 0"),
