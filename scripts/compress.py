@@ -134,7 +134,7 @@ def saving(row: dict, flags: Namespace) -> str:
 
 
 def decode(flags: Namespace) -> dict:
-    """Decode files to PNG images."""
+    """Decode files to PNG images, grey ones with a single channel."""
     codec, files = prepare(flags, [SUFFIX], ".png")
     rows = []
     for path, below, out in files:
@@ -147,7 +147,9 @@ def decode(flags: Namespace) -> dict:
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
         make_folder(out.parent)
-        write_whole(out, lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+        grey = bitstream.read_header(data).flags & bitstream.GREY
+        png = Image.fromarray(image[..., 0] if grey else image)
+        write_whole(out, lambda file, png=png: png.save(file, "PNG"))
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}
         say(f"{below}  {row['width']}x{row['height']}  {out}")
         rows.append({**row, "bytes": len(data), "output": str(out)})

@@ -124,6 +124,21 @@ def test_fit_then_entropy_coding(here, capsys):
         assert a == b
 
 
+def test_a_grey_image_becomes_a_grey_png(here):
+    levels = np.asarray(Image.open("images/a.png").convert("L"))
+    Image.fromarray(levels).save("grey.png")
+    Image.fromarray(np.repeat(levels[..., None], 3, axis=2)).save("equal.png")
+    result = run("encode grey.png equal.png images/a.png --load model.pt --out coded")
+    run("decode coded --load model.pt --out back")
+    modes = [Image.open(f"back/{name}.png").mode for name in ("grey", "equal", "a")]
+    assert modes == ["L", "L", "RGB"]
+    assert Path("coded/grey.rfsq").read_bytes() == Path("coded/equal.rfsq").read_bytes()
+    # The PSNR is that of the decoded image as it is written.
+    error = np.asarray(Image.open("back/grey.png")).astype(float) - levels
+    expected = 10 * math.log10(255**2 / np.square(error).mean())
+    assert result["images"][0]["psnr"] == pytest.approx(expected)
+
+
 def test_fit_to_some_of_the_images(here):
     every = run("fit images --load model.pt --out every.pt")["images"]
     assert run("fit images --load model.pt --out two.pt --limit 2")["images"] == 2 < every
