@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_checkpoint
-from PIL import Image
+from PIL import Image, features
 
 import util
 from codec.codec import Codec, psnr
-from dataset import read_image
+from dataset import IMAGE_SUFFIXES, read_image
 from scripts import compress
 from synthetic import SyntheticDataset
 
@@ -246,6 +246,27 @@ def test_images_are_read_as_in_training(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (6, 3)).save(tmp_path / "turned.jpg", exif=exif)
     assert np.asarray(read_image(tmp_path / "turned.jpg")).shape == (6, 3, 3)
+
+
+def test_avif_in_a_folder_is_read_or_reported(here, capfd, monkeypatch):
+    Path("folder").mkdir()
+    image = Image.open("images/a.png")
+    image.save("folder/a.png")
+    if features.check("avif"):
+        image.save("folder/b.AVIF", quality=90)
+        result = run("encode folder --load model.pt --out coded")
+        assert [row["name"] for row in result["images"]] == ["a.png", "b.AVIF"]
+        original, read = (np.asarray(x).astype(int) for x in (image, read_image("folder/b.AVIF")))
+        assert 0 < abs(original - read).mean() < 5
+        monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    else:
+        Path("folder/b.AVIF").write_bytes(b"\0\0\0\x1cftypavif")
+    line = refused("encode folder --load model.pt --out other", capfd)
+    assert "cannot read image folder/b.AVIF" in line
+
+
+def test_the_guide_names_every_suffix():
+    assert f"`{' '.join(IMAGE_SUFFIXES)}`" in (ROOT / "docs" / "data.md").read_text()
 
 
 def test_psnr_of_equal_images_is_infinite_and_none_in_json():
