@@ -5,8 +5,9 @@
     python scripts/compress.py fit IMAGE... --load runs/NAME/last.pt --out runs/NAME/coded.pt
 
 Images may have any size; inputs are files and folders. An output has the path of its input below
-the given folder. `fit` counts the codes of training images for `encode --entropy-coding` and writes
-a checkpoint that includes these counts. The layout of a file is documented in `codec/bitstream.py`.
+the given folder (see `outputs`). `fit` counts the codes of training images for
+`encode --entropy-coding` and writes a checkpoint that includes these counts. The layout of a file
+is documented in `codec/bitstream.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +52,33 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"folder {folder} {reason}: give another --out") from error
 
 
+def outputs(files: Sequence[tuple[Path, Path]], folder: Path, suffix: str) -> list[Path]:
+    """The output of each (file, its path below the folder given), in `folder`.
+
+    `suffix` replaces that of the file: a.png becomes a.rfsq. Only where outputs would be the same
+    it is appended: a.jpg beside a.png become a.jpg.rfsq and a.png.rfsq.
+
+    Raises:
+        ValueError: two outputs are still the same.
+    """
+    paths = [folder / below.with_suffix(suffix) for _, below in files]
+    longer = [folder / f"{below}{suffix}" for _, below in files]
+    while True:  # a longer name may be that of another file: a.jpg.png becomes a.jpg.rfsq
+        counts, before = Counter(paths), paths
+        paths = [x if counts[out] > 1 else out for out, x in zip(paths, longer, strict=True)]
+        if paths == before:
+            break
+    taken: dict[Path, Path] = {}
+    for out, (file, _) in zip(paths, files, strict=True):
+        if out in taken:
+            raise ValueError(
+                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
+                "another --out"
+            )
+        taken[out] = file
+    return paths
+
+
 def prepare(
     flags: Namespace, suffixes: Sequence[str], suffix: str
 ) -> tuple[Codec, Iterable[tuple[Path, Path, Path]]]:
@@ -58,19 +87,12 @@ def prepare(
     Raises:
         ValueError: two outputs would be the same, or one exists and may not be replaced.
     """
-    taken: dict[Path, Path] = {}
     files = find(flags.inputs, suffixes)
-    for file, below in files:
-        out = Path(flags.out) / below.with_suffix(suffix)
-        if out in taken:
-            raise ValueError(
-                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
-                "another --out"
-            )
+    paths = outputs(files, Path(flags.out), suffix)
+    for out in paths:
         check_output(out, flags.force)
-        taken[out] = file
     codec = Codec(flags.load, util.setup_processes())
-    return codec, util.progress([(*f, out) for f, out in zip(files, taken, strict=True)], "file")
+    return codec, util.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
 
 
 def finite(value: float) -> float | None:
@@ -104,6 +126,7 @@ def encode(flags: Namespace) -> dict:
             "payload_bpp": 8 * payload / pixels,
             "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
             "psnr": psnr(image, codec.decode(data)),
+            "output": str(out),
         }
         make_folder(out.parent)
         write_whole(out, lambda file, data=data: file.write(data))

@@ -148,11 +148,25 @@ def test_fit_to_some_of_the_images(here):
 
 
 def test_names_that_meet_are_refused_before_anything_is_written(here, capfd):
-    (here / "images" / "a.jpg").write_bytes((here / "images" / "below" / "b.jpg").read_bytes())
-    line = refused("encode images --load model.pt --out coded", capfd)
-    assert "images/a.jpg" in line and "images/a.png" in line
-    line = refused("encode images/a.png images/below/../a.png --load model.pt --out coded", capfd)
+    line = refused("encode images images/below/../a.png --load model.pt --out coded", capfd)
     assert "would both become" in line and not Path("coded").exists()
+
+
+def test_names_that_meet_keep_their_suffix(here):
+    for name in ("a.jpg", "below/a.jpg", "c.jpg.png", "c.jpg", "c.png"):
+        Image.open("images/below/b.jpg").save(here / "images" / name)
+    result = run("encode images --load model.pt --out coded")
+    names = {row["name"]: row["output"].removeprefix("coded/") for row in result["images"]}
+    assert names == {
+        **{"a.jpg": "a.jpg.rfsq", "a.png": "a.png.rfsq"},  # alone, they would both be a.rfsq
+        **{"below/a.jpg": "below/a.rfsq", "below/b.jpg": "below/b.rfsq"},
+        "below/deep/c.webp": "below/deep/c.rfsq",
+        # c.jpg.rfsq is the output of c.jpg here.
+        **{"c.jpg": "c.jpg.rfsq", "c.png": "c.png.rfsq", "c.jpg.png": "c.jpg.png.rfsq"},
+    }
+    assert files(here / "coded") == sorted(names.values())
+    run("decode coded --load model.pt --out back")
+    assert files(here / "back") == sorted(f"{name[:-5]}.png" for name in names.values())
 
 
 def test_existing_outputs_stay_without_force(here, capfd):
