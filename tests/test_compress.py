@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,119 @@ def test_existing_outputs_stay_without_force(here, capfd):
     run("decode coded --load model.pt --out back --force")
     line = refused("fit images --load model.pt --out other.pt", capfd)
     assert "other.pt exists" in line
+
+
+def damage(here: Path) -> None:
+    """Make the second of the three images unreadable."""
+    path = here / "images" / "below" / "b.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_skip_corrupt_leaves_out_and_lists(here, capfd):
+    damage(here)
+    line = refused("encode images --load model.pt --out first", capfd)
+    assert "images/below/b.jpg" in line and "--skip-corrupt" in line
+    result = run("encode images --load model.pt --out coded --json coded.json --skip-corrupt")
+    assert files(here / "coded") == ["a.rfsq", "below/deep/c.rfsq"]
+    assert [row["name"] for row in result["images"]] == ["a.png", "below/deep/c.webp"]
+    assert result["skipped"] == ["below/b.jpg"] and result["kept"] == 0
+    assert json.loads(Path("coded.json").read_text()) == result
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-3].startswith("2 images ") and lines[-2] == "1 images skipped:"
+    assert "cannot read image images/below/b.jpg" in lines[-1]
+    # Nothing else of the results depends on it.
+    alone = run("encode images/a.png images/below/deep/c.webp --load model.pt --out alone")
+    assert alone["psnr"] == result["psnr"] and alone["bytes"] == result["bytes"]
+    assert alone["skipped"] == []
+    line = refused("encode images/below/b.jpg --load model.pt --out none --skip-corrupt", capfd)
+    assert "no image is left of 1" in line and not Path("none").exists()
+
+
+def test_fit_skips_corrupt_images(here, capfd):
+    damage(here)
+    assert "--skip-corrupt" in refused("fit images --load model.pt --out coded.pt", capfd)
+    result = run("fit images --load model.pt --out coded.pt --skip-corrupt")
+    assert result == {"images": 2, "skipped": ["below/b.jpg"], "output": "coded.pt"}
+    assert "1 images skipped:" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", " --stages 1", " --entropy-coding"])
+def test_keep_existing_continues_what_was_interrupted(here, capfd, flags):
+    run("fit images --load model.pt --out coded.pt")
+    encode = f"encode images --load coded.pt --out coded{flags}"
+    whole = run(f"encode images --load coded.pt --out whole{flags}")
+    original = Path("images/below/b.jpg").read_bytes()
+    damage(here)
+    refused(encode, capfd)
+    assert files(here / "coded") == ["a.rfsq"]
+    Path("images/below/b.jpg").write_bytes(original)
+    line = refused(encode, capfd)
+    assert "coded/a.rfsq exists" in line and "--keep-existing" in line and "--force" in line
+    before = os.stat("coded/a.rfsq")
+    result = run(f"{encode} --keep-existing")
+    after = os.stat("coded/a.rfsq")
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].endswith("kept") and lines[3].startswith("3 images, 1 of them kept ")
+    # The results are those of a run without interruption.
+    for row, other in zip(result["images"], whole["images"], strict=True):
+        assert {**row, "output": ""} == {**other, "output": ""}
+        assert Path(row["output"]).read_bytes() == Path(other["output"]).read_bytes()
+    assert result["kept"] == 1 and result["psnr"] == whole["psnr"]
+    assert run(f"{encode} --keep-existing")["kept"] == 3
+
+
+def test_keep_existing_keeps_nothing_else(here, capfd):
+    run("fit images --load model.pt --out coded.pt")
+    a = "images/a.png"
+    run(f"encode {a} --load model.pt --out right")
+    right = Path("right/a.rfsq").read_bytes()
+    run(f"encode {a} --load other.pt --out model")
+    run(f"encode {a} --load model.pt --out stages --stages 1")
+    run(f"encode {a} --load coded.pt --out coding --entropy-coding")
+    Image.open(a).resize((40, 36)).save("size.png")
+    Image.open(a).convert("L").save("grey.png")
+    for name in ("size", "grey"):
+        run(f"encode {name}.png --load model.pt --out {name}")
+        Path(name, f"{name}.rfsq").rename(Path(name, "a.rfsq"))
+    for name, content in (("damaged", right[:-1] + b"x"), ("mine", b"mine")):
+        Path(name).mkdir()
+        Path(name, "a.rfsq").write_bytes(content)
+    for out, part in (
+        ("model", "another model"),
+        ("stages", "has 1 stages, not 2"),
+        ("coding", "is entropy-coded"),
+        ("size", "of another image"),
+        ("grey", "of another image"),
+        ("damaged", "checksum"),
+        ("mine", "not an RFSQ file"),
+    ):
+        content = Path(out, "a.rfsq").read_bytes()
+        load = "coded.pt" if out == "coding" else "model.pt"
+        early = out not in ("size", "grey")  # before anything is written
+        inputs = f"images/below/b.jpg {a}" if early else a
+        command = f"encode {inputs} --load {load} --out {out} --keep-existing"
+        line = refused(command, capfd)
+        assert f"{out}/a.rfsq" in line and part in line and "--force" in line, line
+        assert Path(out, "a.rfsq").read_bytes() == content and files(here / out) == ["a.rfsq"]
+        assert run(f"{command} --force")["kept"] == 0
+        assert Path(out, "a.rfsq").read_bytes() == right
+    assert run(f"encode {a} --load model.pt --out right --keep-existing --force")["kept"] == 1
+    line = refused("decode right --load model.pt --out back --keep-existing", capfd)
+    assert "unrecognized arguments: --keep-existing" in line
+
+
+def test_names_that_are_not_utf_8(here, capfd):
+    name = os.fsdecode(b"\xff\n.png")
+    Path("folder").mkdir()
+    Path("images/a.png").rename(Path("folder", name))
+    assert run("encode folder --load model.pt --out coded")["images"][0]["name"] == name
+    run("decode coded --load model.pt --out back")
+    assert files(here / "back") == [name]
+    Path("folder", name).write_bytes(b"")
+    Path("folder/b.png").write_bytes(Path("back", name).read_bytes())
+    assert run("encode folder --load model.pt --out new --skip-corrupt")["skipped"] == [name]
+    assert len(capfd.readouterr().out.splitlines()) == 2 + 1 + 4
 
 
 def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
