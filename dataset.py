@@ -33,7 +33,7 @@ from util import StopSignals, from_all, printable, rank, stop_with_parent
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 LOADER_TIMEOUT = 600  # seconds without a batch after which a loading process is given up
 

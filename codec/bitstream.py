@@ -5,7 +5,7 @@ Layout, version 1. Integers and half floats are little-endian; bits are packed f
     bytes   field
     0-3     magic, "RFSQ"
     4       version, 1
-    5       flags: bit 0, the payload is entropy-coded; the others are 0
+    5       flags: bit 0, the payload is entropy-coded; bit 1, the image is grey; the others are 0
     6       k, stages kept: 1 to 255
     7-14    fingerprint of the model (codec/codec.py); of its entropy model too, with flag bit 0
     15-18   width in pixels, at least 1
@@ -30,6 +30,9 @@ Fixed-rate payload: all positions of stage 1, then of stage 2, to k. A stage of 
 Stages and blocks follow each other without alignment; zero bits fill the last byte of the payload.
 With powers of two this is exactly ceil(bits x P / 8) bytes.
 
+A grey image is one with equal channels. Its file decodes as any other does, to uint8; then each
+pixel's channels all become their mean, (R + G + B + 1) // 3, the nearest integer.
+
 Entropy-coded payload: one ANS stream of the `constriction` package, specified in `entropy.py`.
 """
 
@@ -45,7 +48,8 @@ from itertools import zip_longest
 
 import numpy as np
 
-MAGIC, VERSION, CODED = b"RFSQ", 1, 1
+MAGIC, VERSION = b"RFSQ", 1
+CODED, GREY = 1, 2  # flags
 MAX_PIXELS = 178_956_970  # the largest image that Pillow opens without a warning
 _HEAD = struct.Struct("<4sBBB8sII")
 HEAD_BYTES = _HEAD.size + 4  # of the longer of the two headers

@@ -82,14 +82,18 @@ class Codec:
 
         Raises ValueError: the image or the number of stages is invalid, or no entropy model.
         """
-        return self.write(*self.encode_indices(image), image.shape[:2], stages, entropy_coding)
+        tokens, grey = self.encode_indices(image), is_grey(image)
+        return self.write(*tokens, image.shape[:2], stages, entropy_coding, grey)
 
     def decode(self, data: bytes, stages: int | None = None) -> np.ndarray:
         """The bytes of a file -> uint8 (H, W, 3), from the first `stages` stages (default: all).
 
+        The channels of a file with the grey flag are equal.
+
         Raises ValueError: what is wrong, as a sentence that lacks its subject, the file's name.
         """
-        return self.decode_indices(*self.read(data, stages))
+        image = self.decode_indices(*self.read(data, stages))
+        return to_grey(image) if bitstream.read_header(data).flags & bitstream.GREY else image
 
     def write(
         self,
@@ -98,8 +102,12 @@ class Codec:
         size: tuple[int, ...],
         stages: int | None = None,
         entropy_coding: bool = False,
+        grey: bool = False,
     ) -> bytes:
-        """The result of `encode_indices` and the image's (height, width) -> the bytes of a file."""
+        """The result of `encode_indices` and the image's (height, width) -> the bytes of a file.
+
+        With `grey`, see `is_grey`, it decodes to a grey image.
+        """
         start = time.perf_counter()
         k = _stages(stages, self.stages, "the model has")
         side = b"" if statistics is None else statistics[:k].astype("<f2").tobytes()
@@ -113,6 +121,7 @@ class Codec:
         else:
             payload = bitstream.pack(indices[..., :k].reshape(-1, k), self.sizes[:k])
             flags, length = 0, None
+        flags |= bitstream.GREY if grey else 0
         header = bitstream.Header(k, self._mark(flags), size[1], size[0], length, flags)
         data = bitstream.write(header, side, payload)
         self.seconds["packing"] += time.perf_counter() - start
@@ -159,7 +168,7 @@ class Codec:
                     "says"
                 )
             raise ValueError("is damaged: its checksum is wrong")
-        if header.flags & ~bitstream.CODED:
+        if header.flags & ~(bitstream.CODED | bitstream.GREY):
             raise ValueError(f"has the unknown flags {header.flags:#04x}: a newer version wrote it")
         if coded and self.entropy_model is None:
             raise ValueError(
@@ -278,6 +287,17 @@ class Codec:
             image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
         return image[: size[0], : size[1]]
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether the three channels of an image (H, W, 3) are equal."""
+    return all(np.array_equal(image[..., 0], image[..., channel]) for channel in (1, 2))
+
+
+def to_grey(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> the same shape; each channel is the mean of the three, rounded."""
+    mean = (image.sum(axis=2, dtype=np.uint16) + 1) // 3
+    return np.repeat(mean.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

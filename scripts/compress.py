@@ -5,8 +5,9 @@
     python scripts/compress.py fit IMAGE... --load runs/NAME/last.pt --out runs/NAME/coded.pt
 
 Images may have any size; inputs are files and folders. An output has the path of its input below
-the given folder. `fit` counts the codes of training images for `encode --entropy-coding` and writes
-a checkpoint that includes these counts. The layout of a file is documented in `codec/bitstream.py`.
+the given folder (see `outputs`). `fit` counts the codes of training images for
+`encode --entropy-coding` and writes a checkpoint that includes these counts. The layout of a file
+is documented in `codec/bitstream.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +30,17 @@ import util
 from arguments import Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
 from codec import bitstream
-from codec.codec import Codec, psnr
-from dataset import IMAGE_SUFFIXES, find, read_image, some
+from codec.codec import Codec, is_grey, psnr
+from dataset import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
 SUFFIX = ".rfsq"
 
 
-def check_output(path: Path, force: bool) -> None:
+def check_output(path: Path, flags: Namespace) -> None:
     """Raises ValueError if `path` exists and may not be replaced."""
-    if path.is_dir() or (path.exists() and not force):
-        advice = "" if path.is_dir() else ", or --force to replace it"
+    if path.is_dir() or (path.exists() and not flags.force):
+        keep = ", --keep-existing to continue" if flags.run is encode else ""
+        advice = "" if path.is_dir() else f"{keep}, or --force to replace it"
         raise ValueError(f"{path} exists: give another --out{advice}")
 
 
@@ -50,6 +53,33 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"folder {folder} {reason}: give another --out") from error
 
 
+def outputs(files: Sequence[tuple[Path, Path]], folder: Path, suffix: str) -> list[Path]:
+    """The output of each (file, its path below the folder given), in `folder`.
+
+    `suffix` replaces that of the file: a.png becomes a.rfsq. Only where outputs would be the same
+    it is appended: a.jpg beside a.png become a.jpg.rfsq and a.png.rfsq.
+
+    Raises:
+        ValueError: two outputs are still the same.
+    """
+    paths = [folder / below.with_suffix(suffix) for _, below in files]
+    longer = [folder / f"{below}{suffix}" for _, below in files]
+    while True:  # a longer name may be that of another file: a.jpg.png becomes a.jpg.rfsq
+        counts, before = Counter(paths), paths
+        paths = [x if counts[out] > 1 else out for out, x in zip(paths, longer, strict=True)]
+        if paths == before:
+            break
+    taken: dict[Path, Path] = {}
+    for out, (file, _) in zip(paths, files, strict=True):
+        if out in taken:
+            raise ValueError(
+                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
+                "another --out"
+            )
+        taken[out] = file
+    return paths
+
+
 def prepare(
     flags: Namespace, suffixes: Sequence[str], suffix: str
 ) -> tuple[Codec, Iterable[tuple[Path, Path, Path]]]:
@@ -58,19 +88,56 @@ def prepare(
     Raises:
         ValueError: two outputs would be the same, or one exists and may not be replaced.
     """
-    taken: dict[Path, Path] = {}
     files = find(flags.inputs, suffixes)
-    for file, below in files:
-        out = Path(flags.out) / below.with_suffix(suffix)
-        if out in taken:
-            raise ValueError(
-                f"{taken[out]} and {file} would both become {out}: give them one at a time, with "
-                "another --out"
-            )
-        check_output(out, flags.force)
-        taken[out] = file
+    paths = outputs(files, Path(flags.out), suffix)
+    for out in paths:
+        if not (flags.keep_existing and out.is_file()):
+            check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
-    return codec, util.progress([(*f, out) for f, out in zip(files, taken, strict=True)], "file")
+    for out in paths:
+        existing(codec, out, flags)  # refuse files of another model before anything is written
+    return codec, util.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
+
+
+def read_coded(codec: Codec, path: Path) -> bytes:
+    """The bytes of a `.rfsq` file, read whole only if it is no larger than its header allows."""
+    with open(path, "rb") as file:
+        head = file.read(bitstream.HEAD_BYTES)
+        codec.check_claim(head, path.stat().st_size)
+        return head + file.read()
+
+
+def existing(
+    codec: Codec, out: Path, flags: Namespace, image: np.ndarray | None = None
+) -> bytes | None:
+    """The output that `--keep-existing` keeps; None if there is none, or if it is to be replaced.
+
+    By its header: another image of the same size is not noticed.
+
+    Raises:
+        ValueError: it is damaged, or was not written by this model with these flags, or not for
+            this image: the size differs, or one is grey and the other is not. Not with `--force`.
+    """
+    if not (flags.keep_existing and out.is_file()):
+        return None
+    try:
+        data = read_coded(codec, out)
+        header = codec.check(data)
+        stages, coded = flags.stages or codec.stages, bool(header.flags & bitstream.CODED)
+        if header.stages != stages:
+            raise ValueError(f"has {header.stages} stages, not {stages}")
+        if coded != flags.entropy_coding:
+            raise ValueError(f"is {'' if coded else 'not '}entropy-coded")
+        if image is not None:
+            size, grey = (header.height, header.width), bool(header.flags & bitstream.GREY)
+            if size != image.shape[:2] or grey != is_grey(image):
+                raise ValueError("is of another image: its size, or whether it is grey, differs")
+    except ValueError as error:
+        if flags.force:
+            return None
+        advice = "give another --out, or --force to replace it"
+        raise ValueError(f"{out} cannot be kept: it {error}; {advice}") from error
+    return data
 
 
 def finite(value: float) -> float | None:
@@ -84,45 +151,86 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def readable(
+    files: Iterable[tuple], skip: bool, skipped: dict[str, str]
+) -> Iterator[tuple[np.ndarray, tuple]]:
+    """(image, uint8 (H, W, 3), and entry) of each entry (file, its path below the folder, ...).
+
+    With `skip`, images that cannot be read are left out: `skipped` gets their paths and the errors.
+
+    Raises:
+        ValueError: an image cannot be read and `skip` is false, or none can be read.
+    """
+    number = 0
+    for entry in files:
+        try:
+            image = np.asarray(read_image(entry[0]))
+        except UnreadableImage as error:
+            if not skip:
+                raise ValueError(f"{error}, or leave it out with --skip-corrupt") from error
+            skipped[str(entry[1])] = str(error)
+            continue
+        number += 1
+        yield image, entry
+    if not number:
+        first = next(iter(skipped.values()))
+        raise ValueError(f"no image is left of {len(skipped)}, all unreadable; the first: {first}")
+
+
+def say_skipped(skipped: dict[str, str]) -> None:
+    """Print which images were left out, and why."""
+    if skipped:
+        say("\n".join([f"{len(skipped)} images skipped:", *skipped.values()]))
+
+
 def encode(flags: Namespace) -> dict:
     """Encode images, decode what was written, and report bytes, bpp and PSNR."""
     codec, files = prepare(flags, IMAGE_SUFFIXES, SUFFIX)
-    rows = []
-    for path, below, out in files:
-        image = np.asarray(read_image(path))
-        data = codec.encode(image, flags.stages, flags.entropy_coding)
-        header = bitstream.read_header(data)
-        payload = len(data) - header.size - 4  # with image statistics
-        pixels = header.width * header.height
-        row = {
-            "name": str(below),
-            "width": header.width,
-            "height": header.height,
-            "bytes": len(data),
-            "payload_bytes": payload,
-            "bpp": 8 * len(data) / pixels,
-            "payload_bpp": 8 * payload / pixels,
-            "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
-            "psnr": psnr(image, codec.decode(data)),
-        }
-        make_folder(out.parent)
-        write_whole(out, lambda file, data=data: file.write(data))
+    rows, kept, skipped = [], 0, {}
+    for image, (_, below, out) in readable(files, flags.skip_corrupt, skipped):
+        old = existing(codec, out, flags, image)
+        data = old or codec.encode(image, flags.stages, flags.entropy_coding)
+        row = measure(codec, image, data)
+        if old is None:
+            make_folder(out.parent)
+            write_whole(out, lambda file, data=data: file.write(data))
         say(
-            f"{below}  {row['width']}x{row['height']}  {len(data):,} bytes  {row['bpp']:.4f} bpp "
-            f"(payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB{saving(row, flags)}"
+            f"{util.printable(below)}  {row['width']}x{row['height']}  {len(data):,} bytes  "
+            f"{row['bpp']:.4f} bpp (payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB"
+            f"{saving(row, flags)}{'  kept' if old else ''}"
         )
-        rows.append(row)
+        kept += old is not None
+        rows.append({"name": str(below), **row, "output": str(out)})
     sums = {key: sum(row[key] for row in rows) for key in ("bytes", "fixed_bytes")}
     pixels = sum(row["width"] * row["height"] for row in rows)
     mean = sum(row["psnr"] for row in rows) / len(rows)
     seconds, total = codec.seconds, sum(codec.seconds.values())
     say(
-        f"{len(rows)} images  {sums['bytes']:,} bytes  {8 * sums['bytes'] / pixels:.4f} bpp  "
-        f"mean {mean:.2f} dB{saving(sums, flags)}  (packing and unpacking: "
-        f"{100 * seconds['packing'] / total:.1f} % of {total:.1f} s)"
+        f"{len(rows)} images{f', {kept} of them kept' if kept else ''}  {sums['bytes']:,} bytes  "
+        f"{8 * sums['bytes'] / pixels:.4f} bpp  mean {mean:.2f} dB{saving(sums, flags)}  (packing "
+        f"and unpacking: {100 * seconds['packing'] / total:.1f} % of {total:.1f} s)"
     )
+    say_skipped(skipped)
     rows = [{**row, "psnr": finite(row["psnr"])} for row in rows]
-    return {"images": rows, **sums, "psnr": finite(mean), "seconds": seconds}
+    result = {"images": rows, "kept": kept, "skipped": list(skipped)}
+    return {**result, **sums, "psnr": finite(mean), "seconds": seconds}
+
+
+def measure(codec: Codec, image: np.ndarray, data: bytes) -> dict:
+    """Sizes, rates and PSNR of an image's file."""
+    header = bitstream.read_header(data)
+    payload = len(data) - header.size - 4  # with image statistics
+    pixels = header.width * header.height
+    return {
+        "width": header.width,
+        "height": header.height,
+        "bytes": len(data),
+        "payload_bytes": payload,
+        "bpp": 8 * len(data) / pixels,
+        "payload_bpp": 8 * payload / pixels,
+        "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
+        "psnr": psnr(image, codec.decode(data)),
+    }
 
 
 def saving(row: dict, flags: Namespace) -> str:
@@ -134,22 +242,21 @@ def saving(row: dict, flags: Namespace) -> str:
 
 
 def decode(flags: Namespace) -> dict:
-    """Decode files to PNG images."""
+    """Decode files to PNG images, grey ones with a single channel."""
     codec, files = prepare(flags, [SUFFIX], ".png")
     rows = []
     for path, below, out in files:
         try:
-            with open(path, "rb") as file:  # whole only if it is no larger than its header allows
-                head = file.read(bitstream.HEAD_BYTES)
-                codec.check_claim(head, path.stat().st_size)
-                data = head + file.read()
+            data = read_coded(codec, path)
             image = codec.decode(data, flags.stages)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
         make_folder(out.parent)
-        write_whole(out, lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+        grey = bitstream.read_header(data).flags & bitstream.GREY
+        png = Image.fromarray(image[..., 0] if grey else image)
+        write_whole(out, lambda file, png=png: png.save(file, "PNG"))
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}
-        say(f"{below}  {row['width']}x{row['height']}  {out}")
+        say(f"{util.printable(below)}  {row['width']}x{row['height']}  {util.printable(out)}")
         rows.append({**row, "bytes": len(data), "output": str(out)})
     return {"files": rows, "seconds": codec.seconds}
 
@@ -157,15 +264,17 @@ def decode(flags: Namespace) -> dict:
 def fit(flags: Namespace) -> dict:
     """Count the codes of images, and write a checkpoint with an entropy model of them."""
     files, out = some(find(flags.inputs, IMAGE_SUFFIXES), flags.limit), Path(flags.out)
-    check_output(out, flags.force)
+    check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
-    counts = codec.counts()
-    for path, _ in util.progress(files, "image"):
-        counts.add(codec.encode_indices(np.asarray(read_image(path)))[0])
+    counts, skipped = codec.counts(), {}
+    for image, _ in readable(util.progress(files, "image"), flags.skip_corrupt, skipped):
+        counts.add(codec.encode_indices(image)[0])
     make_folder(out.parent)
     save_checkpoint(out, codec.fit(counts))
-    say(f"counted the codes of {len(files)} images\n{out}")
-    return {"images": len(files), "output": str(out)}
+    number = len(files) - len(skipped)
+    say(f"counted the codes of {number} images\n{out}")
+    say_skipped(skipped)
+    return {"images": number, "skipped": list(skipped), "output": str(out)}
 
 
 def get_parser() -> Parser:
@@ -178,7 +287,7 @@ def get_parser() -> Parser:
         (fit, "IMAGE", "FILE", "checkpoint to write"),
     ):
         command = commands.add_parser(run.__name__, help=run.__doc__)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, keep_existing=False)
         add = command.add_argument
         add("inputs", nargs="+", metavar=inputs, help="files, and folders of them")
         add("--load", required=True, metavar="FILE", help="checkpoint")
@@ -190,7 +299,11 @@ def get_parser() -> Parser:
             add("--limit", type=number(int, 1), metavar="N", help=limit_help)
         else:
             add("--stages", type=number(int, 1), help="first stages only; default: all")
+        if run is not decode:
+            add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
         if run is encode:
+            keep_help = "continue: keep outputs that this command wrote before"
+            add("--keep-existing", action="store_true", help=keep_help)
             add("--entropy-coding", action="store_true", help="with the tables of `fit`")
     return parser
 

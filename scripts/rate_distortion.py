@@ -28,7 +28,7 @@ from arguments import LPIPS_NETS, Parser, add_evaluation_flags, number
 from checkpoint import write_json, write_whole
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
-from codec.codec import Codec, psnr
+from codec.codec import Codec, is_grey, psnr
 from dataset import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from metric import PSNR_CAP
@@ -66,8 +66,9 @@ class Ours:
     def __call__(self, image: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
         """(bytes without header, bytes of the file, decoded image) at each of the points."""
         indices, statistics = self.codec.encode_indices(image)
+        size, grey = image.shape[:2], is_grey(image)
         for k, coded in self.points:
-            data = self.codec.write(indices, statistics, image.shape[:2], k, coded)
+            data = self.codec.write(indices, statistics, size, k, coded, grey)
             header = bitstream.read_header(data).size + 4  # and the checksum
             yield len(data) - header, len(data), self.codec.decode(data)
 

@@ -33,6 +33,10 @@ def test_layout_byte_by_byte():
     data = bitstream.write(coded, b"side", b"payload")
     assert data[5] == 1 and data[23:27] == bytes([7, 0, 0, 0]) and data[27:38] == b"sidepayload"
     assert len(data) == 31 + 11 and bitstream.read_header(data) == coded
+    grey = Header(3, b"8 bytes.", 6, 5, flags=bitstream.GREY)
+    data = bitstream.write(grey, b"side", b"payload")
+    assert data[5] == 2 and data[23:34] == b"sidepayload"
+    assert len(data) == 27 + 11 and bitstream.read_header(data) == grey
 
 
 @pytest.mark.parametrize(

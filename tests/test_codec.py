@@ -18,7 +18,7 @@ from conftest import make_checkpoint
 import util
 from checkpoint import load_checkpoint, save_checkpoint
 from codec import bitstream
-from codec.codec import Codec
+from codec.codec import Codec, psnr
 from codec.tiles import reach, tiles
 from synthetic import SyntheticDataset
 
@@ -141,6 +141,29 @@ def test_entropy_coding_gives_the_same_indices(name, folder):
         assert np.array_equal(codec.decode(whole, stages), codec.decode(plain))
     if name in ("two", "four", "none", "image"):
         assert len(coded) < 0.9 * len(plain)
+
+
+@pytest.mark.parametrize("name", ["two", "image"])
+def test_grey_images_decode_without_a_tint(name, folder):
+    codec = fitted(folder / f"{name}.pt")
+    grey = np.repeat(picture(37, 50)[..., :1], 3, axis=2)
+    for coded in (False, True):
+        data = codec.encode(grey, entropy_coding=coded)
+        assert data[5] == coded | 2
+        for stages in (1, 2):
+            decoded = codec.decode(data, stages)
+            tinted = codec.decode_indices(*codec.read(data, stages))
+            assert np.ptp(tinted, axis=2).max() > 3  # the model's own, which has a tint
+            mean = tinted.astype(float).mean(2).round()
+            assert all(np.array_equal(decoded[..., c], mean) for c in range(3))
+            assert psnr(grey, decoded) > psnr(grey, tinted)
+        # The flag changes nothing else, and a file without it decodes as it always did.
+        old = codec.write(*codec.encode_indices(grey), grey.shape[:2], entropy_coding=coded)
+        assert old[5] == coded and old[:5] + old[6:-4] == data[:5] + data[6:-4]
+        assert np.array_equal(codec.decode(old), tinted)
+    almost = grey.copy()
+    almost[36, 49, 2] ^= 1
+    assert codec.encode(almost)[5] == 0
 
 
 # ---------------------------------------------------------------------------------------
@@ -294,6 +317,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         (b"J" + data[1:], "not an RFSQ file"),
         (edit(4, b"\x02"), "newer version, 2"),
         (edit(5, b"\x80"), "unknown flags 0x80"),
+        (edit(5, b"\x06"), "unknown flags 0x06"),
         (edit(5, b"\x01"), "no entropy model"),
         (edit(6, b"\x00"), "0 stages"),
         (edit(6, b"\x03"), "3 stages"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_checkpoint
-from PIL import Image
+from PIL import Image, features
 
 import util
 from codec.codec import Codec, psnr
-from dataset import read_image
+from dataset import IMAGE_SUFFIXES, read_image
 from scripts import compress
 from synthetic import SyntheticDataset
 
@@ -124,6 +125,21 @@ def test_fit_then_entropy_coding(here, capsys):
         assert a == b
 
 
+def test_a_grey_image_becomes_a_grey_png(here):
+    levels = np.asarray(Image.open("images/a.png").convert("L"))
+    Image.fromarray(levels).save("grey.png")
+    Image.fromarray(np.repeat(levels[..., None], 3, axis=2)).save("equal.png")
+    result = run("encode grey.png equal.png images/a.png --load model.pt --out coded")
+    run("decode coded --load model.pt --out back")
+    modes = [Image.open(f"back/{name}.png").mode for name in ("grey", "equal", "a")]
+    assert modes == ["L", "L", "RGB"]
+    assert Path("coded/grey.rfsq").read_bytes() == Path("coded/equal.rfsq").read_bytes()
+    # The PSNR is that of the decoded image as it is written.
+    error = np.asarray(Image.open("back/grey.png")).astype(float) - levels
+    expected = 10 * math.log10(255**2 / np.square(error).mean())
+    assert result["images"][0]["psnr"] == pytest.approx(expected)
+
+
 def test_fit_to_some_of_the_images(here):
     every = run("fit images --load model.pt --out every.pt")["images"]
     assert run("fit images --load model.pt --out two.pt --limit 2")["images"] == 2 < every
@@ -133,11 +149,25 @@ def test_fit_to_some_of_the_images(here):
 
 
 def test_names_that_meet_are_refused_before_anything_is_written(here, capfd):
-    (here / "images" / "a.jpg").write_bytes((here / "images" / "below" / "b.jpg").read_bytes())
-    line = refused("encode images --load model.pt --out coded", capfd)
-    assert "images/a.jpg" in line and "images/a.png" in line
-    line = refused("encode images/a.png images/below/../a.png --load model.pt --out coded", capfd)
+    line = refused("encode images images/below/../a.png --load model.pt --out coded", capfd)
     assert "would both become" in line and not Path("coded").exists()
+
+
+def test_names_that_meet_keep_their_suffix(here):
+    for name in ("a.jpg", "below/a.jpg", "c.jpg.png", "c.jpg", "c.png"):
+        Image.open("images/below/b.jpg").save(here / "images" / name)
+    result = run("encode images --load model.pt --out coded")
+    names = {row["name"]: row["output"].removeprefix("coded/") for row in result["images"]}
+    assert names == {
+        **{"a.jpg": "a.jpg.rfsq", "a.png": "a.png.rfsq"},  # alone, they would both be a.rfsq
+        **{"below/a.jpg": "below/a.rfsq", "below/b.jpg": "below/b.rfsq"},
+        "below/deep/c.webp": "below/deep/c.rfsq",
+        # c.jpg.rfsq is the output of c.jpg here.
+        **{"c.jpg": "c.jpg.rfsq", "c.png": "c.png.rfsq", "c.jpg.png": "c.jpg.png.rfsq"},
+    }
+    assert files(here / "coded") == sorted(names.values())
+    run("decode coded --load model.pt --out back")
+    assert files(here / "back") == sorted(f"{name[:-5]}.png" for name in names.values())
 
 
 def test_existing_outputs_stay_without_force(here, capfd):
@@ -154,6 +184,119 @@ def test_existing_outputs_stay_without_force(here, capfd):
     run("decode coded --load model.pt --out back --force")
     line = refused("fit images --load model.pt --out other.pt", capfd)
     assert "other.pt exists" in line
+
+
+def damage(here: Path) -> None:
+    """Make the second of the three images unreadable."""
+    path = here / "images" / "below" / "b.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_skip_corrupt_leaves_out_and_lists(here, capfd):
+    damage(here)
+    line = refused("encode images --load model.pt --out first", capfd)
+    assert "images/below/b.jpg" in line and "--skip-corrupt" in line
+    result = run("encode images --load model.pt --out coded --json coded.json --skip-corrupt")
+    assert files(here / "coded") == ["a.rfsq", "below/deep/c.rfsq"]
+    assert [row["name"] for row in result["images"]] == ["a.png", "below/deep/c.webp"]
+    assert result["skipped"] == ["below/b.jpg"] and result["kept"] == 0
+    assert json.loads(Path("coded.json").read_text()) == result
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-3].startswith("2 images ") and lines[-2] == "1 images skipped:"
+    assert "cannot read image images/below/b.jpg" in lines[-1]
+    # Nothing else of the results depends on it.
+    alone = run("encode images/a.png images/below/deep/c.webp --load model.pt --out alone")
+    assert alone["psnr"] == result["psnr"] and alone["bytes"] == result["bytes"]
+    assert alone["skipped"] == []
+    line = refused("encode images/below/b.jpg --load model.pt --out none --skip-corrupt", capfd)
+    assert "no image is left of 1" in line and not Path("none").exists()
+
+
+def test_fit_skips_corrupt_images(here, capfd):
+    damage(here)
+    assert "--skip-corrupt" in refused("fit images --load model.pt --out coded.pt", capfd)
+    result = run("fit images --load model.pt --out coded.pt --skip-corrupt")
+    assert result == {"images": 2, "skipped": ["below/b.jpg"], "output": "coded.pt"}
+    assert "1 images skipped:" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", " --stages 1", " --entropy-coding"])
+def test_keep_existing_continues_what_was_interrupted(here, capfd, flags):
+    run("fit images --load model.pt --out coded.pt")
+    encode = f"encode images --load coded.pt --out coded{flags}"
+    whole = run(f"encode images --load coded.pt --out whole{flags}")
+    original = Path("images/below/b.jpg").read_bytes()
+    damage(here)
+    refused(encode, capfd)
+    assert files(here / "coded") == ["a.rfsq"]
+    Path("images/below/b.jpg").write_bytes(original)
+    line = refused(encode, capfd)
+    assert "coded/a.rfsq exists" in line and "--keep-existing" in line and "--force" in line
+    before = os.stat("coded/a.rfsq")
+    result = run(f"{encode} --keep-existing")
+    after = os.stat("coded/a.rfsq")
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].endswith("kept") and lines[3].startswith("3 images, 1 of them kept ")
+    # The results are those of a run without interruption.
+    for row, other in zip(result["images"], whole["images"], strict=True):
+        assert {**row, "output": ""} == {**other, "output": ""}
+        assert Path(row["output"]).read_bytes() == Path(other["output"]).read_bytes()
+    assert result["kept"] == 1 and result["psnr"] == whole["psnr"]
+    assert run(f"{encode} --keep-existing")["kept"] == 3
+
+
+def test_keep_existing_keeps_nothing_else(here, capfd):
+    run("fit images --load model.pt --out coded.pt")
+    a = "images/a.png"
+    run(f"encode {a} --load model.pt --out right")
+    right = Path("right/a.rfsq").read_bytes()
+    run(f"encode {a} --load other.pt --out model")
+    run(f"encode {a} --load model.pt --out stages --stages 1")
+    run(f"encode {a} --load coded.pt --out coding --entropy-coding")
+    Image.open(a).resize((40, 36)).save("size.png")
+    Image.open(a).convert("L").save("grey.png")
+    for name in ("size", "grey"):
+        run(f"encode {name}.png --load model.pt --out {name}")
+        Path(name, f"{name}.rfsq").rename(Path(name, "a.rfsq"))
+    for name, content in (("damaged", right[:-1] + b"x"), ("mine", b"mine")):
+        Path(name).mkdir()
+        Path(name, "a.rfsq").write_bytes(content)
+    for out, part in (
+        ("model", "another model"),
+        ("stages", "has 1 stages, not 2"),
+        ("coding", "is entropy-coded"),
+        ("size", "of another image"),
+        ("grey", "of another image"),
+        ("damaged", "checksum"),
+        ("mine", "not an RFSQ file"),
+    ):
+        content = Path(out, "a.rfsq").read_bytes()
+        load = "coded.pt" if out == "coding" else "model.pt"
+        early = out not in ("size", "grey")  # before anything is written
+        inputs = f"images/below/b.jpg {a}" if early else a
+        command = f"encode {inputs} --load {load} --out {out} --keep-existing"
+        line = refused(command, capfd)
+        assert f"{out}/a.rfsq" in line and part in line and "--force" in line, line
+        assert Path(out, "a.rfsq").read_bytes() == content and files(here / out) == ["a.rfsq"]
+        assert run(f"{command} --force")["kept"] == 0
+        assert Path(out, "a.rfsq").read_bytes() == right
+    assert run(f"encode {a} --load model.pt --out right --keep-existing --force")["kept"] == 1
+    line = refused("decode right --load model.pt --out back --keep-existing", capfd)
+    assert "unrecognized arguments: --keep-existing" in line
+
+
+def test_names_that_are_not_utf_8(here, capfd):
+    name = os.fsdecode(b"\xff\n.png")
+    Path("folder").mkdir()
+    Path("images/a.png").rename(Path("folder", name))
+    assert run("encode folder --load model.pt --out coded")["images"][0]["name"] == name
+    run("decode coded --load model.pt --out back")
+    assert files(here / "back") == [name]
+    Path("folder", name).write_bytes(b"")
+    Path("folder/b.png").write_bytes(Path("back", name).read_bytes())
+    assert run("encode folder --load model.pt --out new --skip-corrupt")["skipped"] == [name]
+    assert len(capfd.readouterr().out.splitlines()) == 2 + 1 + 4
 
 
 def test_bad_files_are_one_line_and_nothing_is_written(here, capfd):
@@ -231,6 +374,27 @@ def test_images_are_read_as_in_training(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (6, 3)).save(tmp_path / "turned.jpg", exif=exif)
     assert np.asarray(read_image(tmp_path / "turned.jpg")).shape == (6, 3, 3)
+
+
+def test_avif_in_a_folder_is_read_or_reported(here, capfd, monkeypatch):
+    Path("folder").mkdir()
+    image = Image.open("images/a.png")
+    image.save("folder/a.png")
+    if features.check("avif"):
+        image.save("folder/b.AVIF", quality=90)
+        result = run("encode folder --load model.pt --out coded")
+        assert [row["name"] for row in result["images"]] == ["a.png", "b.AVIF"]
+        original, read = (np.asarray(x).astype(int) for x in (image, read_image("folder/b.AVIF")))
+        assert 0 < abs(original - read).mean() < 5
+        monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    else:
+        Path("folder/b.AVIF").write_bytes(b"\0\0\0\x1cftypavif")
+    line = refused("encode folder --load model.pt --out other", capfd)
+    assert "cannot read image folder/b.AVIF" in line
+
+
+def test_the_guide_names_every_suffix():
+    assert f"`{' '.join(IMAGE_SUFFIXES)}`" in (ROOT / "docs" / "data.md").read_text()
 
 
 def test_psnr_of_equal_images_is_infinite_and_none_in_json():
