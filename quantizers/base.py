@@ -104,6 +104,8 @@ class Quantizer(nn.Module):
     is computed in float32 with autocast off, and `quantized` is float32.
 
     `indices_to_codes(indices)` decodes; quantizers with side information also take `statistics`.
+
+    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`.
     """
 
     flags: ClassVar[dict[str, str]] = {}
@@ -121,6 +123,20 @@ class Quantizer(nn.Module):
             ValueError: for values that the constructor refuses.
         """
         return cls(**{name: getattr(args, flag) for flag, name in cls.flags.items()})
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Quantize `z` (B, dim, *positions): see the class for what is returned.
+
+        Raises:
+            ValueError: for an input that is not of this shape.
+        """
+        self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.quantize(z.float())
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returns, for a checked `z` in float32 and with autocast off."""
+        raise NotImplementedError
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""

@@ -99,30 +99,28 @@ class VectorQuantizeEMA(Quantizer):
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float().movedim(1, -1)  # (B, *positions, dim)
-            residual = z
-            loss, codes_of_stages, indices = z.new_zeros(()), [], []
-            for stage in range(self.stages):
-                tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
-                if self.training and self.restart_threshold:
-                    self._restart(stage, tokens)
-                index = self._nearest(stage, tokens)
-                codes = F.embedding(index, self.codebook[stage]).view_as(z)
-                loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
-                residual = residual - codes
-                codes_of_stages.append(codes)
-                indices.append(index.view(z.shape[:-1]))
-                if self.training:
-                    self._update(stage, tokens, index)
+        z = z.movedim(1, -1)  # (B, *positions, dim)
+        residual = z
+        loss, codes_of_stages, indices = z.new_zeros(()), [], []
+        for stage in range(self.stages):
+            tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
+            if self.training and self.restart_threshold:
+                self._restart(stage, tokens)
+            index = self._nearest(stage, tokens)
+            codes = F.embedding(index, self.codebook[stage]).view_as(z)
+            loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
+            residual = residual - codes
+            codes_of_stages.append(codes)
+            indices.append(index.view(z.shape[:-1]))
             if self.training:
-                self.batches += 1
-            total = sum(codes_of_stages[1:], start=codes_of_stages[0])
-            quantized = straight_through(z, total).movedim(-1, 1)
-            return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
+                self._update(stage, tokens, index)
+        if self.training:
+            self.batches += 1
+        total = sum(codes_of_stages[1:], start=codes_of_stages[0])
+        quantized = straight_through(z, total).movedim(-1, 1)
+        return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""

@@ -102,15 +102,13 @@ class FSQ(Quantizer):
         two_z.add_(grid.two_shift if two_b is None else grid.two_shift + two_b)
         return (two_z.sigmoid_() * grid.two_h).sub_(grid.h_plus_offset)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, C, *positions) to `(quantized, indices)`, indices (B, *positions)."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z, grid = z.float(), self.grid(z)
-            rounded = self.round(2 * z, None, grid)
-            # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
-            quantized = rounded / grid.half_levels + 0.0
-            return quantized, self.pack(rounded)
+        grid = self.grid(z)
+        rounded = self.round(2 * z, None, grid)
+        # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
+        quantized = rounded / grid.half_levels + 0.0
+        return quantized, self.pack(rounded)
 
     def pack(self, rounded: Tensor) -> Tensor:
         """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""

@@ -88,32 +88,29 @@ class GeometricRFSQ(ResidualFSQ):
         self.register_buffer("slope", slopes, persistent=False)
         self._add_running_moments(rows=1)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`.
 
         The indices are (B, *positions, K), and `quantized` is like `z`.
         """
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            if self.training:
-                batch = self._next_batch()
-                ((mean, var),) = self._running_moments(z)
-                self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
-            bounded, kept = self._bound(z), self._stages_kept(z)
-            residual, total = bounded.detach(), z.new_zeros(())
-            levels, half_levels = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
-            indices = []
-            with torch.no_grad():
-                for k in range(self.stages):
-                    # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
-                    digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
-                    rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
-                    codes = self._denormalise(rounded, k)
-                    residual = residual - codes
-                    total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
-                    indices.append(self.fsq.pack(rounded))
-            return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
+        if self.training:
+            batch = self._next_batch()
+            ((mean, var),) = self._running_moments(z)
+            self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
+        bounded, kept = self._bound(z), self._stages_kept(z)
+        residual, total = bounded.detach(), z.new_zeros(())
+        levels, half_levels = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
+        indices = []
+        with torch.no_grad():
+            for k in range(self.stages):
+                # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
+                digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
+                rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
+                codes = self._denormalise(rounded, k)
+                residual = residual - codes
+                total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
+                indices.append(self.fsq.pack(rounded))
+        return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""

@@ -95,19 +95,16 @@ class LFQ(Quantizer):
         self.temperature = temperature
         self.entropy_groups = entropy_groups
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            positive = z.detach() > 0
-            codes = positive.float() * 2 - 1
-            loss = self.commitment_loss_weight * F.mse_loss(z, codes)
-            if self.entropy_loss_weight:
-                token_entropy, batch_entropy = self.entropies(z)
-                excess = token_entropy - self.diversity_gamma * batch_entropy
-                loss = loss + self.entropy_loss_weight * excess
-            return straight_through(z, codes), self._pack(positive), loss
+        positive = z.detach() > 0
+        codes = positive.float() * 2 - 1
+        loss = self.commitment_loss_weight * F.mse_loss(z, codes)
+        if self.entropy_loss_weight:
+            token_entropy, batch_entropy = self.entropies(z)
+            excess = token_entropy - self.diversity_gamma * batch_entropy
+            loss = loss + self.entropy_loss_weight * excess
+        return straight_through(z, codes), self._pack(positive), loss
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """H_token and H_batch (scalars, nats) of `z` (B, dim, *positions): see the class."""
