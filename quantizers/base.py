@@ -67,6 +67,15 @@ def round_straight_through_(x: Tensor) -> Tensor:
     return x
 
 
+def traced() -> bool:
+    """Whether tensors have no values: in torch.compile, export, and transforms of torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def processes() -> int:
     """The number of processes of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -109,6 +118,8 @@ class Quantizer(nn.Module):
     """
 
     flags: ClassVar[dict[str, str]] = {}
+    _constants: tuple[Tensor, ...] = ()  # on the CPU: see `constants`
+    _copies: tuple[Tensor, ...] = ()  # on another device
     dim: int
     codebook_sizes: list[int]
     name: str
@@ -155,6 +166,21 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}, bits={self.bits:g}"
 
+    def constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`_constants`, the tensors that follow from the arguments alone, on `device`.
+
+        They are not buffers, because a model that is made on the meta device and filled from a
+        checkpoint gets no values for a buffer that is not in the checkpoint.
+        """
+        if device.type == "cpu":
+            return self._constants
+        if self._copies and self._copies[0].device == device:
+            return self._copies
+        copies = tuple(x.to(device) for x in self._constants)
+        if not (traced() or torch.is_inference_mode_enabled()):
+            self._copies = copies
+        return copies
+
     def _apply(self, fn, recurse=True):
         # `.half()` or `.bfloat16()` of the enclosing model must not round codebooks and statistics:
         # tensors change device, but never precision.
@@ -164,7 +190,10 @@ class Quantizer(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_float32, recurse)
+        super()._apply(keep_float32, recurse)
+        if self._constants:
+            self.constants(fn(torch.empty(0, device="cpu")).device)  # copied once, here
+        return self
 
     def _check_input(self, z: Tensor) -> None:
         if z.dim() < 2 or z.shape[1] != self.dim:

@@ -62,8 +62,6 @@ class GeometricRFSQ(ResidualFSQ):
         "rfsq_slope": "slope",
         "rfsq_stage_dropout": "stage_dropout",
     }
-    level: Tensor
-    slope: Tensor
 
     def __init__(
         self,
@@ -81,12 +79,16 @@ class GeometricRFSQ(ResidualFSQ):
                 f"{stages} geometric stages of {max(self.levels)} levels are more than 2^20 cells "
                 "of a channel: give fewer stages or levels"
             )
-        level = torch.tensor(self.levels, dtype=torch.float32)
-        self.register_buffer("level", level, persistent=False)
+        level = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         best = 6**-0.5 + 0.7 / level**stages
-        slopes = best if slope is None else torch.full_like(best, slope)
-        self.register_buffer("slope", slopes, persistent=False)
+        self._constants = level, best if slope is None else torch.full_like(best, slope)
         self._add_running_moments(rows=1)
+
+    @property
+    def slope(self) -> Tensor:
+        """s of each channel (dim,), on the CPU."""
+        _, slope = self._constants
+        return slope
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`.
@@ -99,7 +101,7 @@ class GeometricRFSQ(ResidualFSQ):
             self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
         bounded, kept = self._bound(z), self._stages_kept(z)
         residual, total = bounded.detach(), z.new_zeros(())
-        levels, half_levels = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
+        (levels, _), half_levels = self._levels_and_slope(z), self.fsq.grid(z).half_levels
         indices = []
         with torch.no_grad():
             for k in range(self.stages):
@@ -131,18 +133,24 @@ class GeometricRFSQ(ResidualFSQ):
         """
         self._check_input(z)
         before = 0 if quantized is None else self._bound(quantized)
-        return (self._bound(z.float()) - before) * per_channel(self.level, z) ** stage
+        return (self._bound(z.float()) - before) * self._levels_and_slope(z)[0] ** stage
+
+    def _levels_and_slope(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """L and s of each channel, to broadcast against `like` (B, dim, *positions)."""
+        levels, slope = self.constants(like.device)
+        return per_channel(levels, like), per_channel(slope, like)
 
     def _denormalise(self, rounded: Tensor, stage: int) -> Tensor:
         """The middle, in y, of the cell of a stage, given the integers digit - floor(L/2)."""
-        levels = per_channel(self.level, rounded)
-        digit = rounded + per_channel(self.fsq.half_levels, rounded)
+        levels, _ = self._levels_and_slope(rounded)
+        digit = rounded + self.fsq.grid(rounded).half_levels
         return ((2 * digit + 1) / levels - 1) / levels**stage
 
     def _bound(self, z: Tensor) -> Tensor:
         """y = u/sqrt(1 + u^2), u = s (z - mean)/std."""
         ((mean, var),) = self._running_moments(z)
-        u = (z - mean) * (per_channel(self.slope, z) / running_std(var))
+        _, slope = self._levels_and_slope(z)
+        u = (z - mean) * (slope / running_std(var))
         u = u.clamp(-1e6, 1e6)  # otherwise the square overflows
         return u / (1 + u.square()).sqrt()
 
@@ -150,4 +158,5 @@ class GeometricRFSQ(ResidualFSQ):
         """The inverse of `_bound`, of operations that every device rounds alike."""
         ((mean, var),) = self._running_moments(y)
         u = y / ((1 - y) * (1 + y)).sqrt()
-        return u * (running_std(var) / per_channel(self.slope, y)) + mean
+        _, slope = self._levels_and_slope(y)
+        return u * (running_std(var) / slope) + mean
