@@ -34,16 +34,6 @@ class Quantized(NamedTuple):
     statistics: Tensor | None = None
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, source: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """Straight-through estimator (Bengio et al., arXiv 1308.3432).
 
@@ -53,7 +43,11 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
 
     Shapes: `source`, `value` and the result have the same shape.
     """
-    return _StraightThrough.apply(source, value.detach())
+    # Written over through `detach`, unseen by autograd, which needs no value of this sum. The sum
+    # and not a copy of `source`, because under vmap either of them may be the one with a batch.
+    out = torch.add(source, value.detach(), alpha=0)
+    out.detach().copy_(value.detach())
+    return out
 
 
 def round_straight_through_(x: Tensor) -> Tensor:
@@ -74,6 +68,11 @@ def traced() -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def exporting() -> bool:
+    """Whether this is torch.export (torch 2.7 and later), whose sizes may be unknown too."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def processes() -> int:
@@ -216,7 +215,7 @@ class Quantizer(nn.Module):
                 f"{self.name} decodes 1 to {self.stages} stages on the last axis of the indices, "
                 f"but it has {given} (shape {tuple(indices.shape)})"
             )
-        if not indices.numel():
+        if traced() or indices.is_meta or not indices.numel():
             return
         by_stage = indices.flatten(0, -2) if self.stage_axis else indices.reshape(-1, 1)
         low, high = int(indices.min()), by_stage.amax(0).tolist()

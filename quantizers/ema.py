@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import (
     Quantizer,
     check_integer,
+    exporting,
     mean_over_processes,
     processes,
     rank,
@@ -135,10 +136,11 @@ class VectorQuantizeEMA(Quantizer):
         codebook = self.codebook[stage]
         norms = codebook.square().sum(1)
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
+        # An exported program with a loop over chunks would have a fixed number of tokens.
+        chunks = [tokens] if exporting() else tokens.split(max(1, chunk))
         # |t|^2 is the same for all codes, so it is omitted. `min` is faster than `argmin`.
         nearest = [
-            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices
-            for part in tokens.split(max(1, chunk))
+            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices for part in chunks
         ]
         return torch.cat(nearest)
 

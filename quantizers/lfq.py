@@ -118,7 +118,7 @@ class LFQ(Quantizer):
     def _batch_entropy(self, p: Tensor) -> Tensor:
         """Entropy of the mean over tokens of the distribution over 2^d codes; `p` (N, d)."""
         half = p.shape[1] // 2
-        mean = _distribution(p[:, :half]).t() @ _distribution(p[:, half:]) / len(p)
+        mean = _distribution(p[:, :half]).t() @ _distribution(p[:, half:]) / p.shape[0]
         # mean: (2^(d/2), 2^(d - d/2))
         if self.training:
             # The value is that of all processes. The gradient is that of this process's part,
@@ -132,15 +132,16 @@ class LFQ(Quantizer):
         """Index (B, *positions) of boolean `positive` (B, dim, *positions), channel i the bit i."""
         index = torch.zeros_like(positive[:, 0], dtype=torch.int64)
         for i, bit in enumerate(positive.unbind(1)):
-            index = index | (bit.to(torch.int64) << i)
+            index = index | torch.bitwise_left_shift(bit.to(torch.int64), i)
         return index
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, dim, *positions) in {-1, 1}."""
         self._check_indices(indices)
-        shifts = torch.arange(self.dim, device=indices.device)
-        bits = indices.unsqueeze(1) >> per_channel(shifts, indices.unsqueeze(1))
-        return (bits & 1).float() * 2 - 1
+        indices = indices.unsqueeze(1)
+        shifts = per_channel(torch.arange(self.dim, device=indices.device), indices)
+        # As functions, because the operators >> and << have no counterpart in ONNX.
+        return (torch.bitwise_right_shift(indices, shifts) & 1).float() * 2 - 1
 
 
 def _distribution(p: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class RFSQ(ResidualFSQ):
             return
         k = indices.shape[-1]
         given = None if statistics is None else tuple(statistics.shape)
-        fits = [(len(indices), stages, 2, self.dim) for stages in range(k, self.stages + 1)]
+        fits = [(indices.shape[0], stages, 2, self.dim) for stages in range(k, self.stages + 1)]
         if given not in fits:
             raise ValueError(
                 f"{self.name} decodes with the statistics {fits[-1]} that forward returned, "
