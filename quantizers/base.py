@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 class Quantized(NamedTuple):
     """The names of what `forward` returns: `out = Quantized(*quantizer(z))`.
 
     Attributes:
-        codes: the quantized latent (B, C, *positions), float32.
+        codes: the quantized latent (B, C, *positions), float32 but in a model of half precision.
         indices: int64, (B, *positions), with a last axis of stages for a residual quantizer.
         loss: the quantizer's own loss (a scalar), None where it has none.
         statistics: side information that the decoder needs beyond the indices, None if there is
@@ -43,10 +45,11 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
 
     Shapes: `source`, `value` and the result have the same shape.
     """
-    # Written over through `detach`, unseen by autograd, which needs no value of this sum. The sum
-    # and not a copy of `source`, because under vmap either of them may be the one with a batch.
-    out = torch.add(source, value.detach(), alpha=0)
-    out.detach().copy_(value.detach())
+    value = value.detach()
+    # The result has the gradient of `source`, and the shape in vmap and the strides of `value`. Its
+    # values are then overwritten through `detach`, unseen by autograd, which saves none of them.
+    out = torch.lerp(value, source, 1.0)
+    out.detach().copy_(value)
     return out
 
 
@@ -73,6 +76,13 @@ def traced() -> bool:
 def exporting() -> bool:
     """Whether this is torch.export (torch 2.7 and later), whose sizes may be unknown too."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def output_dtype(z: Tensor) -> torch.dtype:
+    """That of `z` where the model around is of half precision itself; float32 under autocast."""
+    if z.dtype in HALF_PRECISION and not torch.is_autocast_enabled(z.device.type):
+        return z.dtype
+    return torch.float32
 
 
 def processes() -> int:
@@ -108,10 +118,14 @@ class Quantizer(nn.Module):
 
     `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
     `(quantized, indices)`, followed by `loss` if the quantizer has a loss of its own, and by
-    `statistics` if it has side information; `Quantized` names them. `indices` is int64. Everything
-    is computed in float32 with autocast off, and `quantized` is float32.
+    `statistics` if it has side information; `Quantized` names them. `indices` is int64.
 
-    `indices_to_codes(indices)` decodes; quantizers with side information also take `statistics`.
+    Everything is computed in float32 with autocast off, and parameters and buffers are float32,
+    whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
+    precision outside autocast: there it is rounded to the precision of `z`.
+
+    `indices_to_codes(indices)` decodes, to float32; quantizers with side information also take
+    `statistics`.
 
     A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`.
     """
@@ -141,8 +155,10 @@ class Quantizer(nn.Module):
             ValueError: for an input that is not of this shape.
         """
         self._check_input(z)
+        dtype = output_dtype(z)
         with torch.autocast(z.device.type, enabled=False):
-            return self.quantize(z.float())
+            quantized, *rest = self.quantize(z.float())
+        return quantized.to(dtype), *rest
 
     def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
         """What `forward` returns, for a checked `z` in float32 and with autocast off."""
@@ -185,8 +201,8 @@ class Quantizer(nn.Module):
         # tensors change device, but never precision.
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
+            if tensor.is_floating_point() and moved.dtype != torch.float32:
+                return tensor.to(moved.device, torch.float32)
             return moved
 
         super()._apply(keep_float32, recurse)
@@ -194,7 +210,23 @@ class Quantizer(nn.Module):
             self.constants(fn(torch.empty(0, device="cpu")).device)  # copied once, here
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # `state_dict` is a copy that belongs to the caller, `load_state_dict`.
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and value.is_floating_point():
+                state_dict[key] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self) -> None:
+        for key, value in (*self._parameters.items(), *self._buffers.items()):
+            if value is not None and value.dtype in HALF_PRECISION:
+                raise ValueError(
+                    f"{key} of {self.name} must be float32, not {value.dtype}: call .float() of "
+                    "the quantizer, and leave it out of mixed precision of parameters"
+                )
+
     def _check_input(self, z: Tensor) -> None:
+        self._check_state()
         if z.dim() < 2 or z.shape[1] != self.dim:
             given = z.shape[1] if z.dim() >= 2 else "no"
             raise ValueError(
@@ -203,6 +235,7 @@ class Quantizer(nn.Module):
             )
 
     def _check_indices(self, indices: Tensor) -> None:
+        self._check_state()
         if indices.dtype != torch.int64:
             raise ValueError(f"indices must be int64, not {indices.dtype}")
         axes = 2 if self.stage_axis else 1

@@ -94,9 +94,9 @@ class VectorQuantizeEMA(Quantizer):
         self.decay = decay
         self.commitment_loss_weight = commitment_loss_weight
         self.restart_threshold = restart_threshold
-        codebook = torch.randn(stages, codebook_size, dim)
+        codebook = torch.randn(stages, codebook_size, dim, dtype=torch.float32)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("counts", torch.zeros(stages, codebook_size))
+        self.register_buffer("counts", torch.zeros_like(codebook[..., 0]))
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 

@@ -110,7 +110,8 @@ class RFSQ(ResidualFSQ):
         self.strategy = strategy
         self.statistics = statistics if strategy == "layernorm" else None
         if strategy == "scale":
-            self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
+            log_scale = torch.full((stages,), math.log(initial_scale), dtype=torch.float32)
+            self.log_scale = nn.Parameter(log_scale)
         elif strategy == "layernorm":
             level = torch.tensor(self.levels, dtype=torch.float32)
             gain = 1.1 / level.sqrt()

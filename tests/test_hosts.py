@@ -68,6 +68,37 @@ def test_a_visit_to_the_meta_device_loses_no_constant(name):
 
 
 # ---------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_host_of_half_precision_gets_its_precision_back(name, dtype):
+    module = trained(name)
+    z = latent(module).to(dtype)
+    wanted, wanted_indices, *_ = module(z.float())
+    quantized, indices, *rest = module(z)
+    assert quantized.dtype == dtype and torch.equal(quantized, wanted.to(dtype))
+    assert torch.equal(indices, wanted_indices)
+    decoded = module.indices_to_codes(indices, *rest[1:])
+    assert decoded.dtype == torch.float32 and torch.equal(decoded.to(dtype), quantized)
+    assert all(x.dtype == torch.float32 for x in rest)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(module(z)[0], wanted) and module(z)[0].dtype == torch.float32
+
+
+@every
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_host_of_half_precision_trains(name, dtype):
+    module = CASES[name].build()
+    net = nn.Sequential(nn.Conv1d(module.dim, module.dim, 1), module, nn.Conv1d(module.dim, 3, 1))
+    net.to(dtype)
+    out = net[1](net[0](torch.randn(4, module.dim, 30, dtype=dtype)))
+    net[2](out[0]).float().square().mean().backward()
+    assert net[0].weight.grad.dtype == dtype and net[0].weight.grad.isfinite().all()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------
 # Export and torch.func
 # ---------------------------------------------------------------------------------------
 class Decode(nn.Module):
