@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 class Quantized(NamedTuple):
     """The names of what `forward` returns: `out = Quantized(*quantizer(z))`.
 
     Attributes:
-        codes: the quantized latent (B, C, *positions), float32.
+        codes: the quantized latent (B, C, *positions), float32 but in a model of half precision.
         indices: int64, (B, *positions), with a last axis of stages for a residual quantizer.
         loss: the quantizer's own loss (a scalar), None where it has none.
         statistics: side information that the decoder needs beyond the indices, None if there is
@@ -34,16 +36,6 @@ class Quantized(NamedTuple):
     statistics: Tensor | None = None
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, source: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """Straight-through estimator (Bengio et al., arXiv 1308.3432).
 
@@ -53,7 +45,12 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
 
     Shapes: `source`, `value` and the result have the same shape.
     """
-    return _StraightThrough.apply(source, value.detach())
+    value = value.detach()
+    # The result has the gradient of `source`, and the shape in vmap and the strides of `value`. Its
+    # values are then overwritten through `detach`, unseen by autograd, which saves none of them.
+    out = torch.lerp(value, source, 1.0)
+    out.detach().copy_(value)
+    return out
 
 
 def round_straight_through_(x: Tensor) -> Tensor:
@@ -65,6 +62,27 @@ def round_straight_through_(x: Tensor) -> Tensor:
     """
     x.detach().round_()  # shares the memory of x, unseen by autograd
     return x
+
+
+def traced() -> bool:
+    """Whether tensors have no values: in torch.compile, export, and transforms of torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def exporting() -> bool:
+    """Whether this is torch.export (torch 2.7 and later), whose sizes may be unknown too."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def output_dtype(z: Tensor) -> torch.dtype:
+    """That of `z` where the model around is of half precision itself; float32 under autocast."""
+    if z.dtype in HALF_PRECISION and not torch.is_autocast_enabled(z.device.type):
+        return z.dtype
+    return torch.float32
 
 
 def processes() -> int:
@@ -100,13 +118,21 @@ class Quantizer(nn.Module):
 
     `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
     `(quantized, indices)`, followed by `loss` if the quantizer has a loss of its own, and by
-    `statistics` if it has side information; `Quantized` names them. `indices` is int64. Everything
-    is computed in float32 with autocast off, and `quantized` is float32.
+    `statistics` if it has side information; `Quantized` names them. `indices` is int64.
 
-    `indices_to_codes(indices)` decodes; quantizers with side information also take `statistics`.
+    Everything is computed in float32 with autocast off, and parameters and buffers are float32,
+    whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
+    precision outside autocast: there it is rounded to the precision of `z`.
+
+    `indices_to_codes(indices)` decodes, to float32; quantizers with side information also take
+    `statistics`.
+
+    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`.
     """
 
     flags: ClassVar[dict[str, str]] = {}
+    _constants: tuple[Tensor, ...] = ()  # on the CPU: see `constants`
+    _copies: tuple[Tensor, ...] = ()  # on another device
     dim: int
     codebook_sizes: list[int]
     name: str
@@ -121,6 +147,22 @@ class Quantizer(nn.Module):
             ValueError: for values that the constructor refuses.
         """
         return cls(**{name: getattr(args, flag) for flag, name in cls.flags.items()})
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Quantize `z` (B, dim, *positions): see the class for what is returned.
+
+        Raises:
+            ValueError: for an input that is not of this shape.
+        """
+        self._check_input(z)
+        dtype = output_dtype(z)
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, *rest = self.quantize(z.float())
+        return quantized.to(dtype), *rest
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returns, for a checked `z` in float32 and with autocast off."""
+        raise NotImplementedError
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
@@ -139,18 +181,52 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}, bits={self.bits:g}"
 
+    def constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`_constants`, the tensors that follow from the arguments alone, on `device`.
+
+        They are not buffers, because a model that is made on the meta device and filled from a
+        checkpoint gets no values for a buffer that is not in the checkpoint.
+        """
+        if device.type == "cpu":
+            return self._constants
+        if self._copies and self._copies[0].device == device:
+            return self._copies
+        copies = tuple(x.to(device) for x in self._constants)
+        if not (traced() or torch.is_inference_mode_enabled()):
+            self._copies = copies
+        return copies
+
     def _apply(self, fn, recurse=True):
         # `.half()` or `.bfloat16()` of the enclosing model must not round codebooks and statistics:
         # tensors change device, but never precision.
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
+            if tensor.is_floating_point() and moved.dtype != torch.float32:
+                return tensor.to(moved.device, torch.float32)
             return moved
 
-        return super()._apply(keep_float32, recurse)
+        super()._apply(keep_float32, recurse)
+        if self._constants:
+            self.constants(fn(torch.empty(0, device="cpu")).device)  # copied once, here
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # `state_dict` is a copy that belongs to the caller, `load_state_dict`.
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and value.is_floating_point():
+                state_dict[key] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self) -> None:
+        for key, value in (*self._parameters.items(), *self._buffers.items()):
+            if value is not None and value.dtype in HALF_PRECISION:
+                raise ValueError(
+                    f"{key} of {self.name} must be float32, not {value.dtype}: call .float() of "
+                    "the quantizer, and leave it out of mixed precision of parameters"
+                )
 
     def _check_input(self, z: Tensor) -> None:
+        self._check_state()
         if z.dim() < 2 or z.shape[1] != self.dim:
             given = z.shape[1] if z.dim() >= 2 else "no"
             raise ValueError(
@@ -159,6 +235,7 @@ class Quantizer(nn.Module):
             )
 
     def _check_indices(self, indices: Tensor) -> None:
+        self._check_state()
         if indices.dtype != torch.int64:
             raise ValueError(f"indices must be int64, not {indices.dtype}")
         axes = 2 if self.stage_axis else 1
@@ -171,7 +248,7 @@ class Quantizer(nn.Module):
                 f"{self.name} decodes 1 to {self.stages} stages on the last axis of the indices, "
                 f"but it has {given} (shape {tuple(indices.shape)})"
             )
-        if not indices.numel():
+        if traced() or indices.is_meta or not indices.numel():
             return
         by_stage = indices.flatten(0, -2) if self.stage_axis else indices.reshape(-1, 1)
         low, high = int(indices.min()), by_stage.amax(0).tolist()

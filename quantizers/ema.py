@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import (
     Quantizer,
     check_integer,
+    exporting,
     mean_over_processes,
     processes,
     rank,
@@ -93,36 +94,34 @@ class VectorQuantizeEMA(Quantizer):
         self.decay = decay
         self.commitment_loss_weight = commitment_loss_weight
         self.restart_threshold = restart_threshold
-        codebook = torch.randn(stages, codebook_size, dim)
+        codebook = torch.randn(stages, codebook_size, dim, dtype=torch.float32)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("counts", torch.zeros(stages, codebook_size))
+        self.register_buffer("counts", torch.zeros_like(codebook[..., 0]))
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float().movedim(1, -1)  # (B, *positions, dim)
-            residual = z
-            loss, codes_of_stages, indices = z.new_zeros(()), [], []
-            for stage in range(self.stages):
-                tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
-                if self.training and self.restart_threshold:
-                    self._restart(stage, tokens)
-                index = self._nearest(stage, tokens)
-                codes = F.embedding(index, self.codebook[stage]).view_as(z)
-                loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
-                residual = residual - codes
-                codes_of_stages.append(codes)
-                indices.append(index.view(z.shape[:-1]))
-                if self.training:
-                    self._update(stage, tokens, index)
+        z = z.movedim(1, -1)  # (B, *positions, dim)
+        residual = z
+        loss, codes_of_stages, indices = z.new_zeros(()), [], []
+        for stage in range(self.stages):
+            tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
+            if self.training and self.restart_threshold:
+                self._restart(stage, tokens)
+            index = self._nearest(stage, tokens)
+            codes = F.embedding(index, self.codebook[stage]).view_as(z)
+            loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
+            residual = residual - codes
+            codes_of_stages.append(codes)
+            indices.append(index.view(z.shape[:-1]))
             if self.training:
-                self.batches += 1
-            total = sum(codes_of_stages[1:], start=codes_of_stages[0])
-            quantized = straight_through(z, total).movedim(-1, 1)
-            return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
+                self._update(stage, tokens, index)
+        if self.training:
+            self.batches += 1
+        total = sum(codes_of_stages[1:], start=codes_of_stages[0])
+        quantized = straight_through(z, total).movedim(-1, 1)
+        return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
@@ -137,10 +136,11 @@ class VectorQuantizeEMA(Quantizer):
         codebook = self.codebook[stage]
         norms = codebook.square().sum(1)
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
+        # An exported program with a loop over chunks would have a fixed number of tokens.
+        chunks = [tokens] if exporting() else tokens.split(max(1, chunk))
         # |t|^2 is the same for all codes, so it is omitted. `min` is faster than `argmin`.
         nearest = [
-            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices
-            for part in tokens.split(max(1, chunk))
+            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices for part in chunks
         ]
         return torch.cat(nearest)
 

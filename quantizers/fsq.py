@@ -50,9 +50,6 @@ class FSQ(Quantizer):
     """
 
     flags: ClassVar[dict[str, str]] = {"levels": "levels"}
-    half_levels: Tensor
-    basis: Tensor
-    _grid: Tensor
 
     def __init__(self, levels: Sequence[int] | None = None):
         super().__init__()
@@ -64,22 +61,19 @@ class FSQ(Quantizer):
         basis = [math.prod(self.levels[:i]) for i in range(self.dim)]
         # The index of the code whose integers round(bound(z)) are all 0.
         self.zero_index = sum(x * b for x, b in zip(half, basis, strict=True))
-        # The buffers follow from `levels`, so they are not part of the saved weights.
-        wide = self.codebook_sizes[0] > 2**31
-        basis = torch.tensor(basis, dtype=torch.int64 if wide else torch.int32)
-        self.register_buffer("basis", basis, persistent=False)
-        half = torch.tensor(half, dtype=torch.float32)
-        self.register_buffer("half_levels", half, persistent=False)
         h = [(level - 1) * (1 - EPS) / 2 for level in self.levels]
         offset = [0.5 if level % 2 == 0 else 0.0 for level in self.levels]
         shift = [math.tan(o / x) for o, x in zip(offset, h, strict=True)]
-        h, offset, shift = (torch.tensor(x, dtype=torch.float32) for x in (h, offset, shift))
+        rows = torch.tensor([h, offset, shift, half], dtype=torch.float32, device="cpu")
+        h, offset, shift, half = rows.unbind()
         grid = torch.stack([2 * h, h + offset, 2 * shift, half, half / 2])
-        self.register_buffer("_grid", grid, persistent=False)
+        dtype = torch.int64 if self.codebook_sizes[0] > 2**31 else torch.int32
+        self._constants = grid, torch.tensor(basis, dtype=dtype, device="cpu")
 
     def grid(self, like: Tensor) -> Grid:
         """The constants, to broadcast against `like` (B, C, *positions)."""
-        return Grid(*self._grid.view(5, 1, self.dim, *[1] * (like.dim() - 2)).unbind())
+        grid, _ = self.constants(like.device)
+        return Grid(*grid.view(5, 1, self.dim, *[1] * (like.dim() - 2)).unbind())
 
     def bound(self, z: Tensor) -> Tensor:
         """Squash `z` (B, C, *positions) so that its rounding has `levels[c]` values a channel."""
@@ -102,20 +96,19 @@ class FSQ(Quantizer):
         two_z.add_(grid.two_shift if two_b is None else grid.two_shift + two_b)
         return (two_z.sigmoid_() * grid.two_h).sub_(grid.h_plus_offset)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, C, *positions) to `(quantized, indices)`, indices (B, *positions)."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z, grid = z.float(), self.grid(z)
-            rounded = self.round(2 * z, None, grid)
-            # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
-            quantized = rounded / grid.half_levels + 0.0
-            return quantized, self.pack(rounded)
+        grid = self.grid(z)
+        rounded = self.round(2 * z, None, grid)
+        # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
+        quantized = rounded / grid.half_levels + 0.0
+        return quantized, self.pack(rounded)
 
     def pack(self, rounded: Tensor) -> Tensor:
         """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
-        digits = rounded.detach().to(self.basis.dtype)
-        index = digits.mul_(per_channel(self.basis, digits)).sum(1, dtype=digits.dtype)
+        _, basis = self.constants(rounded.device)
+        digits = rounded.detach().to(basis.dtype)
+        index = digits.mul_(per_channel(basis, digits)).sum(1, dtype=digits.dtype)
         return index.add_(self.zero_index).to(torch.int64)
 
     def unpack(self, indices: Tensor) -> Tensor:
@@ -125,15 +118,15 @@ class FSQ(Quantizer):
             digits.append(indices % level)
             indices = indices // level
         digits = torch.stack(digits, dim=1)
-        return digits.float() - per_channel(self.half_levels, digits)
+        return digits.float() - self.grid(digits).half_levels
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, C, *positions) in [-1, 1]."""
         self._check_indices(indices)
         rounded = self.unpack(indices)
-        return rounded / per_channel(self.half_levels, rounded)
+        return rounded / self.grid(rounded).half_levels
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """Index (B, *positions) of `codes` (B, C, *positions) as `forward` returns them."""
         self._check_input(codes)
-        return self.pack((codes * per_channel(self.half_levels, codes)).round())
+        return self.pack((codes * self.grid(codes).half_levels).round())

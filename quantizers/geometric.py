@@ -62,8 +62,6 @@ class GeometricRFSQ(ResidualFSQ):
         "rfsq_slope": "slope",
         "rfsq_stage_dropout": "stage_dropout",
     }
-    level: Tensor
-    slope: Tensor
 
     def __init__(
         self,
@@ -81,39 +79,40 @@ class GeometricRFSQ(ResidualFSQ):
                 f"{stages} geometric stages of {max(self.levels)} levels are more than 2^20 cells "
                 "of a channel: give fewer stages or levels"
             )
-        level = torch.tensor(self.levels, dtype=torch.float32)
-        self.register_buffer("level", level, persistent=False)
+        level = torch.tensor(self.levels, dtype=torch.float32, device="cpu")
         best = 6**-0.5 + 0.7 / level**stages
-        slopes = best if slope is None else torch.full_like(best, slope)
-        self.register_buffer("slope", slopes, persistent=False)
+        self._constants = level, best if slope is None else torch.full_like(best, slope)
         self._add_running_moments(rows=1)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def slope(self) -> Tensor:
+        """s of each channel (dim,), on the CPU."""
+        _, slope = self._constants
+        return slope
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`.
 
         The indices are (B, *positions, K), and `quantized` is like `z`.
         """
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            if self.training:
-                batch = self._next_batch()
-                ((mean, var),) = self._running_moments(z)
-                self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
-            bounded, kept = self._bound(z), self._stages_kept(z)
-            residual, total = bounded.detach(), z.new_zeros(())
-            levels, half_levels = (per_channel(x, z) for x in (self.level, self.fsq.half_levels))
-            indices = []
-            with torch.no_grad():
-                for k in range(self.stages):
-                    # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
-                    digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
-                    rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
-                    codes = self._denormalise(rounded, k)
-                    residual = residual - codes
-                    total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
-                    indices.append(self.fsq.pack(rounded))
-            return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
+        if self.training:
+            batch = self._next_batch()
+            ((mean, var),) = self._running_moments(z)
+            self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
+        bounded, kept = self._bound(z), self._stages_kept(z)
+        residual, total = bounded.detach(), z.new_zeros(())
+        (levels, _), half_levels = self._levels_and_slope(z), self.fsq.grid(z).half_levels
+        indices = []
+        with torch.no_grad():
+            for k in range(self.stages):
+                # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
+                digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
+                rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
+                codes = self._denormalise(rounded, k)
+                residual = residual - codes
+                total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
+                indices.append(self.fsq.pack(rounded))
+        return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""
@@ -134,18 +133,24 @@ class GeometricRFSQ(ResidualFSQ):
         """
         self._check_input(z)
         before = 0 if quantized is None else self._bound(quantized)
-        return (self._bound(z.float()) - before) * per_channel(self.level, z) ** stage
+        return (self._bound(z.float()) - before) * self._levels_and_slope(z)[0] ** stage
+
+    def _levels_and_slope(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """L and s of each channel, to broadcast against `like` (B, dim, *positions)."""
+        levels, slope = self.constants(like.device)
+        return per_channel(levels, like), per_channel(slope, like)
 
     def _denormalise(self, rounded: Tensor, stage: int) -> Tensor:
         """The middle, in y, of the cell of a stage, given the integers digit - floor(L/2)."""
-        levels = per_channel(self.level, rounded)
-        digit = rounded + per_channel(self.fsq.half_levels, rounded)
+        levels, _ = self._levels_and_slope(rounded)
+        digit = rounded + self.fsq.grid(rounded).half_levels
         return ((2 * digit + 1) / levels - 1) / levels**stage
 
     def _bound(self, z: Tensor) -> Tensor:
         """y = u/sqrt(1 + u^2), u = s (z - mean)/std."""
         ((mean, var),) = self._running_moments(z)
-        u = (z - mean) * (per_channel(self.slope, z) / running_std(var))
+        _, slope = self._levels_and_slope(z)
+        u = (z - mean) * (slope / running_std(var))
         u = u.clamp(-1e6, 1e6)  # otherwise the square overflows
         return u / (1 + u.square()).sqrt()
 
@@ -153,4 +158,5 @@ class GeometricRFSQ(ResidualFSQ):
         """The inverse of `_bound`, of operations that every device rounds alike."""
         ((mean, var),) = self._running_moments(y)
         u = y / ((1 - y) * (1 + y)).sqrt()
-        return u * (running_std(var) / per_channel(self.slope, y)) + mean
+        _, slope = self._levels_and_slope(y)
+        return u * (running_std(var) / slope) + mean

@@ -95,19 +95,16 @@ class LFQ(Quantizer):
         self.temperature = temperature
         self.entropy_groups = entropy_groups
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            positive = z.detach() > 0
-            codes = positive.float() * 2 - 1
-            loss = self.commitment_loss_weight * F.mse_loss(z, codes)
-            if self.entropy_loss_weight:
-                token_entropy, batch_entropy = self.entropies(z)
-                excess = token_entropy - self.diversity_gamma * batch_entropy
-                loss = loss + self.entropy_loss_weight * excess
-            return straight_through(z, codes), self._pack(positive), loss
+        positive = z.detach() > 0
+        codes = positive.float() * 2 - 1
+        loss = self.commitment_loss_weight * F.mse_loss(z, codes)
+        if self.entropy_loss_weight:
+            token_entropy, batch_entropy = self.entropies(z)
+            excess = token_entropy - self.diversity_gamma * batch_entropy
+            loss = loss + self.entropy_loss_weight * excess
+        return straight_through(z, codes), self._pack(positive), loss
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """H_token and H_batch (scalars, nats) of `z` (B, dim, *positions): see the class."""
@@ -121,7 +118,7 @@ class LFQ(Quantizer):
     def _batch_entropy(self, p: Tensor) -> Tensor:
         """Entropy of the mean over tokens of the distribution over 2^d codes; `p` (N, d)."""
         half = p.shape[1] // 2
-        mean = _distribution(p[:, :half]).t() @ _distribution(p[:, half:]) / len(p)
+        mean = _distribution(p[:, :half]).t() @ _distribution(p[:, half:]) / p.shape[0]
         # mean: (2^(d/2), 2^(d - d/2))
         if self.training:
             # The value is that of all processes. The gradient is that of this process's part,
@@ -135,15 +132,16 @@ class LFQ(Quantizer):
         """Index (B, *positions) of boolean `positive` (B, dim, *positions), channel i the bit i."""
         index = torch.zeros_like(positive[:, 0], dtype=torch.int64)
         for i, bit in enumerate(positive.unbind(1)):
-            index = index | (bit.to(torch.int64) << i)
+            index = index | torch.bitwise_left_shift(bit.to(torch.int64), i)
         return index
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, dim, *positions) in {-1, 1}."""
         self._check_indices(indices)
-        shifts = torch.arange(self.dim, device=indices.device)
-        bits = indices.unsqueeze(1) >> per_channel(shifts, indices.unsqueeze(1))
-        return (bits & 1).float() * 2 - 1
+        indices = indices.unsqueeze(1)
+        shifts = per_channel(torch.arange(self.dim, device=indices.device), indices)
+        # As functions, because the operators >> and << have no counterpart in ONNX.
+        return (torch.bitwise_right_shift(indices, shifts) & 1).float() * 2 - 1
 
 
 def _distribution(p: Tensor) -> Tensor:

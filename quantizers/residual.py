@@ -79,9 +79,9 @@ class ResidualFSQ(Quantizer):
 
     def _add_running_moments(self, rows: int) -> None:
         """Register running means and variances (rows, dim), and the number of batches in them."""
-        self.register_buffer("running_mean", torch.zeros(rows, self.dim))
-        self.register_buffer("running_var", torch.ones(rows, self.dim))
-        self.register_buffer("batches", torch.zeros(()))
+        self.register_buffer("running_mean", torch.zeros(rows, self.dim, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(rows, self.dim, dtype=torch.float32))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
 
     def _next_batch(self) -> Batch:
         number = self.batches + 1
@@ -120,7 +120,7 @@ class ResidualFSQ(Quantizer):
         if not (self.training and self.stage_dropout):
             return None
         n, each = processes(), len(like)
-        drop, k = torch.rand(2, n * each, device=like.device)
+        drop, k = torch.rand(2, n * each, device=like.device, dtype=torch.float32)
         kept = torch.where(
             drop < self.stage_dropout, 1 + (k * (self.stages - 1)).floor(), self.stages
         )

@@ -110,7 +110,8 @@ class RFSQ(ResidualFSQ):
         self.strategy = strategy
         self.statistics = statistics if strategy == "layernorm" else None
         if strategy == "scale":
-            self.log_scale = nn.Parameter(torch.full((stages,), math.log(initial_scale)))
+            log_scale = torch.full((stages,), math.log(initial_scale), dtype=torch.float32)
+            self.log_scale = nn.Parameter(log_scale)
         elif strategy == "layernorm":
             level = torch.tensor(self.levels, dtype=torch.float32)
             gain = 1.1 / level.sqrt()
@@ -130,41 +131,38 @@ class RFSQ(ResidualFSQ):
             return GeometricRFSQ.from_args(args)
         return super().from_args(args)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`, indices (B, *positions, K).
 
         With image statistics: `(quantized, indices, loss, statistics)`, the loss a zero and
         statistics (B, K, 2, dim) the mean and std of each image, stage and channel.
         """
-        self._check_input(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z, grid = z.float(), self.fsq.grid(z)
-            kept, running = self._stages_kept(z), self._running(z)
-            updating = self.training and self.statistics == "global"
-            batch = self._next_batch() if updating else None
-            # From 0.0, because rounding can give -0.0, which an index does not keep.
-            residual, quantized = z, z.new_zeros(())
-            indices, statistics = [], []
-            for k, (two_gain, two_bias) in enumerate(self._gains_and_biases(z)):
-                if batch is not None:
-                    mean, var = running[k]
-                    running[k] = update_moments(mean, var, residual, batch.weight)
-                mean_std = self._statistics(residual, running[k])
-                two_a, two_b = affine(two_gain, two_bias, *mean_std)  # 2 A_k(r) = 2a r + 2b
-                rounded = self.fsq.round(residual * two_a, two_b, grid)  # FSQ(A_k(r)) floor(L/2)
-                codes = denormalise(rounded, two_a, two_b, grid)  # q_k = A_k^-1(FSQ(A_k(r)))
-                residual = residual - codes
-                quantized = quantized + (codes if kept is None else torch.where(kept > k, codes, 0))
-                indices.append(self.fsq.pack(rounded))
-                statistics.append(mean_std)
-            indices = torch.stack(indices, dim=-1)
+        grid, kept, running = self.fsq.grid(z), self._stages_kept(z), self._running(z)
+        updating = self.training and self.statistics == "global"
+        batch = self._next_batch() if updating else None
+        # From 0.0, because rounding can give -0.0, which an index does not keep.
+        residual, quantized = z, z.new_zeros(())
+        indices, statistics = [], []
+        for k, (two_gain, two_bias) in enumerate(self._gains_and_biases(z)):
             if batch is not None:
-                self._store_moments(running, batch)
-            if self.statistics == "image":
-                # K pairs of (B, C, 1, ...) -> (B, K, 2, C)
-                pairs = [torch.stack(pair, dim=1).flatten(2) for pair in statistics]
-                return quantized, indices, z.new_zeros(()), torch.stack(pairs, dim=1)
-            return quantized, indices
+                mean, var = running[k]
+                running[k] = update_moments(mean, var, residual, batch.weight)
+            mean_std = self._statistics(residual, running[k])
+            two_a, two_b = affine(two_gain, two_bias, *mean_std)  # 2 A_k(r) = 2a r + 2b
+            rounded = self.fsq.round(residual * two_a, two_b, grid)  # FSQ(A_k(r)) floor(L/2)
+            codes = denormalise(rounded, two_a, two_b, grid)  # q_k = A_k^-1(FSQ(A_k(r)))
+            residual = residual - codes
+            quantized = quantized + (codes if kept is None else torch.where(kept > k, codes, 0))
+            indices.append(self.fsq.pack(rounded))
+            statistics.append(mean_std)
+        indices = torch.stack(indices, dim=-1)
+        if batch is not None:
+            self._store_moments(running, batch)
+        if self.statistics == "image":
+            # K pairs of (B, C, 1, ...) -> (B, K, 2, C)
+            pairs = [torch.stack(pair, dim=1).flatten(2) for pair in statistics]
+            return quantized, indices, z.new_zeros(()), torch.stack(pairs, dim=1)
+        return quantized, indices
 
     def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions).
@@ -242,7 +240,7 @@ class RFSQ(ResidualFSQ):
             return
         k = indices.shape[-1]
         given = None if statistics is None else tuple(statistics.shape)
-        fits = [(len(indices), stages, 2, self.dim) for stages in range(k, self.stages + 1)]
+        fits = [(indices.shape[0], stages, 2, self.dim) for stages in range(k, self.stages + 1)]
         if given not in fits:
             raise ValueError(
                 f"{self.name} decodes with the statistics {fits[-1]} that forward returned, "

@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 import quantizers
-from quantizers import QUANTIZERS, Quantizer
+from quantizers import QUANTIZERS, Quantized, Quantizer
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,34 @@ TRACKING = [
     *("rfsq-2-layernorm", "rfsq-4-layernorm", "rfsq-odd"),
     *("rfsq-2-geometric", "rfsq-3-geometric", "ema", "ema-3"),
 ]
+
+
+def latent(module, batch=3, positions=(5, 4)):
+    """Channels of different mean and spread, images of different spread."""
+    like = [1] * len(positions)
+    spread = torch.linspace(0.3, 2, module.dim).view(1, -1, *like)
+    images = torch.linspace(0.7, 1.4, batch).view(-1, 1, *like)
+    return torch.randn(batch, module.dim, *positions) * spread * images + spread.flip(1) - 1
+
+
+def trained(name):
+    """A quantizer in evaluation mode whose weights and statistics are not those of the start."""
+    module = CASES[name].build()
+    with torch.no_grad():
+        for _ in range(3):
+            module(latent(module, 4))
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def run(module, z):
+    """`forward` as (quantized, indices, side), side the arguments that decoding needs as well."""
+    out = Quantized(*module(z))
+    return out.codes, out.indices, () if out.statistics is None else (out.statistics,)
+
+
+def same_bits(a, b):
+    """Equality that tells 0.0 from -0.0."""
+    assert a.dtype == b.dtype == torch.float32 and a.shape == b.shape
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))

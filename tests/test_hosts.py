@@ -1,0 +1,242 @@
+"""Quantizers inside models of other projects: how those load, cast, compile and differentiate."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, TRACKING, latent, run, same_bits, trained
+from torch import nn
+
+from quantizers import straight_through
+from quantizers.base import round_straight_through_
+
+ROOT = Path(__file__).parent.parent
+
+every = pytest.mark.parametrize("name", CASES)
+HALF = [torch.float16, torch.bfloat16]
+
+
+def assert_same(module, other):
+    """Equal outputs, bit for bit, of two quantizers in evaluation mode."""
+    z = latent(module)
+    wanted, wanted_indices, _ = run(module.eval(), z)
+    quantized, indices, side = run(other.eval(), z)
+    assert torch.equal(indices, wanted_indices) and same_bits(quantized, wanted)
+    assert same_bits(other.indices_to_codes(indices, *side), wanted)
+
+
+# ---------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------
+def to_empty(module, state):
+    module.to_empty(device="cpu").load_state_dict(state, strict=True)
+
+
+def assign(module, state):
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def one_by_one(module, state):
+    """As transformers' `from_pretrained`: tensors not in the checkpoint come back uninitialised."""
+    for part in module.modules():
+        for key in part._non_persistent_buffers_set:
+            part._buffers[key] = torch.full_like(part._buffers[key], -7, device="cpu")
+    for key, value in state.items():
+        parent, _, leaf = key.rpartition(".")
+        module.get_submodule(parent).load_state_dict({leaf: value}, strict=False, assign=True)
+
+
+@every
+@pytest.mark.parametrize("load", [to_empty, assign, one_by_one])
+def test_loading_through_the_meta_device(name, load):
+    module = trained(name)
+    with torch.device("meta"):
+        other = CASES[name].build()
+    assert all(x.is_meta for x in other.state_dict().values())
+    load(other, copy.deepcopy(module.state_dict()))
+    assert_same(module, other)
+
+
+@every
+def test_a_visit_to_the_meta_device_loses_no_constant(name):
+    """Such as that of a program which counts parameters before it loads them."""
+    module = trained(name)
+    other = copy.deepcopy(module).to("meta")
+    other.to_empty(device="cpu").load_state_dict(module.state_dict())
+    assert_same(module, other)
+
+
+# ---------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_host_of_half_precision_gets_its_precision_back(name, dtype):
+    module = trained(name)
+    z = latent(module).to(dtype)
+    wanted, wanted_indices, *_ = module(z.float())
+    quantized, indices, *rest = module(z)
+    assert quantized.dtype == dtype and torch.equal(quantized, wanted.to(dtype))
+    assert torch.equal(indices, wanted_indices)
+    decoded = module.indices_to_codes(indices, *rest[1:])
+    assert decoded.dtype == torch.float32 and torch.equal(decoded.to(dtype), quantized)
+    assert all(x.dtype == torch.float32 for x in rest)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(module(z)[0], wanted) and module(z)[0].dtype == torch.float32
+
+
+@every
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_host_of_half_precision_trains(name, dtype):
+    module = CASES[name].build()
+    net = nn.Sequential(nn.Conv1d(module.dim, module.dim, 1), module, nn.Conv1d(module.dim, 3, 1))
+    net.to(dtype)
+    out = net[1](net[0](torch.randn(4, module.dim, 30, dtype=dtype)))
+    net[2](out[0]).float().square().mean().backward()
+    assert net[0].weight.grad.dtype == dtype and net[0].weight.grad.isfinite().all()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------
+# Export and torch.func
+# ---------------------------------------------------------------------------------------
+class Decode(nn.Module):
+    def __init__(self, quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, indices, statistics=None):
+        side = () if statistics is None else (statistics,)
+        return self.quantizer.indices_to_codes(indices, *side)
+
+
+# One of each class and of each strategy: an export takes long.
+SOME = [
+    *("fsq", "rfsq-4-none", "rfsq-2-scale", "rfsq-2-layernorm", "rfsq-2-image"),
+    *("rfsq-3-geometric", "lfq-12", "ema-3"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_equals_eager(name, strict):
+    """For a batch of any size, but before torch 2.7 for the size of the example."""
+    torch._dynamo.reset()
+    module = trained(name).requires_grad_(False)
+    z = latent(module)
+    _, indices, side = run(module, z)
+    any_size = hasattr(torch.compiler, "is_exporting")
+    batch = {0: torch.export.Dim("batch")} if any_size else None
+    encode = torch.export.export(module, (z,), dynamic_shapes=(batch,), strict=strict).module()
+    given, shapes = (indices, *side), tuple(batch for _ in (indices, *side))
+    decode = Decode(module)
+    decode = torch.export.export(decode, given, dynamic_shapes=shapes, strict=strict).module()
+    z = latent(module, 5 if any_size else 3)
+    wanted, indices, side = run(module, z)
+    quantized, found, *_ = encode(z)
+    assert torch.equal(found, indices)
+    torch.testing.assert_close(quantized, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(decode(indices, *side), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_equals_eager(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch._dynamo.reset()
+    module = trained(name).requires_grad_(False)
+    z = latent(module)
+    wanted, indices, side = run(module, z)
+    for host, given in ((module, (z,)), (Decode(module), (indices, *side))):
+        path = str(tmp_path / "model.onnx")
+        torch.onnx.export(host, given, path, dynamo=True, verbose=False)
+        session = runtime.InferenceSession(path)
+        names = [x.name for x in session.get_inputs()]
+        found = session.run(None, dict(zip(names, (x.numpy() for x in given), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(found[0]), wanted, rtol=1e-5, atol=1e-5)
+        if host is module:
+            assert torch.equal(torch.from_numpy(found[1]), indices)
+
+
+@every
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_func_grad(name, training):
+    if training and name in TRACKING:
+        pytest.skip("running statistics, as those of BatchNorm, are updated outside of torch.func")
+    module = trained(name).train(training)
+    z, upstream = latent(module).requires_grad_(), latent(module)
+
+    def loss(z):
+        out = module(z)
+        return (out[0] * upstream).sum() + (out[2] if len(out) == 3 else 0.0)
+
+    (wanted,) = torch.autograd.grad(loss(z), z)
+    torch.testing.assert_close(torch.func.grad(loss)(z.detach()), wanted)
+    state = {key: value.detach() for key, value in module.named_parameters()}
+    if state:
+        weights = torch.autograd.grad(loss(z), list(module.parameters()))
+
+        def of_weights(state):
+            return (torch.func.functional_call(module, state, (z.detach(),))[0] * upstream).sum()
+
+        found = torch.func.grad(of_weights)(state)
+        for one, two in zip(found.values(), weights, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@every
+def test_torch_func_vmap(name):
+    """Over a further axis of batches, forward, decoding and the gradient of each."""
+    module = trained(name)
+    batches = torch.stack([latent(module), latent(module)])
+    results = [run(module, z) for z in batches]
+    quantized, indices, *rest = torch.func.vmap(module)(batches)
+    side = tuple(rest[1:])
+    assert torch.equal(indices, torch.stack([x[1] for x in results]))
+    torch.testing.assert_close(quantized, torch.stack([x[0] for x in results]))
+    decoded = torch.func.vmap(module.indices_to_codes)(indices, *side)
+    torch.testing.assert_close(decoded, torch.stack([x[0] for x in results]))
+
+    def loss(z):
+        return module(z)[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(batches)
+    wanted = [torch.func.grad(loss)(z) for z in batches]
+    torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@every
+def test_torch_func_jvp(name):
+    """Forward and reverse mode have the same Jacobian."""
+    module = trained(name)
+    z, tangent, upstream = latent(module), latent(module), latent(module)
+
+    def quantize(z):
+        return module(z)[0]
+
+    value, forwards = torch.func.jvp(quantize, (z,), (tangent,))
+    _, pullback = torch.func.vjp(quantize, z)
+    (backwards,) = pullback(upstream)
+    torch.testing.assert_close(value, quantize(z))
+    torch.testing.assert_close((forwards * upstream).sum(), (backwards * tangent).sum())
+
+
+def test_straight_through_under_transforms():
+    value = torch.randn(4)
+    rounding = (lambda x: straight_through(3 * x, (3 * x).round()), 3.0)
+    in_place = (lambda x: round_straight_through_(3 * x), 3.0)
+    x = torch.randn(4)
+    for f, slope in ((lambda x: straight_through(x, value), 1.0), rounding, in_place):
+        for jacobian in (torch.func.jacrev(f)(x), torch.func.jacfwd(f)(x)):
+            assert torch.equal(jacobian, slope * torch.eye(4))
+        for hessian in (torch.func.jacfwd(torch.func.jacrev(f))(x), torch.func.hessian(f)(x)):
+            assert torch.equal(hessian, torch.zeros(4, 4, 4))
+        if slope == 3.0:
+            assert torch.equal(torch.func.vmap(f)(x), (3 * x).round())
+    of_values = torch.func.vmap(straight_through, in_dims=(None, 0))
+    assert torch.equal(of_values(x, value.outer(x)), value.outer(x))
