@@ -58,3 +58,30 @@ def make_checkpoint(path, *flags, contrast=1.0):
         for _ in range(2):
             model(torch.rand(4, 3, 32, 32))
     save_checkpoint(path, {"model": model.state_dict(), "args": vars(args), "step": 2})
+
+
+# Whole files of runs, scripts and processes; and, in the others, what compiles or starts a process.
+SLOW_FILES = [
+    "benchmark",
+    "compress",
+    "docs",
+    "frozen",
+    "hosts",
+    "pack",
+    "processes",
+    "rate_distortion",
+    "report",
+    "resume",
+    "stages",
+    "step",
+    "train",
+]
+SLOW_NAMES = ("compile", "graph", "process", "mutations", "gradcheck", "any_size", "lossless")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as `slow` what `./scripts/test.sh -m "not slow"` leaves out."""
+    for item in items:
+        in_slow_file = item.path.stem.removeprefix("test_") in SLOW_FILES
+        if in_slow_file or any(word in item.name for word in SLOW_NAMES):
+            item.add_marker(pytest.mark.slow)
