@@ -127,10 +127,12 @@ class Quantizer(nn.Module):
     `indices_to_codes(indices)` decodes, to float32; quantizers with side information also take
     `statistics`.
 
-    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`.
+    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`. Its buffers are
+    state that training moves, such as running statistics; constants are no buffers.
     """
 
     flags: ClassVar[dict[str, str]] = {}
+    _frozen: bool = False
     _constants: tuple[Tensor, ...] = ()  # on the CPU: see `constants`
     _copies: tuple[Tensor, ...] = ()  # on another device
     dim: int
@@ -153,8 +155,10 @@ class Quantizer(nn.Module):
 
         Raises:
             ValueError: for an input that is not of this shape.
+            RuntimeError: in a backward pass, while training moves buffers.
         """
         self._check_input(z)
+        self._check_not_recomputed()
         dtype = output_dtype(z)
         with torch.autocast(z.device.type, enabled=False):
             quantized, *rest = self.quantize(z.float())
@@ -167,6 +171,25 @@ class Quantizer(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
         raise NotImplementedError
+
+    def freeze(self) -> Quantizer:
+        """Fix what stored indices decode to: evaluation mode and no gradient for parameters.
+
+        `.train()` of the enclosing model changes neither. Gradients still go to `z`. Freeze before
+        DistributedDataParallel wraps the model, since it expects the same parameters all the time.
+        """
+        self._frozen = True
+        self.zero_grad()  # an optimiser moves whatever has a gradient
+        return self.requires_grad_(False).eval()
+
+    def unfreeze(self) -> Quantizer:
+        """Undo `freeze`: parameters have gradients, and the next `.train()` has its effect."""
+        self._frozen = False
+        return self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Quantizer:
+        """As of any module, but a frozen quantizer stays in evaluation mode."""
+        return super().train(mode and not self._frozen)
 
     @property
     def stages(self) -> int:
@@ -232,6 +255,16 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"{self.name} quantizes {self.dim} channels on axis 1, but the input has {given} "
                 f"(shape {tuple(z.shape)}): give (batch, {self.dim}, *positions)"
+            )
+
+    def _check_not_recomputed(self) -> None:
+        if not self.training or traced() or torch._C._current_graph_task_id() == -1:
+            return  # the number of the backward pass of this thread, -1 without one
+        if next(self.buffers(), None) is not None:
+            raise RuntimeError(
+                f"{self.name} was called in a backward pass, as gradient checkpointing does, which "
+                "would move its statistics or codebook twice and give wrong gradients: leave the "
+                "quantizer out of the checkpointed part (a small part of a step), or freeze() it"
             )
 
     def _check_indices(self, indices: Tensor) -> None:
