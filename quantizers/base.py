@@ -118,7 +118,8 @@ class Quantizer(nn.Module):
 
     `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
     `(quantized, indices)`, followed by `loss` if the quantizer has a loss of its own, and by
-    `statistics` if it has side information; `Quantized` names them. `indices` is int64.
+    `statistics` if it has side information; `Quantized` names them. `indices` is int64, and in
+    range even where `z` is NaN or infinite.
 
     Everything is computed in float32 with autocast off, and parameters and buffers are float32,
     whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
@@ -154,7 +155,7 @@ class Quantizer(nn.Module):
         """Quantize `z` (B, dim, *positions): see the class for what is returned.
 
         Raises:
-            ValueError: for an input that is not of this shape.
+            ValueError: for an input that is not of this shape, or empty.
             RuntimeError: in a backward pass, while training moves buffers.
         """
         self._check_input(z)
@@ -255,6 +256,11 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"{self.name} quantizes {self.dim} channels on axis 1, but the input has {given} "
                 f"(shape {tuple(z.shape)}): give (batch, {self.dim}, *positions)"
+            )
+        if not traced() and not z.numel():
+            raise ValueError(
+                f"{self.name} was given an empty input (shape {tuple(z.shape)}): give a batch of at "
+                "least one item, with at least one position"
             )
 
     def _check_not_recomputed(self) -> None:

@@ -243,6 +243,37 @@ def test_names_are_not_shared():
 
 
 # ---------------------------------------------------------------------------------------
+# Inputs that are no numbers, and none at all
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("training", [False, True])
+def test_indices_are_in_range_whatever_the_input(name, training):
+    module = trained(name).train(training)
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38, -3e38):
+        for where in (torch.rand(3, module.dim, 5, 4) < 0.1, True):
+            z = latent(module).masked_fill(torch.as_tensor(where), value)
+            _, indices, side = run(module, z)
+            for index, size in zip(
+                indices.reshape(-1, module.stages).t(), module.codebook_sizes, strict=True
+            ):
+                assert index.min() >= 0 and index.max() < size, value
+            module.indices_to_codes(indices, *side)
+
+
+@every
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_an_empty_input_is_named(name, shape):
+    module = trained(name)
+    z = torch.randn(shape[0], module.dim, *shape[1:])
+    before = copy.deepcopy(module.state_dict())
+    for mode in (False, True):
+        with pytest.raises(ValueError, match=r"empty.*shape \(\d, .*at least one"):
+            module.train(mode)(z)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+# ---------------------------------------------------------------------------------------
 # Precision
 # ---------------------------------------------------------------------------------------
 @every
