@@ -125,8 +125,8 @@ class Quantizer(nn.Module):
     whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
     precision outside autocast: there it is rounded to the precision of `z`.
 
-    `indices_to_codes(indices)` decodes, to float32; quantizers with side information also take
-    `statistics`.
+    `indices_to_codes(indices)` decodes indices of any integer type, to float32; quantizers with
+    side information also take `statistics`.
 
     A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`. Its buffers are
     state that training moves, such as running statistics; constants are no buffers.
@@ -172,6 +172,19 @@ class Quantizer(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
         raise NotImplementedError
+
+    def codes_after_each_stage(
+        self, indices: Tensor, statistics: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the first 1, 2, ... stages of `indices` decode to, each (B, dim, *positions).
+
+        Their differences are the codes of each stage. `statistics` as for `indices_to_codes`.
+        """
+        side = () if statistics is None else (statistics,)
+        if not self.stage_axis:
+            return [self.indices_to_codes(indices, *side)]
+        stages = range(1, self._check_indices(indices).shape[-1] + 1)
+        return [self.indices_to_codes(indices[..., :k], *side) for k in stages]
 
     def freeze(self) -> Quantizer:
         """Fix what stored indices decode to: evaluation mode and no gradient for parameters.
@@ -259,8 +272,8 @@ class Quantizer(nn.Module):
             )
         if not traced() and not z.numel():
             raise ValueError(
-                f"{self.name} was given an empty input (shape {tuple(z.shape)}): give a batch of at "
-                "least one item, with at least one position"
+                f"{self.name} was given an empty input (shape {tuple(z.shape)}): give at least one "
+                "item with at least one position"
             )
 
     def _check_not_recomputed(self) -> None:
@@ -273,10 +286,13 @@ class Quantizer(nn.Module):
                 "quantizer out of the checkpointed part (a small part of a step), or freeze() it"
             )
 
-    def _check_indices(self, indices: Tensor) -> None:
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        """Return `indices` as int64 if they are integers of the right shape and range."""
         self._check_state()
-        if indices.dtype != torch.int64:
-            raise ValueError(f"indices must be int64, not {indices.dtype}")
+        dtype = indices.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise ValueError(f"indices must be integers, not {dtype}: convert them with .long()")
+        indices = indices.to(torch.int64)
         axes = 2 if self.stage_axis else 1
         if indices.dim() < axes:
             wanted = "(batch, *positions, stages)" if self.stage_axis else "(batch, *positions)"
@@ -288,7 +304,7 @@ class Quantizer(nn.Module):
                 f"but it has {given} (shape {tuple(indices.shape)})"
             )
         if traced() or indices.is_meta or not indices.numel():
-            return
+            return indices
         by_stage = indices.flatten(0, -2) if self.stage_axis else indices.reshape(-1, 1)
         low, high = int(indices.min()), by_stage.amax(0).tolist()
         for stage, (top, size) in enumerate(zip(high, self.codebook_sizes, strict=False)):
@@ -297,6 +313,7 @@ class Quantizer(nn.Module):
                     f"indices of stage {stage + 1} of {self.name} run from 0 to {size - 1}, "
                     f"but {low if low < 0 else top} was given"
                 )
+        return indices
 
 
 def per_channel(x: Tensor, like: Tensor) -> Tensor:

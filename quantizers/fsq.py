@@ -125,7 +125,7 @@ class FSQ(Quantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, C, *positions) in [-1, 1]."""
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         rounded = self.unpack(indices)
         return rounded / self.grid(rounded).half_levels
 

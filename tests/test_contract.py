@@ -200,6 +200,36 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(name):
     assert torch.equal(module.indices_to_codes(indices[..., :k], *side), quantized)
 
 
+@every
+def test_indices_of_any_integer_type_decode_alike(name):
+    module = trained(name)
+    _, indices, side = run(module, latent(module))
+    types = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
+    for dtype in (getattr(torch, name) for name in types):
+        small = indices.clamp(max=min(indices.max().item(), torch.iinfo(dtype).max))
+        wanted = module.indices_to_codes(small, *side)
+        assert same_bits(module.indices_to_codes(small.to(dtype), *side), wanted)
+    for value in (-1, 2**63):
+        beyond = torch.full_like(indices, value, dtype=torch.int8 if value < 0 else torch.uint64)
+        with pytest.raises(ValueError, match="run from 0 to"):
+            module.indices_to_codes(beyond, *side)
+
+
+@every
+def test_codes_after_each_stage(name):
+    module = trained(name)
+    quantized, indices, side = run(module, latent(module))
+    codes = module.codes_after_each_stage(indices, *side)
+    assert len(codes) == module.stages and same_bits(codes[-1], quantized)
+    for k, found in enumerate(codes, start=1):
+        first = indices[..., :k] if module.stage_axis else indices
+        assert same_bits(found, module.indices_to_codes(first, *side))
+    if module.stages > 1:
+        assert len(module.codes_after_each_stage(indices[..., :1], *side)) == 1
+        errors = [(x - quantized).square().mean() for x in codes]
+        assert errors == sorted(errors, reverse=True)
+
+
 # ---------------------------------------------------------------------------------------
 # Bits
 # ---------------------------------------------------------------------------------------

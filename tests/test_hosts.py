@@ -186,6 +186,30 @@ def test_a_frozen_quantizer_does_not_change(name):
 
 
 # ---------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------
+@every
+def test_positions_that_a_mask_leaves_out_have_no_effect(name):
+    """As in docs/quantizers.md: neither on codes, loss, statistics nor gradients."""
+    tokens = latent(CASES[name].build(), 2, (50,)).movedim(1, -1)
+    mask = torch.arange(50) < torch.tensor([[50], [20]])
+    results = []
+    for other in (0.0, 9.0):
+        torch.manual_seed(3)
+        module = CASES[name].build()
+        z = tokens.where(mask[..., None], torch.tensor(other)).requires_grad_()
+        out = Quantized(*module(z[mask].T[None]))
+        assert out.codes.shape == (1, module.dim, 70) and out.indices.shape[:2] == (1, 70)
+        padded = torch.zeros_like(z).masked_scatter(mask[..., None], out.codes[0].T)
+        (padded.square().sum() + (0.0 if out.loss is None else out.loss)).backward()
+        assert torch.equal(padded[1, :20].T, out.codes[0, :, 50:]) and not padded[1, 20:].any()
+        assert z.grad[mask].any() and not z.grad[~mask].any()
+        results.append([*out[:2], *(x for x in out[2:] if x is not None), *module.buffers()])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------
 # Export and torch.func
 # ---------------------------------------------------------------------------------------
 class Decode(nn.Module):
