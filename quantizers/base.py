@@ -278,7 +278,7 @@ class Quantizer(nn.Module):
 
     def _check_not_recomputed(self) -> None:
         if not self.training or traced() or torch._C._current_graph_task_id() == -1:
-            return  # the number of the backward pass of this thread, -1 without one
+            return  # no backward pass
         if next(self.buffers(), None) is not None:
             raise RuntimeError(
                 f"{self.name} was called in a backward pass, as gradient checkpointing does, which "

@@ -209,8 +209,8 @@ def test_indices_of_any_integer_type_decode_alike(name):
         small = indices.clamp(max=min(indices.max().item(), torch.iinfo(dtype).max))
         wanted = module.indices_to_codes(small, *side)
         assert same_bits(module.indices_to_codes(small.to(dtype), *side), wanted)
-    for value in (-1, 2**63):
-        beyond = torch.full_like(indices, value, dtype=torch.int8 if value < 0 else torch.uint64)
+    for value in (torch.tensor(-1, dtype=torch.int8), torch.tensor(2**63, dtype=torch.uint64)):
+        beyond = value.expand(indices.shape)
         with pytest.raises(ValueError, match="run from 0 to"):
             module.indices_to_codes(beyond, *side)
 
