@@ -118,19 +118,22 @@ class Quantizer(nn.Module):
 
     `forward(z)` takes `(B, dim, *positions)` with any number of position axes and returns
     `(quantized, indices)`, followed by `loss` if the quantizer has a loss of its own, and by
-    `statistics` if it has side information; `Quantized` names them. `indices` is int64.
+    `statistics` if it has side information; `Quantized` names them. `indices` is int64, and in
+    range even where `z` is NaN or infinite.
 
     Everything is computed in float32 with autocast off, and parameters and buffers are float32,
     whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
     precision outside autocast: there it is rounded to the precision of `z`.
 
-    `indices_to_codes(indices)` decodes, to float32; quantizers with side information also take
-    `statistics`.
+    `indices_to_codes(indices)` decodes indices of any integer type, to float32; quantizers with
+    side information also take `statistics`.
 
-    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`.
+    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`. Its buffers are
+    state that training moves, such as running statistics; constants are no buffers.
     """
 
     flags: ClassVar[dict[str, str]] = {}
+    _frozen: bool = False
     _constants: tuple[Tensor, ...] = ()  # on the CPU: see `constants`
     _copies: tuple[Tensor, ...] = ()  # on another device
     dim: int
@@ -152,9 +155,11 @@ class Quantizer(nn.Module):
         """Quantize `z` (B, dim, *positions): see the class for what is returned.
 
         Raises:
-            ValueError: for an input that is not of this shape.
+            ValueError: for an input that is not of this shape, or empty.
+            RuntimeError: in a backward pass, while training moves buffers.
         """
         self._check_input(z)
+        self._check_not_recomputed()
         dtype = output_dtype(z)
         with torch.autocast(z.device.type, enabled=False):
             quantized, *rest = self.quantize(z.float())
@@ -167,6 +172,38 @@ class Quantizer(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
         raise NotImplementedError
+
+    def codes_after_each_stage(
+        self, indices: Tensor, statistics: Tensor | None = None
+    ) -> list[Tensor]:
+        """What the first 1, 2, ... stages of `indices` decode to, each (B, dim, *positions).
+
+        Their differences are the codes of each stage. `statistics` as for `indices_to_codes`.
+        """
+        side = () if statistics is None else (statistics,)
+        if not self.stage_axis:
+            return [self.indices_to_codes(indices, *side)]
+        stages = range(1, self._check_indices(indices).shape[-1] + 1)
+        return [self.indices_to_codes(indices[..., :k], *side) for k in stages]
+
+    def freeze(self) -> Quantizer:
+        """Fix what stored indices decode to: evaluation mode and no gradient for parameters.
+
+        `.train()` of the enclosing model changes neither. Gradients still go to `z`. Freeze before
+        DistributedDataParallel wraps the model, since it expects the same parameters all the time.
+        """
+        self._frozen = True
+        self.zero_grad()  # an optimiser moves whatever has a gradient
+        return self.requires_grad_(False).eval()
+
+    def unfreeze(self) -> Quantizer:
+        """Undo `freeze`: parameters have gradients, and the next `.train()` has its effect."""
+        self._frozen = False
+        return self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Quantizer:
+        """As of any module, but a frozen quantizer stays in evaluation mode."""
+        return super().train(mode and not self._frozen)
 
     @property
     def stages(self) -> int:
@@ -233,11 +270,29 @@ class Quantizer(nn.Module):
                 f"{self.name} quantizes {self.dim} channels on axis 1, but the input has {given} "
                 f"(shape {tuple(z.shape)}): give (batch, {self.dim}, *positions)"
             )
+        if not traced() and not z.numel():
+            raise ValueError(
+                f"{self.name} was given an empty input (shape {tuple(z.shape)}): give at least one "
+                "item with at least one position"
+            )
 
-    def _check_indices(self, indices: Tensor) -> None:
+    def _check_not_recomputed(self) -> None:
+        if not self.training or traced() or torch._C._current_graph_task_id() == -1:
+            return  # no backward pass
+        if next(self.buffers(), None) is not None:
+            raise RuntimeError(
+                f"{self.name} was called in a backward pass, as gradient checkpointing does, which "
+                "would move its statistics or codebook twice and give wrong gradients: leave the "
+                "quantizer out of the checkpointed part (a small part of a step), or freeze() it"
+            )
+
+    def _check_indices(self, indices: Tensor) -> Tensor:
+        """Return `indices` as int64 if they are integers of the right shape and range."""
         self._check_state()
-        if indices.dtype != torch.int64:
-            raise ValueError(f"indices must be int64, not {indices.dtype}")
+        dtype = indices.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise ValueError(f"indices must be integers, not {dtype}: convert them with .long()")
+        indices = indices.to(torch.int64)
         axes = 2 if self.stage_axis else 1
         if indices.dim() < axes:
             wanted = "(batch, *positions, stages)" if self.stage_axis else "(batch, *positions)"
@@ -249,7 +304,7 @@ class Quantizer(nn.Module):
                 f"but it has {given} (shape {tuple(indices.shape)})"
             )
         if traced() or indices.is_meta or not indices.numel():
-            return
+            return indices
         by_stage = indices.flatten(0, -2) if self.stage_axis else indices.reshape(-1, 1)
         low, high = int(indices.min()), by_stage.amax(0).tolist()
         for stage, (top, size) in enumerate(zip(high, self.codebook_sizes, strict=False)):
@@ -258,6 +313,7 @@ class Quantizer(nn.Module):
                     f"indices of stage {stage + 1} of {self.name} run from 0 to {size - 1}, "
                     f"but {low if low < 0 else top} was given"
                 )
+        return indices
 
 
 def per_channel(x: Tensor, like: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class VectorQuantizeEMA(Quantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         stages = indices.unbind(-1) if self.stage_axis else [indices]
         codes = [F.embedding(index, self.codebook[k]) for k, index in enumerate(stages)]
         return sum(codes[1:], start=codes[0]).movedim(-1, 1)

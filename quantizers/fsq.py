@@ -105,11 +105,14 @@ class FSQ(Quantizer):
         return quantized, self.pack(rounded)
 
     def pack(self, rounded: Tensor) -> Tensor:
-        """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions)."""
+        """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions).
+
+        Where one of them is NaN, it is an arbitrary index in range.
+        """
         _, basis = self.constants(rounded.device)
         digits = rounded.detach().to(basis.dtype)
         index = digits.mul_(per_channel(basis, digits)).sum(1, dtype=digits.dtype)
-        return index.add_(self.zero_index).to(torch.int64)
+        return index.add_(self.zero_index).clamp_(0, self.codebook_sizes[0] - 1).to(torch.int64)
 
     def unpack(self, indices: Tensor) -> Tensor:
         """Inverse of `pack`: float32 integers (B, C, *positions) of int64 (B, *positions)."""
@@ -122,7 +125,7 @@ class FSQ(Quantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, C, *positions) in [-1, 1]."""
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         rounded = self.unpack(indices)
         return rounded / self.grid(rounded).half_levels
 

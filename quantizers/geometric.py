@@ -116,7 +116,7 @@ class GeometricRFSQ(ResidualFSQ):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         total = torch.zeros((), device=indices.device)
         for k, index in enumerate(indices.unbind(-1)):
             total = total + self._denormalise(self.fsq.unpack(index), k)

@@ -137,7 +137,7 @@ class LFQ(Quantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, dim, *positions) in {-1, 1}."""
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         indices = indices.unsqueeze(1)
         shifts = per_channel(torch.arange(self.dim, device=indices.device), indices)
         # As functions, because the operators >> and << have no counterpart in ONNX.

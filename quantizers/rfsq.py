@@ -168,14 +168,14 @@ class RFSQ(ResidualFSQ):
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions).
 
         Args:
-            indices: int64, as `forward` returns them, or their first k stages.
+            indices: integers, as `forward` returns them, or their first k stages.
             statistics: (B, >= k, 2, dim), as `forward` returns them with image statistics; required
                 then, and refused otherwise.
 
         Raises:
             ValueError: for indices out of range, or statistics that do not fit.
         """
-        self._check_indices(indices)
+        indices = self._check_indices(indices)
         self._check_statistics(indices, statistics)
         like = indices[..., 0].unsqueeze(1)  # (B, 1, *positions)
         grid, running, maps = self.fsq.grid(like), self._running(like), self._gains_and_biases(like)

@@ -11,7 +11,7 @@ if ! cmp -s "$ROOT/pyproject.toml" "$VENV/pyproject.toml"; then
     echo "installing into $VENV (once; torch is large) ..."
     "$PYTHON" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --editable "$ROOT[test,figures]"
+        --editable "$ROOT[train,test,figures]"
     cp "$ROOT/pyproject.toml" "$VENV/pyproject.toml"
 fi
 PATH="$(cd "$VENV" && pwd)/bin:$PATH"

@@ -68,6 +68,7 @@ SLOW_FILES = [
     "frozen",
     "hosts",
     "pack",
+    "package",
     "processes",
     "rate_distortion",
     "report",

@@ -200,6 +200,36 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(name):
     assert torch.equal(module.indices_to_codes(indices[..., :k], *side), quantized)
 
 
+@every
+def test_indices_of_any_integer_type_decode_alike(name):
+    module = trained(name)
+    _, indices, side = run(module, latent(module))
+    types = ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")
+    for dtype in (getattr(torch, name) for name in types):
+        small = indices.clamp(max=min(indices.max().item(), torch.iinfo(dtype).max))
+        wanted = module.indices_to_codes(small, *side)
+        assert same_bits(module.indices_to_codes(small.to(dtype), *side), wanted)
+    for value in (torch.tensor(-1, dtype=torch.int8), torch.tensor(2**63, dtype=torch.uint64)):
+        beyond = value.expand(indices.shape)
+        with pytest.raises(ValueError, match="run from 0 to"):
+            module.indices_to_codes(beyond, *side)
+
+
+@every
+def test_codes_after_each_stage(name):
+    module = trained(name)
+    quantized, indices, side = run(module, latent(module))
+    codes = module.codes_after_each_stage(indices, *side)
+    assert len(codes) == module.stages and same_bits(codes[-1], quantized)
+    for k, found in enumerate(codes, start=1):
+        first = indices[..., :k] if module.stage_axis else indices
+        assert same_bits(found, module.indices_to_codes(first, *side))
+    if module.stages > 1:
+        assert len(module.codes_after_each_stage(indices[..., :1], *side)) == 1
+        errors = [(x - quantized).square().mean() for x in codes]
+        assert errors == sorted(errors, reverse=True)
+
+
 # ---------------------------------------------------------------------------------------
 # Bits
 # ---------------------------------------------------------------------------------------
@@ -240,6 +270,37 @@ def test_name_and_description(name):
 
 def test_names_are_not_shared():
     assert len({CASES[name].build().name for name in CASES}) == len(CASES)
+
+
+# ---------------------------------------------------------------------------------------
+# Inputs that are no numbers, and none at all
+# ---------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("training", [False, True])
+def test_indices_are_in_range_whatever_the_input(name, training):
+    module = trained(name).train(training)
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38, -3e38):
+        for where in (torch.rand(3, module.dim, 5, 4) < 0.1, True):
+            z = latent(module).masked_fill(torch.as_tensor(where), value)
+            _, indices, side = run(module, z)
+            for index, size in zip(
+                indices.reshape(-1, module.stages).t(), module.codebook_sizes, strict=True
+            ):
+                assert index.min() >= 0 and index.max() < size, value
+            module.indices_to_codes(indices, *side)
+
+
+@every
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_an_empty_input_is_named(name, shape):
+    module = trained(name)
+    z = torch.randn(shape[0], module.dim, *shape[1:])
+    before = copy.deepcopy(module.state_dict())
+    for mode in (False, True):
+        with pytest.raises(ValueError, match=r"empty.*shape \(\d, .*at least one"):
+            module.train(mode)(z)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Quantizers inside models of other projects: how those load, cast, compile and differentiate."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from cases import CASES, TRACKING, latent, run, same_bits, trained
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from quantizers import straight_through
+from quantizers import Quantized, straight_through
 from quantizers.base import round_straight_through_
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,115 @@ def test_a_host_of_half_precision_trains(name, dtype):
     net[2](out[0]).float().square().mean().backward()
     assert net[0].weight.grad.dtype == dtype and net[0].weight.grad.isfinite().all()
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------
+# Gradient checkpointing and freezing
+# ---------------------------------------------------------------------------------------
+def gradients(module, use_reentrant=None):
+    """Of a host's weight, the input and the quantizer; checkpointed unless `use_reentrant=None`."""
+    torch.manual_seed(5)
+    host, z = nn.Conv2d(module.dim, module.dim, 1), latent(module).requires_grad_()
+
+    def part(z):
+        out = Quantized(*module(host(z)))
+        return out.codes.square().sum() + (0.0 if out.loss is None else out.loss)
+
+    loss = part(z) if use_reentrant is None else checkpoint(part, z, use_reentrant=use_reentrant)
+    loss.backward()
+    return [host.weight.grad, z.grad, *(x.grad for x in module.parameters())]
+
+
+@every
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_is_exact_or_refused(name, use_reentrant):
+    """Refused where training moves buffers, which a second forward would move twice."""
+    module = CASES[name].build()
+    if module.stage_axis and hasattr(module, "stage_dropout"):
+        module.stage_dropout = 0.5  # random numbers are drawn again as they were
+    before, twin = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
+    if name in TRACKING:
+        with pytest.raises(RuntimeError, match=r"backward pass.*checkpoint.*freeze"):
+            gradients(module, use_reentrant)
+        module.load_state_dict(before)
+        module, twin = module.freeze(), twin.freeze()
+    wanted = gradients(twin)
+    for one, two in zip(gradients(module, use_reentrant), wanted, strict=True):
+        assert one is two is None or torch.equal(one, two)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", TRACKING)
+def test_ordinary_training_is_not_taken_for_checkpointing(name):
+    """Accumulated gradients, a second derivative, a backward pass that failed."""
+    module = CASES[name].build()
+    for _ in range(2):
+        gradients(module)
+    z = latent(module).requires_grad_()
+    (grad,) = torch.autograd.grad(module(z.sin())[0].square().sum(), z, create_graph=True)
+    grad.sum().backward()
+    hidden = z.sin()
+    hidden.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module(hidden)[0].square().sum().backward()
+    module(z)
+    assert module.batches == 5
+
+
+@every
+def test_a_frozen_quantizer_does_not_change(name):
+    """Not its buffers, not its parameters, and not what stored tokens decode to."""
+    module = trained(name).train()
+    host = nn.Sequential(nn.Conv2d(module.dim, module.dim, 1), module)
+    optimizer = torch.optim.AdamW(host.parameters(), lr=0.1)
+    (host(latent(module))[0].square().sum()).backward()  # gradients from before it was frozen
+    assert module.freeze() is module
+    z = latent(module)
+    stored, indices, side = run(module, z)
+    before = copy.deepcopy(module.state_dict())
+    for other in (host, copy.deepcopy(host), pickle.loads(pickle.dumps(host))):
+        other.train()
+        assert other.training and other[0].training and not any(x.training for x in other[1:])
+        quantized, found, _ = run(other[1], z)
+        assert same_bits(quantized, stored) and torch.equal(found, indices)
+    for _ in range(2):
+        host(latent(module))[0].square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert host[0].weight.grad is not None
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert same_bits(module.indices_to_codes(indices, *side), stored)
+    module.unfreeze()
+    host.train()(latent(module))[0].square().sum().backward()
+    optimizer.step()
+    changed = any(not torch.equal(value, before[k]) for k, value in module.state_dict().items())
+    assert module.training and changed == bool(before)
+
+
+# ---------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------
+@every
+def test_positions_that_a_mask_leaves_out_have_no_effect(name):
+    """As in docs/quantizers.md: neither on codes, loss, statistics nor gradients."""
+    tokens = latent(CASES[name].build(), 2, (50,)).movedim(1, -1)
+    mask = torch.arange(50) < torch.tensor([[50], [20]])
+    results = []
+    for other in (0.0, 9.0):
+        torch.manual_seed(3)
+        module = CASES[name].build()
+        z = tokens.where(mask[..., None], torch.tensor(other)).requires_grad_()
+        out = Quantized(*module(z[mask].T[None]))
+        assert out.codes.shape == (1, module.dim, 70) and out.indices.shape[:2] == (1, 70)
+        padded = torch.zeros_like(z).masked_scatter(mask[..., None], out.codes[0].T)
+        (padded.square().sum() + (0.0 if out.loss is None else out.loss)).backward()
+        assert torch.equal(padded[1, :20].T, out.codes[0, :, 50:]) and not padded[1, 20:].any()
+        assert z.grad[mask].any() and not z.grad[~mask].any()
+        results.append([*out[:2], *(x for x in out[2:] if x is not None), *module.buffers()])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 # ---------------------------------------------------------------------------------------

@@ -40,6 +40,15 @@ def test_every_code_is_a_code():
     assert torch.equal(lfq(codes)[1], torch.arange(64))
 
 
+def test_the_other_package_counts_channels_from_the_highest_bit():
+    """As docs/quantizers.md says, where it exchanges tokens with it."""
+    theirs = pytest.importorskip("vector_quantize_pytorch").LFQ(dim=6, codebook_size=64).eval()
+    z, lfq = torch.randn(2, 6, 50), LFQ(6)
+    indices = lfq(z)[1]
+    reversed_bits = sum((indices >> i & 1) << lfq.dim - 1 - i for i in range(lfq.dim))
+    assert torch.equal(theirs(z.movedim(1, -1))[1], reversed_bits)
+
+
 @pytest.mark.parametrize("dim", [40, 62])
 def test_indices_above_what_floats_hold(dim):
     wanted = [0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**dim - 1, 2**dim // 3]
