@@ -183,6 +183,10 @@ class ImageFolderDataset(Dataset):
         """The path of item `index` below the folder."""
         return os.fsdecode(self._paths[index])
 
+    def names(self) -> list[str]:
+        """The paths of all items below the folder."""
+        return [os.fsdecode(path) for path in self._paths.tolist()]
+
     def path(self, index: int) -> Path:
         """The file behind item `index`."""
         return self.root / self.name(index)
@@ -224,6 +228,10 @@ class SkipCorrupt(Dataset):
         if self.train:
             raise ValueError("none of the training images can be read: give another folder")
         return None
+
+    def names(self) -> list[str]:
+        """Those of the folder, also of images that cannot be read."""
+        return self.images.names()
 
     def fingerprint(self) -> dict[str, str]:
         """That of the folder."""
@@ -394,6 +402,13 @@ def val_loader(
     share = range(rank, len(dataset), world_size)
     options = dict(sampler=share, batch_size=batch_size, persistent_workers=num_workers > 0)
     return _loader(dataset, num_workers, **options, **loading)
+
+
+def batch_loader(
+    dataset: Dataset, batches: Sequence[list[int]], num_workers: int = 0, **loading: object
+) -> DataLoader:
+    """The given batches of indices, in their order; None for one of which nothing can be read."""
+    return _loader(dataset, num_workers, batch_sampler=batches, **loading)
 
 
 def skipped_images(*datasets: Dataset) -> list[str]:

@@ -195,6 +195,11 @@ class PackedDataset(Dataset):
         pixels = hashlib.sha256("".join(self._shards_sha256).encode()).hexdigest()
         return {"names": self._names_sha256, "pixels": pixels}
 
+    def names(self) -> list[str]:
+        """The sources of all items, relative to the folder that was packed."""
+        lines = (self.root / PACK_NAMES).read_bytes().splitlines()
+        return [os.fsdecode(line) for line in lines]
+
     def __len__(self) -> int:
         return self._count
 

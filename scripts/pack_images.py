@@ -18,14 +18,12 @@ import errno
 import hashlib
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,10 +32,10 @@ import util
 from arguments import Parser, number
 from checkpoint import TEMPORARY, write_json
 from dataset import ImageFolderDataset, UnreadableImage
+from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
-SECONDS_A_LINE = 30  # between progress lines in a log
 AGAIN = "fix that and run the same command again: it continues where it stopped"
 
 
@@ -105,32 +103,26 @@ def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
 def pack_rest(images: ImageFolderDataset, out: Path, index: dict, workers: int) -> None:
     """Decode the sources that are not done yet into shards, and bring `index` up to date.
 
-    Shows a progress bar on a terminal, and otherwise, as in a job's log, a line every 30 seconds.
+    Shows its progress.
     """
     done, total = index["sources_done"], index["sources"]
     full, size = index["images_per_shard"], index["img_size"]
     shard = np.empty((full, 3, size, size), np.uint8)
     remaining = range(done, total)
     loader = DataLoader(Decoder(images), sampler=remaining, batch_size=32, num_workers=workers)
-    tty = sys.stderr.isatty()
-    bar = tqdm(desc="pack", total=total, initial=done, unit="image", disable=not tty)
-    last = time.monotonic()
-    for pixels, reasons in loader:
-        for image, reason in zip(pixels.numpy(), reasons, strict=True):
-            index["sources_done"] += 1
-            if reason:
-                name = images.name(index["sources_done"] - 1)
-                index["skipped"].append({"name": name, "reason": reason})
-                continue
-            shard[index["count"] % full] = image
-            index["count"] += 1
-            if index["count"] % full == 0:
-                packed.add_shard(out, index, shard)
-        bar.update(len(reasons))
-        if not tty and time.monotonic() - last >= SECONDS_A_LINE:
-            last, done = time.monotonic(), index["sources_done"]
-            print(f"pack: {done:,} of {total:,} images", file=sys.stderr, flush=True)
-    bar.close()
+    with Progress("pack", total, done) as bar:
+        for pixels, reasons in loader:
+            for image, reason in zip(pixels.numpy(), reasons, strict=True):
+                index["sources_done"] += 1
+                if reason:
+                    name = images.name(index["sources_done"] - 1)
+                    index["skipped"].append({"name": name, "reason": reason})
+                    continue
+                shard[index["count"] % full] = image
+                index["count"] += 1
+                if index["count"] % full == 0:
+                    packed.add_shard(out, index, shard)
+            bar.add(len(reasons))
     # An interrupted run may have written the last shard already, which is not full.
     if index["count"] > full * len(index["shards"]):
         packed.add_shard(out, index, shard[: index["count"] % full])
@@ -143,7 +135,7 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
         ValueError: for folders that cannot be read or written, and an `out` that holds other data.
     """
     images = ImageFolderDataset(source, img_size)
-    names = [images.name(i) for i in range(len(images))]
+    names = images.names()
     index = begin(source, out, img_size, names)
     if (out / PACK_INDEX).is_file():
         return index

@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 import train
 from arguments import get_parser
 from dataset import build_dataset
+from scripts import make_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # their blocks run
@@ -63,6 +64,9 @@ def clone(tmp_path_factory):
             for i in range(4):
                 save_image(images[i] / 255, f"{name}/{i}.png")
         train.main([*TINY.split(), "--save", "runs/NAME"])
+        # As in docs/tokens.md, whose other block reads them; it may run in another process.
+        load = ["--load", "runs/NAME/last.pt", "--out", "runs/tokens", "--flip"]
+        make_tokens.main(["./data/imagenet/train", *load])
     return folder
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import meter
 import packed as packed_module
 import train
 import util
@@ -138,7 +139,7 @@ def test_shards_are_bounded(source, packed, tmp_path, monkeypatch):
 
 
 def test_a_log_gets_a_line_now_and_then(source, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(pack_images, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(meter, "SECONDS_A_LINE", 0)
     pack_images.main([str(source), str(tmp_path / "out"), *FLAGS])
     assert capfd.readouterr().err == "pack: 15 of 15 images\n"
 
