@@ -22,7 +22,8 @@ DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from 
 LOAD_HELP = "checkpoint (last.pt, best.pt), folder of scripts/export.py, or Hugging Face repository"
 LPIPS_NETS = ("vgg", "alex", "squeeze", "none")
 IMAGES_HELP = (
-    "a folder of images, nested or flat, or packed (scripts/pack_images.py), or `synthetic`"
+    "a folder of images, nested or flat, or packed (scripts/pack_images.py), or tars "
+    "(shard-{000..146}.tar), or `synthetic`"
 )
 
 

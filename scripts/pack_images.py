@@ -1,9 +1,12 @@
-"""Decode, resize and crop a folder of images once, into arrays that training reads directly.
+"""Decode, resize and crop images once, into arrays that training reads directly.
 
     python scripts/pack_images.py SRC OUT
+    python scripts/pack_images.py ILSVRC2012_img_train.tar OUT
+    python scripts/pack_images.py 'shard-{000000..000146}.tar' OUT
     python train.py --train-data-path OUT
 
-OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files.
+OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files. A tar is
+read in place and gives what the folder gives that it is unpacked into (archive.py).
 
 After an interruption at any time, the same command continues at the first shard that is incomplete;
 index.json is written last. A source that cannot be decoded is listed and skipped. A source that
@@ -31,7 +34,7 @@ import packed
 import util
 from arguments import Parser, number
 from checkpoint import TEMPORARY, write_json
-from dataset import ImageFolderDataset, UnreadableImage
+from dataset import Images, UnreadableImage, image_files
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 
@@ -45,7 +48,7 @@ class Decoder(Dataset):
     Raises ValueError if the file cannot be read from the disk.
     """
 
-    def __init__(self, images: ImageFolderDataset) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
@@ -63,13 +66,14 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
+def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
     Raises:
         ValueError: `out` is inside `source` or holds other data, or a name holds a line break.
     """
-    if out.resolve().is_relative_to(Path(source).resolve()):
+    source = " ".join(sources[:3])  # for messages
+    if out.resolve().is_relative_to(Path(sources[0]).resolve()):
         raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
@@ -100,7 +104,7 @@ def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
     return packed.new_index(size, full, len(names), listing)
 
 
-def pack_rest(images: ImageFolderDataset, out: Path, index: dict, workers: int) -> None:
+def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
     """Decode the sources that are not done yet into shards, and bring `index` up to date.
 
     Shows its progress.
@@ -128,15 +132,16 @@ def pack_rest(images: ImageFolderDataset, out: Path, index: dict, workers: int) 
         packed.add_shard(out, index, shard[: index["count"] % full])
 
 
-def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
-    """Pack the folder `source` into `out`, or what is missing of it, and return the index.
+def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> dict:
+    """Pack a folder or tars into `out`, or what is missing of it, and return the index.
 
     Raises:
-        ValueError: for folders that cannot be read or written, and an `out` that holds other data.
+        ValueError: for sources that cannot be read, and an `out` that cannot be written or holds
+            other data.
     """
-    images = ImageFolderDataset(source, img_size)
+    images = image_files(sources, img_size)
     names = images.names()
-    index = begin(source, out, img_size, names)
+    index = begin(sources, out, img_size, names)
     if (out / PACK_INDEX).is_file():
         return index
     out.mkdir(parents=True, exist_ok=True)
@@ -157,8 +162,8 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     if not index["count"]:
         first = index["skipped"][0]
         raise ValueError(
-            f"none of the {total:,} files in '{source}' is an image, '{first['name']}' for example:"
-            f" {first['reason']}; give a folder with images that can be read"
+            f"none of the {total:,} files in '{sources[0]}' is an image, '{first['name']}' for "
+            f"example: {first['reason']}; give a folder with images that can be read"
         )
     packed.finish(out, index, names)
     return index
@@ -171,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input.
     """
     parser = Parser(prog="pack_images.py", description=__doc__.split("\n")[0])
-    parser.add_argument("source", nargs="?", metavar="SRC", help="a folder of images, nested too")
+    parser.add_argument(
+        "source", nargs="*", metavar="SRC", help="a folder of images, nested too, or tars"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to write, or to continue")
     parser.add_argument(
         "--img-size", type=number(int, 16), default=128, help="pixels a side, as in train.py"
@@ -185,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         help="read OUT again and compare checksums; without SRC, OUT must be complete",
     )
     flags = parser.parse_intermixed_args(argv)
-    if flags.source is None and not flags.verify:
+    if not flags.source and not flags.verify:
         parser.error("SRC and OUT are needed; OUT alone goes with --verify")
     out = Path(flags.out)
     try:
-        if flags.source is None:
+        if not flags.source:
             index = read_pack(out)
         else:
             index = pack(flags.source, out, flags.img_size, flags.num_workers)

@@ -63,6 +63,7 @@ def clone(tmp_path_factory):
             images = build_dataset("synthetic", img_size=32, seed=0, train=False)
             for i in range(4):
                 save_image(images[i] / 255, f"{name}/{i}.png")
+        shutil.make_archive("data/ILSVRC2012_img_val", "tar", "data/imagenet/val")
         train.main([*TINY.split(), "--save", "runs/NAME"])
         # As in docs/tokens.md, whose other block reads them; it may run in another process.
         load = ["--load", "runs/NAME/last.pt", "--out", "runs/tokens", "--flip"]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "quantizers"},
     {"util"},
-    {"packed", "meter", "tokens"},
+    {"packed", "meter", "tokens", "archive"},
     {"dataset"},
     {"arguments"},
     {"loss"},
