@@ -33,6 +33,7 @@ from codec.codec import fingerprint
 from dataset import SkipCorrupt, batch_loader, build_dataset
 from meter import Progress
 from model import VQVAE, load_model
+from packed import as_lines
 
 SECONDS_A_FLUSH = 10  # how much work a power failure costs
 FLIPPED = "-flipped"
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     images = build_dataset(flags.data, size, 0, train=False, skip_corrupt=flags.skip_corrupt)
     settings = settings_of(model, saved, images, size, flags)
     names = images.names() if hasattr(images, "names") else None
+    as_lines(names or ())  # refuses names with line breaks before the work
     index, speed = util.on_main(lambda: begin(out, settings)), 0.0
     if index is None:
         speed = encode_rest(model.to(device), images, settings, device, flags)

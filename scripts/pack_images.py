@@ -77,10 +77,6 @@ def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dic
         raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
-    for name in names:
-        if "\n" in name or "\r" in name:
-            where = f"{packed.PACK_NAMES} has a line a name"
-            raise ValueError(f"file name {name!r} holds a line break: rename it, {where}")
     listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     held = [name for name in (PACK_INDEX, PACK_UNFINISHED) if (out / name).is_file()]
     if held and packed.is_packed(out):

@@ -153,8 +153,16 @@ def test_a_flat_folder_and_generated_images_have_no_classes(
 def _share(rank: int, data: Path, checkpoint: Path, out: Path) -> None:
     place = f"file://{out.parent}/init"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    real, sizes = make_tokens.encode, []
+
+    def encode(model, batch, flip):
+        sizes.append(len(batch))
+        return real(model, batch, flip)
+
+    make_tokens.encode = encode
     index = make(data, checkpoint, out, "--flip")
     assert index["count"] == 10  # in both
+    assert sizes == ([2, 3], [3, 2])[rank]  # batches 0 and 2, 1 and 3
     dist.destroy_process_group()
 
 
@@ -241,9 +249,12 @@ def test_bad_input_is_one_line_and_code_2(images, checkpoints, made, tmp_path, c
     (tmp_path / "bad" / "a.png").write_text("no image")
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "index.json").write_text("[1]")
+    (tmp_path / "lines").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "lines" / "a\nb.png")
     before, new = contents(made), tmp_path / "new"
     for data, model, out, flags, part in (
         (tmp_path / "nowhere", "fsq", new, [], "does not exist"),
+        (tmp_path / "lines", "fsq", new, [], "holds a line break"),
         (images, "none", new, [], "none.pt does not exist"),
         (images, "fsq", new, ["--img-size=18"], "no multiple of the model's f = 4"),
         (images, "fsq", made, ["--flip"], "tokens of another fingerprint"),
