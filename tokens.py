@@ -70,28 +70,15 @@ def begin(out: Path, settings: dict) -> dict | None:
         raise ValueError(f"{out} cannot be made ({error.strerror}): give another --out") from error
     for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while writing
         leftover.unlink()
-    other = f"give another --out, or remove {out} first"
-    for name in (INDEX, SETTINGS):
-        if not (out / name).is_file():
-            continue
-        try:
-            held = json.loads((out / name).read_bytes())
-            differ = [key for key in (*HEAD, *settings) if held.get(key) != (HEAD | settings)[key]]
-        except (OSError, ValueError, AttributeError) as error:
-            reason = "is not of make_tokens.py, or is damaged"
-            raise ValueError(f"{out / name} {reason}: {other}") from error
-        if differ:
-            key = differ[0]
-            was, now = held.get(key), (HEAD | settings)[key]
-            raise ValueError(
-                f"{out} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
-                f"{now!r:.80}): {other}"
-            )
-        if name == SETTINGS:
-            return None
+    if (out / INDEX).is_file():
+        index = _read(out / INDEX, settings)
+        _check_sizes(out, index)
         for left in (SETTINGS, DONE):  # by a kill
             (out / left).unlink(missing_ok=True)
-        return held
+        return index
+    if (out / SETTINGS).is_file():
+        _read(out / SETTINGS, settings)
+        return None
     # A run that is killed in here leaves files of zeros, and no settings.
     parts = {f"{name}.part" for name in settings["arrays"]} | {DONE}
     strange = sorted(path.name for path in out.glob("[!.]*") if path.name not in parts)
@@ -105,6 +92,36 @@ def begin(out: Path, settings: dict) -> dict | None:
     (out / DONE).write_bytes(bytes(settings["sources"]))
     write_json(out / SETTINGS, HEAD | settings)
     return None
+
+
+def _read(path: Path, settings: dict) -> dict:
+    """An index, or the settings of an unfinished run; ValueError if it is not of `settings`."""
+    other = f"give another --out, or remove {path.parent} first"
+    try:
+        held = json.loads(path.read_bytes())
+        differ = [key for key in (*HEAD, *settings) if held.get(key) != (HEAD | settings)[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not of make_tokens.py, or is damaged: {other}") from error
+    if differ:
+        key = differ[0]
+        was, now = held.get(key), (HEAD | settings)[key]
+        raise ValueError(
+            f"{path.parent} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
+            f"{now!r:.80}): {other}"
+        )
+    return held
+
+
+def _check_sizes(out: Path, index: dict) -> None:
+    """Raises ValueError if a finished array is missing or cut off."""
+    count = index.get("count", 0)
+    for name, (dtype, shape) in _rows(index).items():
+        size = len(_header(dtype, (count, *shape))) + count * dtype.itemsize * math.prod(shape)
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            raise ValueError(
+                f"{out / name} is missing or has not the {size:,} bytes of {count:,} images: copy "
+                f"the folder again, or remove {out} and make the tokens again"
+            )
 
 
 def _rows(settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

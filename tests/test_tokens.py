@@ -226,6 +226,16 @@ def test_a_second_run_does_nothing(images, checkpoints, made, capfd):
     assert "is complete" in capfd.readouterr().out
 
 
+def test_an_array_that_is_cut_or_missing_is_named(images, checkpoints, made, tmp_path):
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    os.truncate(copy / "tokens-flipped.npy", 200)
+    with pytest.raises(ValueError, match=r"flipped\.npy is missing or has not the 768 bytes"):
+        make(images, checkpoints / "layernorm.pt", copy, "--flip")
+    (copy / "tokens.npy").unlink()
+    with pytest.raises(ValueError, match=r"tokens\.npy is missing"):
+        make(images, checkpoints / "layernorm.pt", copy, "--flip")
+
+
 def test_what_was_done_before_an_error_is_kept(images, checkpoints, tmp_path, capfd):
     data = Path(shutil.copytree(images, tmp_path / "data"))
     flags = [str(data), f"--load={checkpoints / 'fsq.pt'}", f"--out={tmp_path / 'out'}"]
