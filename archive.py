@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from util import progress
+from util import printable, progress
 
 SUFFIX = ".tar"
 MAX_HEADER = 2**20  # bytes; of a name, say, that a tar spells out in a block of its own
@@ -150,8 +150,8 @@ def _files(path: str) -> Iterator[tuple[str, int, int]]:
                 name = path
     except ValueError as error:
         raise ValueError(
-            f"cannot read tar {name}: {error}; give plain tars (.tar, not compressed) that are "
-            "whole"
+            f"cannot read tar {printable(name)}: {printable(error)}; give plain tars (.tar, not "
+            "compressed) that are whole"
         ) from error
 
 
@@ -185,7 +185,8 @@ def list_archives(
         if kept and names[kept[-1]] == names[i]:
             one, two = (paths[places[k][0]] for k in (kept.pop(), i))
             if one != two:
-                raise ValueError(f"{one} and {two} both hold '{names[i]}': give them one at a time")
+                name = printable(names[i])
+                raise ValueError(f"{one} and {two} both hold '{name}': give them one at a time")
         kept.append(i)
     table = np.array([places[i] for i in kept], np.int64).reshape(-1, 3)
     return [names[i] for i in kept], table, other

@@ -249,7 +249,7 @@ class TarDataset(Images):
         self.tars = list(tars)
         names, self._places, other = archive.list_archives(self.tars, IMAGE_SUFFIXES)
         if not names:
-            what = f"no image (but, for example, '{other}')" if other else "no file"
+            what = f"no image (but, for example, '{printable(other)}')" if other else "no file"
             raise ValueError(
                 f"tar '{self.tars[0]}' holds {what}: give tars with images "
                 f"({' '.join(IMAGE_SUFFIXES)}) in them"

@@ -284,6 +284,10 @@ def test_damaged_tars_are_one_line_and_code_2(good, tmp_path, capfd):
     os.mkfifo(tmp_path / "fifo" / "x.tar")
     tar_of(tmp_path / "text.tar", {"a.txt": b"1", "b.txt": b""})
     tar_of(tmp_path / "none.tar", {})
+    tar_of(tmp_path / "names.tar", {"\n\x1b[31m.tar": b""})
+    tar_of(tmp_path / "other.tar", {"\n\x1b[31m.txt": b""})
+    for name in ("a.tar", "b.tar"):
+        tar_of(tmp_path / name, {"\n\x1b[31m.png": b""})
     out = str(tmp_path / "out")
     for sources, part in (
         ([tmp_path / "x.tar"], "cannot read tar"),
@@ -291,6 +295,9 @@ def test_damaged_tars_are_one_line_and_code_2(good, tmp_path, capfd):
         ([tmp_path / "fifo" / "x.tar"], "it does not exist"),
         ([tmp_path / "text.tar"], "holds no image (but, for example, 'a.txt')"),
         ([tmp_path / "none.tar"], "holds no file"),
+        ([tmp_path / "names.tar"], r"names.tar/\n\x1b[31m.tar: empty file"),
+        ([tmp_path / "other.tar"], r"for example, '\n\x1b[31m.txt'"),
+        ([tmp_path / "a.tar", tmp_path / "b.tar"], r"both hold '\n\x1b[31m.png'"),
         ([tmp_path / "text.tar", tmp_path], "are several paths"),
     ):
         with pytest.raises(SystemExit) as caught:
