@@ -18,9 +18,12 @@ from quantizers.rfsq import STRATEGIES
 from util import cpu_cores
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
+DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load
+LOAD_HELP = "checkpoint (last.pt, best.pt), folder of scripts/export.py, or Hugging Face repository"
 LPIPS_NETS = ("vgg", "alex", "squeeze", "none")
 IMAGES_HELP = (
-    "a folder of images, nested or flat, or packed (scripts/pack_images.py), or `synthetic`"
+    "a folder of images, nested or flat, or packed (scripts/pack_images.py), or tars "
+    "(shard-{000..146}.tar), or `synthetic`"
 )
 
 
@@ -197,8 +200,8 @@ def _add_run(add: Callable) -> None:
     add("--save", str, None, MAY_CHANGE, metavar="DIR",
         help="run folder; default: a new one under runs/, named by the configuration")
     add("--overwrite", bool, False, MAY_CHANGE, help="replace a run that --save already holds")
-    add("--load", str, None, MAY_CHANGE, metavar="FILE",
-        help="checkpoint to start the weights from; default: random weights")
+    add("--load", str, None, MAY_CHANGE, metavar="MODEL",
+        help=f"start from these weights: {LOAD_HELP}; default: random weights")
     add("--resume", str, None, MAY_CHANGE, metavar="auto|PATH",
         help="continue a run: `auto` from the newest whole checkpoint of its folder (a new run if "
              "there is none), or a checkpoint or run folder; default: a new run")
@@ -252,15 +255,22 @@ def args_of(checkpoint: dict) -> Namespace:
     """The flags of a checkpoint; those that are younger than it have their defaults.
 
     Raises:
-        ValueError: a flag of the architecture has a value that the command line would refuse.
+        ValueError: a flag that is used later has a value that the command line would refuse, or
+            the model was exported with a flag that does not exist.
     """
     args = get_args([])
     if not isinstance(checkpoint["args"], dict):
         raise ValueError("the flags in the checkpoint are damaged")
+    if unknown := sorted(set(checkpoint.get("architecture", ())) - set(architecture_flags())):
+        raise ValueError(
+            f"the model was exported with --{unknown[0].replace('_', '-')}, which this version does"
+            " not know: use the version of the project that wrote it"
+        )
     vars(args).update(current_flags(checkpoint["args"]))
     for action in get_parser()._actions:
         value = getattr(args, action.dest, None)
-        if getattr(action, "role", None) != ARCHITECTURE or value is None:
+        checked = getattr(action, "role", None) == ARCHITECTURE or action.dest in DEFAULTS_OF_MODEL
+        if not checked or value is None:
             continue
         try:
             values = [action.type(str(one)) for one in (value if action.nargs else [value])]

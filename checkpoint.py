@@ -1,4 +1,4 @@
-"""Files written whole and read safely: JSON, results, checkpoints, random states."""
+"""Files written whole and read safely: JSON, results, checkpoints, exports, random states."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import hashlib
 import json
 import os
 import random
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 CHECKPOINT_FORMAT = 1
+EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
+CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
+MAX_CONFIG = 2**20  # bytes
 TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
 RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}  # in results.json
 
@@ -159,15 +165,37 @@ def _check_plain(value, depth: int = 0) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Reading never executes anything from the file.
+    """Read a checkpoint or an export onto the CPU. Reading never executes anything from a file.
+
+    Args:
+        path: a file that `save_checkpoint` wrote, a folder that `save_export` wrote, or the name of
+            a Hugging Face repository with the files of such a folder.
+
+    Returns:
+        'model' (tensors by name), 'args' (flags by name), 'step', and of a checkpoint all else that
+        it holds. An export has the flags of the architecture and of `training` alone, and
+        'architecture', the names of the former.
 
     Raises:
-        ValueError: one line, if there is no such file or it is no checkpoint of this project.
+        ValueError: one line, if there is no such file or it is not of this project.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"checkpoint {path} {found}: give a file such as runs/NAME/last.pt")
+    if path.is_dir():
+        state = _read_export(path)
+    elif path.is_file():
+        state = _read_checkpoint(path)
+    else:
+        state = _read_export(_download(str(path)))
+    try:
+        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
+    except NotFinite as error:
+        damage = str(error)
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint, or copy it again")
+    return state
+
+
+def _read_checkpoint(path: Path) -> dict:
     wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -184,13 +212,100 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path} has checkpoint format {state['format']}, this version reads "
             f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
         )
-    try:
-        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
-    except NotFinite as error:
-        damage = str(error)
-    if damage:
-        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint")
     return state
+
+
+def save_export(folder: Path, model: dict, architecture: dict, training: dict) -> None:
+    """Write the weights of a model as `model.safetensors`, and its flags as `config.json`.
+
+    Args:
+        folder: exists.
+        model: the tensors of a state dict.
+        architecture: the flags that decide what the weights mean.
+        training: 'step', and further flags that `load_checkpoint` is to return.
+
+    Raises:
+        NotFinite: a tensor holds a NaN or an infinity; nothing is written then.
+    """
+    state = _export_state(model, architecture, training)
+    config = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "architecture": architecture}
+    config |= {"training": training, "checksum": _checksum(state)}
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.clone().contiguous() for name, tensor in state["model"].items()}
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_whole(folder / WEIGHTS, lambda file: file.write(data))
+    write_json(folder / CONFIG, config)
+
+
+def _export_state(model: dict, architecture: dict, training: dict) -> dict:
+    """What `load_checkpoint` returns of an export, without its checksum; order does not matter."""
+    flags = {name: value for name, value in training.items() if name != "step"}
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "step": training.get("step"),
+        "args": dict(sorted({**flags, **architecture}.items())),
+        "architecture": sorted(architecture),
+        "model": {name: model[name].detach().cpu() for name in sorted(model)},
+    }
+
+
+def _read_export(folder: Path) -> dict:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"checkpoint {folder} is a folder without {CONFIG}: give a file such as "
+            "runs/NAME/last.pt, or a folder that scripts/export.py wrote"
+        )
+    damaged = "copy the folder again, or run scripts/export.py again"
+    try:
+        with open(folder / CONFIG, "rb") as file:
+            config = json.loads(file.read(MAX_CONFIG))
+        ours, version = config["format"] == EXPORT_FORMAT, config["version"]
+        newer = ours and type(version) is int and version > EXPORT_VERSION
+        sound = ours and version == EXPORT_VERSION and config.keys() == CONFIG_KEYS
+        sound = sound and all(isinstance(config[key], dict) for key in ("architecture", "training"))
+        _check_plain(config)
+    except Exception as error:  # JSON that is nested deeply raises RecursionError
+        raise ValueError(f"{folder / CONFIG} is not of this project: {damaged}") from error
+    if newer:
+        raise ValueError(
+            f"{folder / CONFIG} has version {version} of the format, this code reads up to "
+            f"{EXPORT_VERSION}: use the version of the project that wrote it"
+        )
+    if not sound:
+        keys = ", ".join(sorted(CONFIG_KEYS))
+        raise ValueError(
+            f"{folder / CONFIG} must hold {keys}, and nothing else, in version {EXPORT_VERSION} of "
+            f"the format '{EXPORT_FORMAT}': {damaged}"
+        )
+    try:
+        model = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    except Exception as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise ValueError(f"{folder / WEIGHTS} {reason}: {damaged}") from error
+    state = _export_state(model, config["architecture"], config["training"])
+    return {**state, "checksum": config["checksum"]}
+
+
+def _download(name: str) -> Path:
+    """The folder into which the files of a Hugging Face repository, `owner/name`, are fetched."""
+    absent = f"checkpoint {name} does not exist: give a file such as runs/NAME/last.pt, or a folder"
+    a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith(".pt")
+    if not a_name or Path(name).parent.is_dir():
+        raise ValueError(f"{absent} that scripts/export.py wrote")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            f"{absent}; if it is a Hugging Face repository, first: pip install '.[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # of the connection, of the server, of the name
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name} does not exist here, and not as a Hugging Face repository that can be "
+            f"fetched ({reason}): give another name, or a folder"
+        ) from error
 
 
 def random_states() -> dict:

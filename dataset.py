@@ -1,4 +1,4 @@
-"""Images in: folders, packed arrays, generated images, and the order in which training sees them.
+"""Images in: folders, tars, packed and generated images, and the order that training sees them in.
 
     build_dataset(path) -> dataset[i]: uint8 (3, S, S)
                                |
@@ -19,6 +19,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms.functional import center_crop, resize
 
+import archive
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
 from util import StopSignals, from_all, printable, rank, stop_with_parent
@@ -60,8 +62,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.Image:
     """An image file as RGB: upright, its first frame, transparency over white.
+
+    With `data`, a file that is open, that is read and `path` only names it.
 
     Raises:
         UnreadableImage: one line that names the file; also for more than 89,478,485 pixels.
@@ -70,9 +74,9 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
             warnings.simplefilter("ignore")
-            if not os.path.isfile(path):  # opening a pipe would wait for ever
+            if data is None and not os.path.isfile(path):  # opening a pipe would wait for ever
                 raise ValueError("it is not a regular file")
-            with Image.open(path) as file:
+            with Image.open(data or path) as file:
                 if file.width * file.height > Image.MAX_IMAGE_PIXELS:
                     size, most = f"{file.width}x{file.height}", Image.MAX_IMAGE_PIXELS
                     raise ValueError(f"{size} pixels are more than Pillow's limit of {most:,}")
@@ -150,20 +154,70 @@ def some(items: Sequence, limit: int | None) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-class ImageFolderDataset(Dataset):
-    """All images below a folder, nested in any way, in the order of their relative paths.
+class Images(Dataset):
+    """Image files by name, in the order of their names.
 
     Item i is uint8 (3, img_size, img_size): `read_image`, then `fit`, which keeps the bytes of an
     image that has the size already.
 
     Raises:
-        ValueError: a folder without images; for an item, `UnreadableImage`.
+        ValueError: an `img_size` below 1; for an item, `UnreadableImage`.
+    """
+
+    def __init__(self, names: list[str], img_size: int) -> None:
+        self.img_size = img_size
+        if img_size < 1:
+            raise ValueError(f"img_size is {img_size}: it must be at least 1")
+        # One block of bytes: a million Python strings would be copied into every worker, little by
+        # little, as their reference counts are touched.
+        self._names = np.array([os.fsencode(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """The path of item `index` below the folder."""
+        return os.fsdecode(self._names[index])
+
+    def names(self) -> list[str]:
+        """The paths of all items below the folder."""
+        return [os.fsdecode(name) for name in self._names.tolist()]
+
+    def path(self, index: int) -> Path:
+        """The file behind item `index`; in a tar, the tar's path with the name below it."""
+        raise NotImplementedError
+
+    def file_size(self, index: int) -> int:
+        """The size in bytes of the file behind item `index`."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """Item `index` before `fit`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the images' names, and of the sizes of up to 10,000 of the files."""
+        names, sizes = hashlib.sha256(), hashlib.sha256()
+        for name in self._names.tolist():
+            names.update(name + b"\n")
+        for index in some(range(len(self)), 10_000):
+            sizes.update(b"%d\n" % self.file_size(index))
+        return {"names": names.hexdigest(), "sizes": sizes.hexdigest()}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        pixels = np.array(fit(self.read(index), self.img_size))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class ImageFolderDataset(Images):
+    """All images below a folder, nested in any way, in the order of their relative paths.
+
+    Raises:
+        ValueError: a folder without images.
     """
 
     def __init__(self, root: str | os.PathLike, img_size: int) -> None:
-        self.root, self.img_size = Path(root), img_size
-        if img_size < 1:
-            raise ValueError(f"img_size is {img_size}: it must be at least 1")
+        self.root = Path(root)
         hint = f"give a folder with images ({' '.join(IMAGE_SUFFIXES)}) in it, or 'synthetic'"
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
@@ -172,43 +226,69 @@ class ImageFolderDataset(Dataset):
         if not paths:
             what = f"holds no image (but, for example, '{other}')" if other else "is empty"
             raise ValueError(f"image folder '{root}' {what}: {hint}")
-        # One block of bytes: a million Python strings would be copied into every worker, little by
-        # little, as their reference counts are touched.
-        self._paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def name(self, index: int) -> str:
-        """The path of item `index` below the folder."""
-        return os.fsdecode(self._paths[index])
+        super().__init__(paths, img_size)
 
     def path(self, index: int) -> Path:
-        """The file behind item `index`."""
         return self.root / self.name(index)
 
-    def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of the images' names, and of the sizes of up to 10,000 of the files."""
-        names, sizes = hashlib.sha256(), hashlib.sha256()
-        for name in self._paths.tolist():
-            names.update(name + b"\n")
-        for index in some(range(len(self)), 10_000):
-            sizes.update(b"%d\n" % os.stat(self.path(index)).st_size)
-        return {"names": names.hexdigest(), "sizes": sizes.hexdigest()}
+    def file_size(self, index: int) -> int:
+        return os.stat(self.path(index)).st_size
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        pixels = np.array(fit(read_image(self.path(index)), self.img_size))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.path(index))
+
+
+class TarDataset(Images):
+    """All images in tars and in the tars within them: those of the folder they are unpacked into.
+
+    Raises:
+        ValueError: a tar that cannot be read, or no image in any of them.
+    """
+
+    def __init__(self, tars: Sequence[str], img_size: int) -> None:
+        self.tars = list(tars)
+        names, self._places, other = archive.list_archives(self.tars, IMAGE_SUFFIXES)
+        if not names:
+            what = f"no image (but, for example, '{printable(other)}')" if other else "no file"
+            raise ValueError(
+                f"tar '{self.tars[0]}' holds {what}: give tars with images "
+                f"({' '.join(IMAGE_SUFFIXES)}) in them"
+            )
+        super().__init__(names, img_size)
+
+    def path(self, index: int) -> Path:
+        return Path(self.tars[self._places[index, 0]], self.name(index))
+
+    def file_size(self, index: int) -> int:
+        return int(self._places[index, 2])
+
+    def read(self, index: int) -> Image.Image:
+        tar, start, size = self._places[index].tolist()
+        with archive.opened(self.tars[tar], self.name(index), start, size) as data:
+            return read_image(self.path(index), data)
+
+
+def image_files(paths: Sequence[str], img_size: int) -> Images:
+    """The dataset of a folder, or of tars, whose names may have braces.
+
+    Raises:
+        ValueError: several paths that are not all tars.
+    """
+    if all(map(archive.is_tar, paths)):
+        return TarDataset([tar for path in paths for tar in archive.expand(path)], img_size)
+    if len(paths) > 1:
+        raise ValueError(f"{', '.join(paths[:3])} are several paths: give one folder, or tars")
+    return ImageFolderDataset(paths[0], img_size)
 
 
 class SkipCorrupt(Dataset):
-    """A folder's images without those that cannot be read, which are counted.
+    """Images without those that cannot be read, which are counted.
 
     In training, the next readable image takes its place, so that batches stay whole; in validation
     it is None, which the loader leaves out.
     """
 
-    def __init__(self, images: ImageFolderDataset, train: bool) -> None:
+    def __init__(self, images: Images, train: bool) -> None:
         self.images, self.train = images, train
         self.bad = torch.zeros(len(images), dtype=torch.bool).share_memory_()  # set by workers
 
@@ -225,8 +305,12 @@ class SkipCorrupt(Dataset):
             raise ValueError("none of the training images can be read: give another folder")
         return None
 
+    def names(self) -> list[str]:
+        """Those of all images, also of images that cannot be read."""
+        return self.images.names()
+
     def fingerprint(self) -> dict[str, str]:
-        """That of the folder."""
+        """That of all images."""
         return self.images.fingerprint()
 
     def skipped(self) -> list[str]:
@@ -237,9 +321,9 @@ class SkipCorrupt(Dataset):
 def build_dataset(
     path: str | os.PathLike, img_size: int, seed: int, train: bool, skip_corrupt: bool = False
 ) -> Dataset:
-    """The dataset that a path names: 'synthetic', or a folder of images, packed or not.
+    """The dataset that a path names: 'synthetic', a folder of images, packed or not, or tars.
 
-    `seed` is for generated images alone, `skip_corrupt` for folders that are not packed.
+    `seed` is for generated images alone, `skip_corrupt` for images that are not packed.
     """
     if os.fspath(path) == "synthetic":
         length = SYNTHETIC_TRAIN if train else SYNTHETIC_VAL
@@ -247,7 +331,7 @@ def build_dataset(
         return SyntheticDataset(img_size, seed if train else 0, length, stream=0 if train else 1)
     if is_packed(path):
         return PackedDataset(path, img_size)
-    images = ImageFolderDataset(path, img_size)
+    images = image_files([os.fspath(path)], img_size)
     return SkipCorrupt(images, train) if skip_corrupt else images
 
 
@@ -394,6 +478,13 @@ def val_loader(
     share = range(rank, len(dataset), world_size)
     options = dict(sampler=share, batch_size=batch_size, persistent_workers=num_workers > 0)
     return _loader(dataset, num_workers, **options, **loading)
+
+
+def batch_loader(
+    dataset: Dataset, batches: Sequence[list[int]], num_workers: int = 0, **loading: object
+) -> DataLoader:
+    """The given batches of indices, in their order; None for one of which nothing can be read."""
+    return _loader(dataset, num_workers, batch_sampler=batches, **loading)
 
 
 def skipped_images(*datasets: Dataset) -> list[str]:

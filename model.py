@@ -311,10 +311,11 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
     """The model of a checkpoint, which knows its own architecture: (model, its flags, checkpoint).
 
-    The model is on the CPU and in evaluation mode.
+    The model is on the CPU and in evaluation mode. `path` is all that `load_checkpoint` reads: a
+    checkpoint, a folder of scripts/export.py, or the name of a Hugging Face repository.
 
     Raises:
-        ValueError: one line, if the file is no checkpoint, or its weights are not of its flags.
+        ValueError: one line, if there is no such model, or its weights are not of its flags.
     """
     saved = load_checkpoint(path)
     args = args_of(saved)

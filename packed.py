@@ -11,7 +11,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -128,15 +128,23 @@ def sha256_of(path: Path) -> str:
 def finish(out: Path, index: dict, names: list[str]) -> None:
     """Write the names of the packed images, and give the index its final name."""
     skipped = {entry["name"] for entry in index["skipped"]}
-    lines = as_lines(name for name in names if name not in skipped)
+    lines = as_lines([name for name in names if name not in skipped])
     write_whole(out / PACK_NAMES, lambda file: file.write(lines))
     index["names_sha256"] = hashlib.sha256(lines).hexdigest()
     write_json(out / PACK_UNFINISHED, index)
     os.replace(out / PACK_UNFINISHED, out / PACK_INDEX)
 
 
-def as_lines(names: Iterable[str]) -> bytes:
-    """File names, one a line."""
+def as_lines(names: Sequence[str]) -> bytes:
+    """File names, one a line.
+
+    Raises:
+        ValueError: a name holds a line break.
+    """
+    for name in names:
+        if "\n" in name or "\r" in name:
+            where = f"{PACK_NAMES} has a line a name"
+            raise ValueError(f"file name {name!r} holds a line break: rename it, {where}")
     return b"".join(os.fsencode(name) + b"\n" for name in names)
 
 
@@ -194,6 +202,11 @@ class PackedDataset(Dataset):
         """SHA-256 of the images' names, as of the folder that was packed, and of the pixels."""
         pixels = hashlib.sha256("".join(self._shards_sha256).encode()).hexdigest()
         return {"names": self._names_sha256, "pixels": pixels}
+
+    def names(self) -> list[str]:
+        """The sources of all items, relative to the folder that was packed."""
+        lines = (self.root / PACK_NAMES).read_bytes().splitlines()
+        return [os.fsdecode(line) for line in lines]
 
     def __len__(self) -> int:
         return self._count

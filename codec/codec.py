@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ class Codec:
         # Per stage; each is stored as a half float.
         self.side_values = round(quantizer.side_bits / 16 / quantizer.stages)
         self.tile = -(-max(1, tile) // self.model.f)  # in positions
-        self.fingerprint = _fingerprint(self.model, self.checkpoint["args"])
+        self.fingerprint = fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
         if state := self.checkpoint.get(ENTROPY_MODEL):
             problem = "an older layout" if "weights" not in state else ""
@@ -307,13 +308,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 * a.size / square) if square else math.inf
 
 
-def _fingerprint(model: VQVAE, flags: dict) -> bytes:
-    """8 bytes of a SHA-256 over the flags of the architecture, the decoder and the quantizer."""
+def fingerprint(
+    model: VQVAE, flags: dict, parts: Sequence[str] = ("decoder", "quantizer")
+) -> bytes:
+    """8 bytes of a SHA-256 over the flags of the architecture and the weights of `parts`.
+
+    The default is all that decoding depends on.
+    """
     digest = hashlib.sha256()
     shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
     digest.update(json.dumps(shape).encode())
-    for part in (model.decoder, model.quantizer):
-        for name, value in part.state_dict().items():
+    for part in parts:
+        for name, value in getattr(model, part).state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.digest()[:8]

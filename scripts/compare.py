@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, add_evaluation_flags, number
+from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from checkpoint import write_whole
 from dataset import some
 from evaluation import prepare
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Draw as the flags say and return the path of the picture. ValueError for bad input."""
     parser = Parser(prog="compare.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--load", required=True, nargs="+", metavar="FILE", help="checkpoints: last.pt, best.pt")
+    add("--load", required=True, nargs="+", metavar="MODEL", help=f"each a {LOAD_HELP}")
     add("--out", required=True, metavar="PNG", help="the picture")
     add("--images", type=number(int, 1), default=6, help="how many, evenly over the split")
     help_text = "factor of the error maps; 0 leaves them out"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, number
+from arguments import LOAD_HELP, Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
 from codec import bitstream
 from codec.codec import Codec, is_grey, psnr
@@ -290,7 +290,7 @@ def get_parser() -> Parser:
         command.set_defaults(run=run, keep_existing=False)
         add = command.add_argument
         add("inputs", nargs="+", metavar=inputs, help="files, and folders of them")
-        add("--load", required=True, metavar="FILE", help="checkpoint")
+        add("--load", required=True, metavar="MODEL", help=LOAD_HELP)
         add("--out", required=True, metavar=where, help=out)
         add("--force", action="store_true", help="replace existing outputs")
         add("--json", metavar="FILE", help="write the results there as well")

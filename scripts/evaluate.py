@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, add_evaluation_flags
+from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from checkpoint import write_json
 from evaluation import prepare
 from metric import evaluate, format_results
@@ -43,8 +43,7 @@ def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate as the flags say and return the results. ValueError for bad input."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    text = "checkpoint: last.pt, best.pt"
-    parser.add_argument("--load", required=True, metavar="FILE", help=text)
+    parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
     util.check_outputs(flags.json)

@@ -1,9 +1,12 @@
-"""Decode, resize and crop a folder of images once, into arrays that training reads directly.
+"""Decode, resize and crop images once, into arrays that training reads directly.
 
     python scripts/pack_images.py SRC OUT
+    python scripts/pack_images.py ILSVRC2012_img_train.tar OUT
+    python scripts/pack_images.py 'shard-{000000..000146}.tar' OUT
     python train.py --train-data-path OUT
 
-OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files.
+OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files. A tar is
+read in place and gives what the folder gives that it is unpacked into (archive.py).
 
 After an interruption at any time, the same command continues at the first shard that is incomplete;
 index.json is written last. A source that cannot be decoded is listed and skipped. A source that
@@ -18,14 +21,12 @@ import errno
 import hashlib
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,11 +34,11 @@ import packed
 import util
 from arguments import Parser, number
 from checkpoint import TEMPORARY, write_json
-from dataset import ImageFolderDataset, UnreadableImage
+from dataset import Images, UnreadableImage, image_files
+from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
-SECONDS_A_LINE = 30  # between progress lines in a log
 AGAIN = "fix that and run the same command again: it continues where it stopped"
 
 
@@ -47,7 +48,7 @@ class Decoder(Dataset):
     Raises ValueError if the file cannot be read from the disk.
     """
 
-    def __init__(self, images: ImageFolderDataset) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
@@ -65,20 +66,17 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
+def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
     Raises:
         ValueError: `out` is inside `source` or holds other data, or a name holds a line break.
     """
-    if out.resolve().is_relative_to(Path(source).resolve()):
+    source = " ".join(sources[:3])  # for messages
+    if out.resolve().is_relative_to(Path(sources[0]).resolve()):
         raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
-    for name in names:
-        if "\n" in name or "\r" in name:
-            where = f"{packed.PACK_NAMES} has a line a name"
-            raise ValueError(f"file name {name!r} holds a line break: rename it, {where}")
     listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     held = [name for name in (PACK_INDEX, PACK_UNFINISHED) if (out / name).is_file()]
     if held and packed.is_packed(out):
@@ -102,49 +100,44 @@ def begin(source: str, out: Path, size: int, names: list[str]) -> dict:
     return packed.new_index(size, full, len(names), listing)
 
 
-def pack_rest(images: ImageFolderDataset, out: Path, index: dict, workers: int) -> None:
+def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
     """Decode the sources that are not done yet into shards, and bring `index` up to date.
 
-    Shows a progress bar on a terminal, and otherwise, as in a job's log, a line every 30 seconds.
+    Shows its progress.
     """
     done, total = index["sources_done"], index["sources"]
     full, size = index["images_per_shard"], index["img_size"]
     shard = np.empty((full, 3, size, size), np.uint8)
     remaining = range(done, total)
     loader = DataLoader(Decoder(images), sampler=remaining, batch_size=32, num_workers=workers)
-    tty = sys.stderr.isatty()
-    bar = tqdm(desc="pack", total=total, initial=done, unit="image", disable=not tty)
-    last = time.monotonic()
-    for pixels, reasons in loader:
-        for image, reason in zip(pixels.numpy(), reasons, strict=True):
-            index["sources_done"] += 1
-            if reason:
-                name = images.name(index["sources_done"] - 1)
-                index["skipped"].append({"name": name, "reason": reason})
-                continue
-            shard[index["count"] % full] = image
-            index["count"] += 1
-            if index["count"] % full == 0:
-                packed.add_shard(out, index, shard)
-        bar.update(len(reasons))
-        if not tty and time.monotonic() - last >= SECONDS_A_LINE:
-            last, done = time.monotonic(), index["sources_done"]
-            print(f"pack: {done:,} of {total:,} images", file=sys.stderr, flush=True)
-    bar.close()
+    with Progress("pack", total, done) as bar:
+        for pixels, reasons in loader:
+            for image, reason in zip(pixels.numpy(), reasons, strict=True):
+                index["sources_done"] += 1
+                if reason:
+                    name = images.name(index["sources_done"] - 1)
+                    index["skipped"].append({"name": name, "reason": reason})
+                    continue
+                shard[index["count"] % full] = image
+                index["count"] += 1
+                if index["count"] % full == 0:
+                    packed.add_shard(out, index, shard)
+            bar.add(len(reasons))
     # An interrupted run may have written the last shard already, which is not full.
     if index["count"] > full * len(index["shards"]):
         packed.add_shard(out, index, shard[: index["count"] % full])
 
 
-def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
-    """Pack the folder `source` into `out`, or what is missing of it, and return the index.
+def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> dict:
+    """Pack a folder or tars into `out`, or what is missing of it, and return the index.
 
     Raises:
-        ValueError: for folders that cannot be read or written, and an `out` that holds other data.
+        ValueError: for sources that cannot be read, and an `out` that cannot be written or holds
+            other data.
     """
-    images = ImageFolderDataset(source, img_size)
-    names = [images.name(i) for i in range(len(images))]
-    index = begin(source, out, img_size, names)
+    images = image_files(sources, img_size)
+    names = images.names()
+    index = begin(sources, out, img_size, names)
     if (out / PACK_INDEX).is_file():
         return index
     out.mkdir(parents=True, exist_ok=True)
@@ -165,8 +158,8 @@ def pack(source: str, out: Path, img_size: int, num_workers: int) -> dict:
     if not index["count"]:
         first = index["skipped"][0]
         raise ValueError(
-            f"none of the {total:,} files in '{source}' is an image, '{first['name']}' for example:"
-            f" {first['reason']}; give a folder with images that can be read"
+            f"none of the {total:,} files in '{sources[0]}' is an image, '{first['name']}' for "
+            f"example: {first['reason']}; give a folder with images that can be read"
         )
     packed.finish(out, index, names)
     return index
@@ -179,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input.
     """
     parser = Parser(prog="pack_images.py", description=__doc__.split("\n")[0])
-    parser.add_argument("source", nargs="?", metavar="SRC", help="a folder of images, nested too")
+    parser.add_argument(
+        "source", nargs="*", metavar="SRC", help="a folder of images, nested too, or tars"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to write, or to continue")
     parser.add_argument(
         "--img-size", type=number(int, 16), default=128, help="pixels a side, as in train.py"
@@ -193,11 +188,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         help="read OUT again and compare checksums; without SRC, OUT must be complete",
     )
     flags = parser.parse_intermixed_args(argv)
-    if flags.source is None and not flags.verify:
+    if not flags.source and not flags.verify:
         parser.error("SRC and OUT are needed; OUT alone goes with --verify")
     out = Path(flags.out)
     try:
-        if flags.source is None:
+        if not flags.source:
             index = read_pack(out)
         else:
             index = pack(flags.source, out, flags.img_size, flags.num_workers)

@@ -24,7 +24,7 @@ from PIL import features
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import LPIPS_NETS, Parser, add_evaluation_flags, number
+from arguments import LOAD_HELP, LPIPS_NETS, Parser, add_evaluation_flags, number
 from checkpoint import write_json, write_whole
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = Parser(prog="rate_distortion.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("images", metavar="DIR", help="a folder of images, nested or flat")
-    add("--load", nargs="+", default=[], metavar="FILE", help="checkpoints: last.pt, best.pt")
+    add("--load", nargs="+", default=[], metavar="MODEL", help=f"each a {LOAD_HELP}")
     add("--lpips-net", choices=LPIPS_NETS, default="alex", help="network of LPIPS")
     add("--limit", type=number(int, 1), metavar="N", help="so many images, evenly over the folder")
     text = "resize and crop to squares, as in training; default: as they are"

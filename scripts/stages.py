@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import Parser, add_evaluation_flags
+from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from checkpoint import write_json, write_whole
 from evaluation import evaluate_stages, prepare
 
@@ -92,8 +92,8 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Return what `--json` writes: the stages of every checkpoint. ValueError for bad input."""
     parser = Parser(prog="stages.py", description=__doc__.split("\n")[0])
-    text = "checkpoints: last.pt, best.pt"
-    parser.add_argument("--load", required=True, nargs="+", metavar="FILE", help=text)
+    text = f"each a {LOAD_HELP}"
+    parser.add_argument("--load", required=True, nargs="+", metavar="MODEL", help=text)
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)

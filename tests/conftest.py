@@ -77,7 +77,16 @@ SLOW_FILES = [
     "step",
     "train",
 ]
-SLOW_NAMES = ("compile", "graph", "process", "mutations", "gradcheck", "any_size", "lossless")
+SLOW_NAMES = (
+    "compile",
+    "kill",
+    "graph",
+    "process",
+    "mutations",
+    "gradcheck",
+    "any_size",
+    "lossless",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 import train
 from arguments import get_parser
 from dataset import build_dataset
+from scripts import make_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # their blocks run
@@ -62,7 +63,11 @@ def clone(tmp_path_factory):
             images = build_dataset("synthetic", img_size=32, seed=0, train=False)
             for i in range(4):
                 save_image(images[i] / 255, f"{name}/{i}.png")
+        shutil.make_archive("data/ILSVRC2012_img_val", "tar", "data/imagenet/val")
         train.main([*TINY.split(), "--save", "runs/NAME"])
+        # As in docs/tokens.md, whose other block reads them; it may run in another process.
+        load = ["--load", "runs/NAME/last.pt", "--out", "runs/tokens", "--flip"]
+        make_tokens.main(["./data/imagenet/train", *load])
     return folder
 
 

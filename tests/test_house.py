@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "quantizers"},
     {"util"},
-    {"packed", "meter"},
+    {"packed", "meter", "tokens", "archive"},
     {"dataset"},
     {"arguments"},
     {"loss"},
@@ -55,6 +55,12 @@ def test_imports_run_one_way(path):
 def test_quantizers_import_torch_alone():
     used = set().union(*(imported(path) for path in FILES if room(path) == "quantizers"))
     assert used - sys.stdlib_module_names == {"torch"}
+
+
+def test_no_script_hides_a_standard_module():
+    """`python scripts/x.py` puts scripts/ first on the path, before the standard library."""
+    names = {path.stem for path in FILES if room(path) == "scripts"}
+    assert not names & sys.stdlib_module_names
 
 
 @every_file

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import meter
 import packed as packed_module
 import train
 import util
@@ -35,10 +36,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(pack_images, "SHARD_IMAGES", 4)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Thirteen images of all modes and shapes, and two files that are none."""
-    root = tmp_path_factory.mktemp("source")
+def fill_source(root: Path) -> None:
+    """Thirteen images of all modes and shapes, and two files that are none, in three folders."""
     for folder in ("a", "b", "c"):
         (root / folder).mkdir()
     pixels = SyntheticDataset(40, 0, 13)
@@ -58,6 +57,12 @@ def source(tmp_path_factory):
     (root / CORRUPT[0]).write_bytes(whole[: len(whole) // 2])
     (root / CORRUPT[1]).write_text("<html>not found</html>")
     (root / "b" / "labels.txt").write_text("no image")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("source")
+    fill_source(root)
     return root
 
 
@@ -138,13 +143,13 @@ def test_shards_are_bounded(source, packed, tmp_path, monkeypatch):
 
 
 def test_a_log_gets_a_line_now_and_then(source, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(pack_images, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(meter, "SECONDS_A_LINE", 0)
     pack_images.main([str(source), str(tmp_path / "out"), *FLAGS])
     assert capfd.readouterr().err == "pack: 15 of 15 images\n"
 
 
 # ------------------------------------------------------------------ kills
-def _pack_and_die(source: Path, out: Path, call: int, after: bool) -> None:
+def pack_and_die(source: Path, out: Path, call: int, after: bool) -> None:
     """Pack; at the given call of os.replace, the process is killed, before or after it."""
     replace, calls = os.replace, iter(range(1000))
 
@@ -166,7 +171,7 @@ def test_a_kill_at_any_write_leaves_what_the_same_command_finishes(source, packe
     killed = unfinished = 0
     for call in range(100):
         out = tmp_path / f"{call}"
-        dying = context.Process(target=_pack_and_die, args=(source, out, call, call % 2 == 0))
+        dying = context.Process(target=pack_and_die, args=(source, out, call, call % 2 == 0))
         dying.start()
         dying.join()
         if dying.exitcode == 0:
@@ -188,7 +193,7 @@ def test_a_kill_at_any_write_leaves_what_the_same_command_finishes(source, packe
 
 def test_a_kill_within_a_shard_costs_that_shard_alone(source, packed, tmp_path, capfd):
     out, context = tmp_path / "out", multiprocessing.get_context("fork")
-    dying = context.Process(target=_pack_and_die, args=(source, out, 5, False))
+    dying = context.Process(target=pack_and_die, args=(source, out, 5, False))
     dying.start()
     dying.join()
     left = {name for name in contents(out) if name.startswith(".shard-00002.npy.")}

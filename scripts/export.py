@@ -1,0 +1,127 @@
+"""Write a model in the form that other tools read: `model.safetensors` and `config.json`.
+
+    python scripts/export.py --load runs/NAME/last.pt --out weights/NAME
+
+    model.safetensors   the state dict of `model.VQVAE`
+    config.json         the flags of the architecture, the format's version and a checksum; under
+                        "training" what scripts take as defaults: image size, name, step, LPIPS
+    README.md           a model card, with the results if the run's folder has them
+
+Every --load, and `model.load_model`, takes such a folder. The optimizer, the random states and the
+entropy model of `compress.py fit` stay in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import util
+from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser, architecture_flags
+from checkpoint import CONFIG, RESULTS, WEIGHTS, save_export, write_whole
+from model import VQVAE, load_model
+
+CARD = "README.md"
+
+
+def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
+    """results.json and results.txt beside a checkpoint, if they are of its step."""
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    try:
+        results = json.loads((folder / "results.json").read_bytes())
+        table = (folder / "results.txt").read_text()
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(results, dict) and results.keys() >= RESULTS and results["steps"] == step
+    return (results, table) if whole else None
+
+
+def model_card(
+    model: VQVAE, name: str, flags: dict, step: int | None, results: tuple[dict, str] | None
+) -> str:
+    """The text of the model card, Markdown."""
+    quantizer, parameters = model.quantizer, sum(p.numel() for p in model.parameters())
+    rows = [
+        ("quantizer", quantizer.name),
+        ("bits per position", f"{quantizer.bits:.4g}"),
+        ("codes of each stage", ", ".join(map(str, quantizer.codebook_sizes))),
+        ("pixels a position", f"{model.f}x{model.f}"),
+        ("parameters", f"{parameters:,}"),
+        ("training steps", "unknown" if step is None else f"{step:,}"),
+        *((f"`--{flag.replace('_', '-')}`", value) for flag, value in flags.items()),
+    ]
+    parts = [
+        "---\ntags:\n- image-tokenizer\n- rfsq\n---",
+        f"# {name}",
+        "An image tokenizer of the RFSQ project (residual finite scalar quantization). In a "
+        "checkout of it, every `--load` takes this folder, and in Python:",
+        '```python\nfrom model import load_model\n\nmodel, args, _ = load_model("FOLDER")\n'
+        "indices = model.encode(images)  # float images (B, 3, H, W) in [0, 1]\n"
+        "images = model.decode(indices).clamp(0, 1)\n```",
+        util.markdown_table(("", "value"), rows),
+        "## Results",
+    ]
+    if results is None:
+        parts.append("Not measured.")
+    else:
+        values, table = results
+        command = values["environment"].get("command", "unknown")
+        parts += [f"```\n{table.strip()}\n```", f"Trained with\n\n```\n{command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def make_folder(folder: Path, force: bool) -> None:
+    """Make the folder for an export.
+
+    Raises:
+        ValueError: it holds other files, or an export without `force`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be made ({error.strerror})"
+        raise ValueError(f"{folder} {reason}: give another --out") from error
+    held = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    if other := sorted(held - {WEIGHTS, CONFIG, CARD}):
+        raise ValueError(f"{folder} holds other files ('{other[0]}'): give a new folder as --out")
+    if held and not force:
+        raise ValueError(f"{folder} holds a model: give another --out, or --force to replace it")
+
+
+def export(flags: Namespace) -> Path:
+    """Export as the flags say, and return the folder. ValueError for bad input."""
+    model, args, saved = load_model(flags.load)
+    step, name = saved.get("step"), args.name or model.quantizer.name
+    # As they are in the checkpoint: the fingerprint of `.rfsq` files covers them.
+    names = [flag for flag in architecture_flags() if flag in saved["args"]]
+    architecture = {flag: saved["args"][flag] for flag in names}
+    training = {"step": step, **{flag: getattr(args, flag) for flag in DEFAULTS_OF_MODEL}}
+    out = Path(flags.out)
+    make_folder(out, flags.force)
+    save_export(out, saved["model"], architecture, training)
+    given = {flag: value for flag, value in architecture.items() if value is not None}
+    card = model_card(model, name, given, step, results_of(flags.load, step))
+    write_whole(out / CARD, lambda file: file.write(card.encode()))
+    size = (out / WEIGHTS).stat().st_size
+    print(f"{name}, step {step}: {out}, {size:,} bytes of weights")
+    if "entropy_model" in saved:
+        print("the entropy model of `compress.py fit` is not exported: run `fit` on the export")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Export as the flags say, and return the folder. ValueError for bad input."""
+    parser = Parser(prog="export.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace the model in DIR")
+    return export(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    util.run_script(main)

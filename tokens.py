@@ -1,0 +1,246 @@
+"""Tokens of a data set, as arrays that numpy maps: what a generative model trains on.
+
+    tokens.npy              unsigned (N, h, w[, stages]), the smallest type that holds the codes
+    tokens-flipped.npy      the same of the mirrored images (--flip)
+    statistics.npy          float16 (N, stages, 2, C), of models whose decoder needs them
+    statistics-flipped.npy
+    labels.npy              unsigned (N,), numbers of the classes, if every image is in a folder
+    names.txt               line i + 1 is the image of row i
+    index.json              the model, its codes, image size, classes, images that were left out
+
+`scripts/make_tokens.py` writes them. While it does, the arrays are called `.part`: each process
+writes the rows of its images in place, and then marks them in done.part. A row is
+marked when it is on the disk, so that a run which is killed at any time continues at the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from checkpoint import TEMPORARY, write_json, write_whole
+from packed import as_lines
+
+HEAD = {"format": "rfsq tokens", "version": 1}
+INDEX, NAMES, LABELS = "index.json", "names.txt", "labels.npy"
+SETTINGS, DONE = "settings.part", "done.part"  # of an unfinished run
+TO_DO, WRITTEN, LEFT_OUT = 0, 1, 2  # what done.part holds of each image
+BLOCK = 2**24  # bytes that are copied at once
+
+
+def smallest_unsigned(most: int) -> np.dtype:
+    """The smallest unsigned type that holds `most`."""
+    return np.min_scalar_type(most)
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes of a `.npy` file before its values."""
+    file, descr = io.BytesIO(), np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+def begin(out: Path, settings: dict) -> dict | None:
+    """Make the files of a new run, or check that those of an old one are of the same `settings`.
+
+    Args:
+        out: the folder.
+        settings: plain types; 'sources', the number of images, and 'arrays', of each name its
+            'dtype' and the 'shape' of a row.
+
+    Returns:
+        The index, if the folder is complete already.
+
+    Raises:
+        ValueError: the folder holds something else, or tokens of other settings.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): give another --out") from error
+    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while writing
+        leftover.unlink()
+    if (out / INDEX).is_file():
+        index = _read(out / INDEX, settings)
+        _check_sizes(out, index)
+        for left in (SETTINGS, DONE):  # by a kill
+            (out / left).unlink(missing_ok=True)
+        return index
+    if (out / SETTINGS).is_file():
+        _read(out / SETTINGS, settings)
+        return None
+    # A run that is killed in here leaves files of zeros, and no settings.
+    parts = {f"{name}.part" for name in settings["arrays"]} | {DONE}
+    strange = sorted(path.name for path in out.glob("[!.]*") if path.name not in parts)
+    if strange:
+        raise ValueError(f"{out} holds other files ('{strange[0]}'): give a new folder as --out")
+    for name, (dtype, shape) in _rows(settings).items():
+        header = _header(dtype, (settings["sources"], *shape))
+        with open(out / f"{name}.part", "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + settings["sources"] * dtype.itemsize * math.prod(shape))
+    (out / DONE).write_bytes(bytes(settings["sources"]))
+    write_json(out / SETTINGS, HEAD | settings)
+    return None
+
+
+def _read(path: Path, settings: dict) -> dict:
+    """An index, or the settings of an unfinished run; ValueError if it is not of `settings`."""
+    other = f"give another --out, or remove {path.parent} first"
+    try:
+        held = json.loads(path.read_bytes())
+        differ = [key for key in (*HEAD, *settings) if held.get(key) != (HEAD | settings)[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not of make_tokens.py, or is damaged: {other}") from error
+    if differ:
+        key = differ[0]
+        was, now = held.get(key), (HEAD | settings)[key]
+        raise ValueError(
+            f"{path.parent} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
+            f"{now!r:.80}): {other}"
+        )
+    return held
+
+
+def _check_sizes(out: Path, index: dict) -> None:
+    """Raises ValueError if a finished array is missing or cut off."""
+    count = index.get("count", 0)
+    for name, (dtype, shape) in _rows(index).items():
+        size = len(_header(dtype, (count, *shape))) + count * dtype.itemsize * math.prod(shape)
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            raise ValueError(
+                f"{out / name} is missing or has not the {size:,} bytes of {count:,} images: copy "
+                f"the folder again, or remove {out} and make the tokens again"
+            )
+
+
+def _rows(settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """(type, shape of a row) of each array."""
+    arrays = settings["arrays"].items()
+    return {name: (np.dtype(row["dtype"]), tuple(row["shape"])) for name, row in arrays}
+
+
+def to_do(out: Path) -> np.ndarray:
+    """The images whose rows are not written yet, in order."""
+    return np.flatnonzero(np.fromfile(out / DONE, np.uint8) == TO_DO)
+
+
+class TokenWriter:
+    """Writes rows of the arrays that `begin` has made; several processes write at the same time.
+
+    Args:
+        out: the folder.
+        settings: those of `begin`.
+    """
+
+    def __init__(self, out: Path, settings: dict) -> None:
+        self.sources, self.rows = settings["sources"], _rows(settings)
+        self.files: dict[str, BinaryIO] = {
+            name: open(out / f"{name}.part", "r+b")  # noqa: SIM115
+            for name in self.rows
+        }
+        self.done = open(out / DONE, "r+b")  # noqa: SIM115
+        self.pending: list[tuple[int, bytes]] = []  # (first image, marks), not on the disk yet
+
+    def write(self, first: int, kept: np.ndarray, arrays: dict) -> None:
+        """Write the rows of consecutive images.
+
+        Args:
+            first: number of the first image.
+            kept: bool (images,), those that could be read.
+            arrays: {name: values (kept.sum(), *row)}.
+        """
+        for name, (dtype, shape) in self.rows.items():
+            block = np.zeros((len(kept), *shape), dtype)
+            if kept.any():
+                block[kept] = arrays[name]
+            start = len(_header(dtype, (self.sources, *shape)))
+            self.files[name].seek(start + first * block[0].nbytes)
+            self.files[name].write(block.tobytes())
+        marks = np.where(kept, WRITTEN, LEFT_OUT).astype(np.uint8)
+        self.pending.append((first, marks.tobytes()))
+
+    def flush(self) -> None:
+        """Bring all rows to the disk, and then mark them."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        for first, marks in self.pending:
+            self.done.seek(first)
+            self.done.write(marks)
+        self.done.flush()
+        os.fsync(self.done.fileno())
+        self.pending.clear()
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()  # also when an image that cannot be read ends the run
+        for file in (*self.files.values(), self.done):
+            file.close()
+
+
+def finish(out: Path, settings: dict, names: Sequence[str] | None) -> dict:
+    """Give the arrays their names, without the rows of images that were left out; the index last.
+
+    Args:
+        out: the folder; all its images are done.
+        settings: those of `begin`.
+        names: of all images; None where images have no names.
+
+    Returns:
+        The index: the settings, 'count' (rows), 'skipped' (names of unreadable images), 'classes'
+        (names of the numbers in labels.npy, None without) and 'names_sha256'.
+
+    Raises:
+        ValueError: no image could be read.
+    """
+    kept = np.fromfile(out / DONE, np.uint8) == WRITTEN
+    if not kept.any():
+        raise ValueError(f"none of the {len(kept):,} images can be read: give another folder")
+    for name in settings["arrays"]:
+        part = out / f"{name}.part"
+        if part.exists():  # else a run was killed after this
+            if not kept.all():
+                write_whole(out / name, lambda file, part=part: _write_kept(file, part, kept))
+                part.unlink()
+            else:
+                os.replace(part, out / name)
+    index = {**HEAD, **settings, "count": int(kept.sum())}
+    index |= {"skipped": [], "classes": None, "names_sha256": None}
+    if names is not None:
+        index["skipped"] = [names[i] for i in np.flatnonzero(~kept)]
+        names = [names[i] for i in np.flatnonzero(kept)]
+        lines = as_lines(names)
+        write_whole(out / NAMES, lambda file: file.write(lines))
+        index["names_sha256"] = hashlib.sha256(lines).hexdigest()
+        if all("/" in name for name in names):
+            folders = [name.split("/")[0] for name in names]
+            classes, labels = np.unique(folders, return_inverse=True)
+            labels = labels.astype(smallest_unsigned(len(classes) - 1))
+            write_whole(out / LABELS, lambda file: np.save(file, labels))
+            index["classes"] = classes.tolist()
+    write_json(out / INDEX, index)
+    for name in (SETTINGS, DONE):
+        (out / name).unlink()
+    return index
+
+
+def _write_kept(file: BinaryIO, part: Path, kept: np.ndarray) -> None:
+    """Write the array of `part` without the rows that are not kept."""
+    array = np.load(part, mmap_mode="r", allow_pickle=False)
+    file.write(_header(array.dtype, (int(kept.sum()), *array.shape[1:])))
+    rows = max(1, BLOCK // array[0].nbytes)
+    for first in range(0, len(array), rows):
+        file.write(array[first : first + rows][kept[first : first + rows]].tobytes())
