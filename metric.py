@@ -23,6 +23,7 @@ from tqdm import tqdm
 import util
 from checkpoint import NotFinite
 from dataset import IMAGENET_STD
+from fid import FrechetDistance
 from loss.perceptual import Perceptual
 from model import in_evaluation_mode
 from similarity import l1, psnr, ssim
@@ -201,6 +202,7 @@ def evaluate(
     progress: bool = False,
     final: bool = True,
     stop: Callable[[], bool] = bool,
+    frechet: FrechetDistance | None = None,
 ) -> dict:
     """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
 
@@ -214,12 +216,14 @@ def evaluate(
         device: where the model is. `progress` shows a bar.
         final: also report the paper's units and the two lower bounds (bicubic, mean colour).
         stop: asked between batches; True in any process ends the evaluation in all of them.
+        frechet: rFID, without images so far, or None.
 
     Returns:
         'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
         positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'ssim',
         'lpips', 'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1,
-        psnr, ssim, lpips, paper}} (both only if `final`), and 'stages' (see `CodeUsage.compute`).
+        psnr, ssim, lpips, paper}} (both only if `final`), 'stages' (see `CodeUsage.compute`),
+        and 'rfid' (only with `frechet`).
 
     Raises:
         util.Interrupted: `stop` ended it.
@@ -240,6 +244,8 @@ def evaluate(
             images = batch.to(device).float() / 255
             reconstruction, indices, _ = model(images)
             metrics["model"].update(images, reconstruction)
+            if frechet is not None:
+                frechet.update(batch.to(device), reconstruction)
             if final:
                 metrics["bicubic"].update(images, bicubic_floor(images, model.f))
                 metrics["mean_colour"].update(images, mean_colour_floor(images))
@@ -265,7 +271,8 @@ def evaluate(
     }
     if final:
         result["floors"] = computed
-    return {**result, "stages": usage.compute()}
+    result["stages"] = usage.compute()
+    return result if frechet is None else {**result, "rfid": frechet.compute()}
 
 
 def format_results(result: dict) -> str:

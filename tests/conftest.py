@@ -77,7 +77,16 @@ SLOW_FILES = [
     "step",
     "train",
 ]
-SLOW_NAMES = ("compile", "graph", "process", "mutations", "gradcheck", "any_size", "lossless")
+SLOW_NAMES = (
+    "compile",
+    "graph",
+    "process",
+    "mutations",
+    "gradcheck",
+    "any_size",
+    "lossless",
+    "inception",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "quantizers", "similarity"},
     {"util"},
-    {"packed", "meter"},
+    {"packed", "meter", "pretrained"},
     {"dataset"},
     {"arguments"},
-    {"loss"},
+    {"loss", "fid"},
     {"model", "metric"},
     {"run", "evaluation", "codec"},
     {"train"},

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from skimage.metrics import structural_similarity
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 import metric
 import util
 from dataset import IMAGENET_STD
+from fid import FrechetDistance
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results
 from similarity import PSNR_CAP, l1, psnr, ssim
@@ -116,6 +116,8 @@ def test_ssim_by_hand():
 
 @pytest.mark.parametrize("size", [(11, 11), (24, 17), (40, 64)])
 def test_ssim_is_that_of_scikit_image(size):
+    from skimage.metrics import structural_similarity
+
     generator = np.random.default_rng(0)
     smooth = generator.random((6, 3, *size)).cumsum(axis=-1) % 1
     smooth[3:] = 0.95 + 0.05 * smooth[3:]  # bright: small variances beside large means
@@ -350,13 +352,19 @@ def test_evaluate_stops_between_batches():
     assert model.training and len(asked) == 4  # before each of three batches, and at the end
 
 
+def mean_colours(images):
+    """Features for rFID."""
+    return images.float().mean(dim=(2, 3))
+
+
 def one_process(rank, folder, shards):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for sizes in shards:
         mine = pictures(7).split(sizes)[rank]
-        results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu"))
+        options = dict(frechet=FrechetDistance(mean_colours))
+        results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu", **options))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -364,11 +372,13 @@ def one_process(rank, folder, shards):
 def test_two_processes_equal_one(tmp_path):
     shards = [(5, 2), (7, 0)]  # uneven, and one that is empty
     torch.multiprocessing.spawn(one_process, (str(tmp_path), shards), nprocs=2)
-    single = evaluate(Fake(), pictures(7).split(3), None, "cpu")
+    options = dict(frechet=FrechetDistance(mean_colours))
+    single = evaluate(Fake(), pictures(7).split(3), None, "cpu", **options)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     for result in first:
         assert result["stages"] == single["stages"]
+        assert result["rfid"] == pytest.approx(single["rfid"], rel=1e-6, abs=1e-9)
         for a, b in ((result, single), (result["floors"]["bicubic"], single["floors"]["bicubic"])):
             assert a["ssim"] == pytest.approx(b["ssim"], rel=1e-6)
             for name in ("l1", "psnr"):
