@@ -542,7 +542,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
         make_run(tmp_path / "twice" / name)
     for flags, part in {
         ("nowhere",): "nowhere holds no results.json",
-        (str(tmp_path / "empty"),): "give finished runs",
+        (str(tmp_path / "empty"),): "holds no results.json: give folders of runs",
         (str(tmp_path / "damaged"),): "damaged",
         (str(tmp_path / "other"),): "lacks args",
         (str(tmp_path / "twice"),): "both RFSQ-2x2048-LN with seed 0",
