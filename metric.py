@@ -241,11 +241,12 @@ def evaluate(
                 break
             if batch is None:  # none of its images could be read
                 continue
-            images = batch.to(device).float() / 255
+            batch = batch.to(device)
+            images = batch.float() / 255
             reconstruction, indices, _ = model(images)
             metrics["model"].update(images, reconstruction)
             if frechet is not None:
-                frechet.update(batch.to(device), reconstruction)
+                frechet.update(batch, reconstruction)
             if final:
                 metrics["bicubic"].update(images, bicubic_floor(images, model.f))
                 metrics["mean_colour"].update(images, mean_colour_floor(images))
