@@ -11,6 +11,7 @@ import argparse
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import scheduler
 from quantizers import QUANTIZERS
@@ -215,6 +216,9 @@ def _add_run(add: Callable) -> None:
         help="steps between checkpoints; default: an epoch")
     add("--eval-interval", number(int, 1), None, MAY_CHANGE,
         help="steps between evaluations; default: an epoch")
+    add("--tensorboard", bool, False, MAY_CHANGE,
+        help="also write the log and the samples for TensorBoard, into the run folder; needs "
+             "`pip install '.[tensorboard]'`")
     add("--profile", number(int, 0, 1000), 0, MAY_CHANGE, metavar="N",
         help="record N steps after the first ten with torch.profiler: trace.json in the run folder")
 # fmt: on
@@ -322,6 +326,8 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         )
     if args.levels is not None and "levels" not in QUANTIZERS[args.quantizer].flags:
         parser.error(f"--levels has no effect on --quantizer {args.quantizer}: leave it out")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs `pip install '.[tensorboard]'`, or leave it out")
     if args.lpips_net is None:
         args.lpips_net = "vgg" if args.perceptual_weight else "none"
     if args.lpips_net == "none" and args.perceptual_weight:

@@ -76,8 +76,24 @@ def write_json(path: Path, value) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def find_runs(names: Iterable[str], file: str) -> list[Path]:
+    """The files named `file` in run folders, folders of them and patterns, each of them once.
+
+    Raises:
+        ValueError: a name without such a file.
+    """
+    found: dict[Path, Path] = {}
+    for name in names:
+        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
+        files = [each for p in paths for each in ([p] if p.is_file() else p.rglob(file))]
+        if not files:
+            raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
+        found |= {each.resolve(): each for each in sorted(files)}
+    return list(found.values())
+
+
 def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """The `results.json` files in files, folders, folders of folders and patterns, each file once.
+    """The `results.json` files that `find_runs` finds.
 
     Returns:
         The results, each with its file as `path`, and one line for each file that is damaged or
@@ -86,15 +102,8 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     Raises:
         ValueError: a name without results.
     """
-    found: dict[Path, Path] = {}
-    for name in names:
-        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
-        files = [file for p in paths for file in ([p] if p.is_file() else p.rglob("results.json"))]
-        if not files:
-            raise ValueError(f"{name} holds no results.json: give finished runs, such as runs/NAME")
-        found |= {file.resolve(): file for file in sorted(files)}
     results, faults = [], []
-    for path in found.values():
+    for path in find_runs(names, "results.json"):
         try:
             run = json.loads(path.read_text())
         except (OSError, ValueError) as error:

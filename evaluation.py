@@ -95,7 +95,7 @@ def evaluate_stages(
         One dictionary a stage. Of the stage alone: what `CodeUsage.compute` gives,
         'residual_rms_before' and 'residual_rms_after' it, and 'fsq_input_rms' (None without an
         FSQ). Of all stages up to it: 'bits' (per position, side information included) and, of the
-        images that they decode to, 'psnr', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
+        images that they decode to, 'psnr', 'ssim', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
     """
     quantizer = model.quantizer
     has_fsq = hasattr(quantizer, "stage_input")

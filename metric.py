@@ -1,4 +1,4 @@
-"""What is reported: L1, PSNR, LPIPS, code usage and bits, over every image of a split.
+"""What is reported: L1, PSNR, SSIM, LPIPS, code usage and bits, over every image of a split.
 
 Sums and counts are kept per image and added up over processes, so that the last partial batch and
 uneven shards weigh what they should. The field's units and the paper's (arXiv 2508.15860):
@@ -7,8 +7,9 @@ uneven shards weigh what they should. The field's units and the paper's (arXiv 2
     field   [0, 1], clamped             peak 1, [0, 1], clamped     [-1, 1], clamped
     paper   ImageNet-normalised         peak 2, ImageNet-normalised [0, 1]
 
-The paper's columns use the reconstruction as the model gives it: its code does not clamp. PSNR is
-taken per image and then averaged. LPIPS: arXiv 1801.03924.
+The paper's columns use the reconstruction as the model gives it: its code does not clamp. PSNR and
+SSIM are taken per image and then averaged. SSIM (Wang et al. 2004, see `ssim`) is of clamped images
+in [0, 1]; the paper does not report it. LPIPS: arXiv 1801.03924.
 """
 
 import math
@@ -22,28 +23,15 @@ from tqdm import tqdm
 import util
 from checkpoint import NotFinite
 from dataset import IMAGENET_STD
+from fid import FrechetDistance
 from loss.perceptual import Perceptual
 from model import in_evaluation_mode
+from similarity import l1, psnr, ssim
 
-PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean must stay finite
 RANGE_TOLERANCE = 0.02  # how far outside [0, 1] an original may lie
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
 MERGE_ABOVE = 2**20  # codes that may wait to be merged, beside as many as are merged already
-COLUMNS = ("l1", "psnr", "lpips", "paper_l1", "paper_psnr", "paper_lpips")
-
-
-def l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of each image: (B, 3, H, W) twice -> (B,), units of the inputs."""
-    return (a - b).abs().flatten(1).mean(dim=1)
-
-
-def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB: (B, 3, H, W) twice -> (B,).
-
-    10 log10(peak^2 / MSE), at most `PSNR_CAP`: equal images count as 100 dB, not as infinity.
-    """
-    mse = (a - b).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(peak**2 / mse)).clamp(max=PSNR_CAP)
+FIELD, PAPER = ("l1", "psnr", "ssim", "lpips"), ("l1", "psnr", "lpips")  # of the table above
 
 
 class ImageMetrics:
@@ -56,7 +44,7 @@ class ImageMetrics:
 
     def __init__(self, perceptual: Perceptual | None, paper: bool = True) -> None:
         self.perceptual, self.paper = perceptual, paper
-        self.names = COLUMNS if paper else COLUMNS[:3]
+        self.names = [*FIELD, *(f"paper_{name}" for name in PAPER if paper)]
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # the last is the count
 
     @torch.no_grad()
@@ -66,7 +54,8 @@ class ImageMetrics:
         Reconstructions may exceed [0, 1]; they are clamped for all units but the paper's.
 
         Raises:
-            ValueError: unequal shapes, originals outside [0, 1], images too small for LPIPS.
+            ValueError: unequal shapes, originals outside [0, 1], images too small for SSIM or
+                LPIPS.
         """
         if images.shape != reconstruction.shape:
             got = f"images {tuple(images.shape)}, reconstruction {tuple(reconstruction.shape)}"
@@ -79,22 +68,23 @@ class ImageMetrics:
             raise ValueError(f"the original images are {low:.3f} to {high:.3f}, not within [0, 1]")
         none = torch.zeros(len(images), device=images.device)
         a, b = images.clamp(0, 1), reconstruction.clamp(0, 1)
-        values = [l1(a, b), psnr(a, b), self.perceptual(a, b) if self.perceptual else none]
+        values = [l1(a, b), psnr(a, b), ssim(a, b)]
+        values += [self.perceptual(a, b) if self.perceptual else none]
         if self.paper:
             # The mean cancels in every difference, so only ImageNet's std is divided by.
             std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
             a, b = images / std, reconstruction / std
             values += [l1(a, b), psnr(a, b, peak=2.0)]
             values += [self.perceptual(images, reconstruction, True) if self.perceptual else none]
-        self.sums[:-1] += torch.stack(values).cpu().double().sum(dim=1)
+        self.sums[:-1] += torch.stack([value.double() for value in values]).sum(dim=1).cpu()
         self.sums[-1] += len(images)
 
     def compute(self) -> dict:
         """Means over the images of all processes (a collective: every process calls it).
 
         Returns:
-            'l1', 'psnr', 'lpips', 'images' (their number), and 'paper' {l1, psnr, lpips} unless
-            the paper's units are left out. LPIPS is None without a network.
+            'l1', 'psnr', 'ssim', 'lpips', 'images' (their number), and 'paper' {l1, psnr, lpips}
+            unless the paper's units are left out. LPIPS is None without a network.
 
         Raises:
             ValueError: if no process had an image.
@@ -108,10 +98,10 @@ class ImageMetrics:
         means = {name: total / images for name, total in zip(self.names, sums, strict=True)}
         if self.perceptual is None:
             means |= {name: None for name in self.names if name.endswith("lpips")}
-        field = {name: means[name] for name in COLUMNS[:3]}
+        field = {name: means[name] for name in FIELD}
         if not self.paper:
             return {**field, "images": int(images)}
-        paper = {name: means[f"paper_{name}"] for name in field}
+        paper = {name: means[f"paper_{name}"] for name in PAPER}
         return {**field, "paper": paper, "images": int(images)}
 
 
@@ -212,6 +202,7 @@ def evaluate(
     progress: bool = False,
     final: bool = True,
     stop: Callable[[], bool] = bool,
+    frechet: FrechetDistance | None = None,
 ) -> dict:
     """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
 
@@ -225,12 +216,14 @@ def evaluate(
         device: where the model is. `progress` shows a bar.
         final: also report the paper's units and the two lower bounds (bicubic, mean colour).
         stop: asked between batches; True in any process ends the evaluation in all of them.
+        frechet: rFID, without images so far, or None.
 
     Returns:
         'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
-        positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'lpips',
-        'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1, psnr,
-        lpips, paper}} (both only if `final`), and 'stages' (see `CodeUsage.compute`).
+        positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'ssim',
+        'lpips', 'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1,
+        psnr, ssim, lpips, paper}} (both only if `final`), 'stages' (see `CodeUsage.compute`),
+        and 'rfid' (only with `frechet`).
 
     Raises:
         util.Interrupted: `stop` ended it.
@@ -248,9 +241,12 @@ def evaluate(
                 break
             if batch is None:  # none of its images could be read
                 continue
-            images = batch.to(device).float() / 255
+            batch = batch.to(device)
+            images = batch.float() / 255
             reconstruction, indices, _ = model(images)
             metrics["model"].update(images, reconstruction)
+            if frechet is not None:
+                frechet.update(batch, reconstruction)
             if final:
                 metrics["bicubic"].update(images, bicubic_floor(images, model.f))
                 metrics["mean_colour"].update(images, mean_colour_floor(images))
@@ -276,7 +272,8 @@ def evaluate(
     }
     if final:
         result["floors"] = computed
-    return {**result, "stages": usage.compute()}
+    result["stages"] = usage.compute()
+    return result if frechet is None else {**result, "rfid": frechet.compute()}
 
 
 def format_results(result: dict) -> str:
@@ -286,14 +283,15 @@ def format_results(result: dict) -> str:
     labels = {"bicubic": f"bicubic x{f}", "mean_colour": "mean colour"}
     rows = {"model": result}
     rows |= {labels[name]: row for name, row in result.get("floors", {}).items()}
-    field = [["", "L1 [0,1]", "PSNR dB (peak 1)", lpips]]
+    field = [["", "L1 [0,1]", "PSNR dB (peak 1)", "SSIM", lpips]]
     paper = [["", "L1 normalised", "PSNR dB (peak 2)", f"{lpips} of [0,1] inputs"]]
     for label, row in rows.items():
         for table, values in ((field, row), (paper, row.get("paper"))):
             if values is None:
                 continue
             distance = f"{values['lpips']:.4f}" if network else "missing"
-            table.append([label, f"{values['l1']:.4f}", f"{values['psnr']:.2f}", distance])
+            ssim = [f"{values['ssim']:.4f}"] if table is field else []
+            table.append([label, f"{values['l1']:.4f}", f"{values['psnr']:.2f}", *ssim, distance])
     stages = [[name.replace("_", " ") for name in result["stages"][0]]]
     for row in result["stages"]:
         stages.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])

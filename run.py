@@ -6,6 +6,7 @@
     best.pt                      the checkpoint of the highest validation PSNR
     samples/step_0000500.png     validation images over their reconstructions
     results.json results.txt     the final evaluation
+    events.out.tfevents.*        with --tensorboard: log and samples for TensorBoard
     lock                         held by the process that trains here
 
 All methods run in the main process alone, unless they say otherwise.
@@ -25,10 +26,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 import util
 from arguments import current_flags, may_change_flags
+from board import Board
 from checkpoint import (
     TEMPORARY,
     NotFinite,
@@ -55,6 +57,7 @@ class RunFolder:
         self.path = Path(path)
         self.log_path = self.path / "metrics.jsonl"
         self.step = 0  # where the run is, for error messages
+        self.board: Board | None = None  # with --tensorboard
 
     # -----------------------------------------------------------------------------------
     # Begin and end
@@ -108,7 +111,11 @@ class RunFolder:
                     f"another process is training in {self.path}: wait for it, or give another "
                     "--save"
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                if self.board:
+                    self.board.close()
 
     def begin(self, args: Namespace, device: torch.device, step: int, steps: int) -> None:
         """Record flags and environment, and discard what is newer than `step`, of an old run.
@@ -125,10 +132,18 @@ class RunFolder:
         for half_written in self.path.glob(f".*{TEMPORARY}"):
             half_written.unlink()
         if not step:
+            Board.remove(self.path)
             for name in ("last.pt", "best.pt", "results.json", "results.txt"):
                 (self.path / name).unlink(missing_ok=True)
             for picture in (self.path / "samples").glob("step_*.png"):
                 picture.unlink()
+        if args.tensorboard:
+            # At the end of a run only its evaluation is repeated: the rest of that step is kept.
+            first = step if step == steps else step + 1
+            self.board = Board(self.path, first if step else None)
+            for record in self.read_log():
+                if record["step"] >= first:
+                    self.board.add(record)
 
     @contextlib.contextmanager
     def explained_errors(self, args: Namespace) -> Iterator[None]:
@@ -155,9 +170,11 @@ class RunFolder:
     # Log
     # -----------------------------------------------------------------------------------
     def log(self, record: dict) -> None:
-        """Append a record to metrics.jsonl."""
+        """Append a record to metrics.jsonl, and to TensorBoard's events."""
         with open(self.log_path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        if self.board:
+            self.board.add(record)
 
     def read_log(self) -> list[dict]:
         """The records of metrics.jsonl; lines that are none are skipped with a warning."""
@@ -253,10 +270,11 @@ class RunFolder:
         tokens = model.encode(originals.to(device))
         decoded = model.decode(*tokens) if isinstance(tokens, tuple) else model.decode(tokens)
         pictures = torch.cat([originals, decoded.float().cpu().clamp(0, 1)])
+        picture = make_grid(pictures, nrow=len(originals))
         path = self.path / "samples" / f"step_{step:07d}.png"
-        write_whole(
-            path, lambda file: save_image(pictures, file, nrow=len(originals), format="png")
-        )
+        write_whole(path, lambda file: save_image(picture, file, format="png"))
+        if self.board:
+            self.board.add_picture(picture, step)
 
     def write_results(self, results: dict, text: str) -> None:
         """Write results.json, and the table `text` as results.txt."""

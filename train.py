@@ -292,7 +292,7 @@ class Training:
                 lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
                 tqdm.write(
                     f"step {step}/{self.steps}  validation: PSNR {result['psnr']:.2f} dB  "
-                    f"L1 {result['l1']:.4f}{lpips}"
+                    f"SSIM {result['ssim']:.4f}  L1 {result['l1']:.4f}{lpips}"
                 )
         return result
 

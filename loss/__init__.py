@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset import IMAGENET_STD
-from loss.perceptual import Perceptual, WeightsMissing, lpips_network
+from loss.perceptual import Perceptual, lpips_network
+from pretrained import WeightsMissing
 
 __all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_network"]
 

@@ -11,9 +11,7 @@ Paper: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Percep
 arXiv 1801.03924.
 """
 
-import os
 import re
-import socket
 import warnings
 from pathlib import Path
 
@@ -24,8 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 import util
-
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer before a download is given up
+from pretrained import WeightsMissing, build_in_all, load_pretrained
 
 # net -> (backbone, torchvision's weights, smallest side whose pooled feature maps are not empty)
 NETS = {
@@ -33,10 +30,6 @@ NETS = {
     "alex": (pretrained_networks.alexnet, AlexNet_Weights.IMAGENET1K_V1, 31),
     "squeeze": (pretrained_networks.squeezenet, SqueezeNet1_1_Weights.IMAGENET1K_V1, 17),
 }
-
-
-class WeightsMissing(ValueError):
-    """The backbone's weights are neither cached nor downloadable, or the file is not usable."""
 
 
 class Perceptual(nn.Module):
@@ -134,39 +127,25 @@ class Perceptual(nn.Module):
 def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
     """The convolutional weights of `net`, under the names that lpips' `backbone` gives them.
 
-    They come from torch.hub's folder, or are downloaded into it.
-
     Raises:
-        WeightsMissing: not cached and not downloadable, damaged, or of another network.
+        WeightsMissing: see `load_pretrained`.
     """
-    url = NETS[net][1].url
-    path = Path(torch.hub.get_dir()).absolute() / "checkpoints" / url.rsplit("/", 1)[-1]
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no argument for it
-    try:
-        # weights_only: a file from a cache folder must not be able to run code.
-        state = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+
+    def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed = {}
         for name, expected in backbone.state_dict().items():
             # torchvision's features.3.weight is slice2.3.weight here: lpips only cuts the list.
             renamed[name] = state[re.sub(r"^slice\d+", "features", name)].float()
             if renamed[name].shape != expected.shape:
                 raise ValueError(f"{name} has shape {tuple(renamed[name].shape)}")
-    except Exception as error:  # no network, no space, a wrong hash; damage can raise anything
-        if path.is_file():
-            what = f"cannot be loaded ({type(error).__name__}): delete it and fetch {url} again"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            what = f"could not be downloaded ({reason}): fetch {url} and put it there"
+        return renamed
+
+    try:
+        return load_pretrained(f"LPIPS-{net}", NETS[net][1].url, rename)
+    except WeightsMissing as error:
         raise WeightsMissing(
-            f"LPIPS-{net} needs {path}, which {what}; "
-            "--lpips-net none --perceptual-weight 0 does without it"
+            f"{error}; --lpips-net none --perceptual-weight 0 does without it"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return renamed
 
 
 def lpips_network(
@@ -174,29 +153,24 @@ def lpips_network(
 ) -> Perceptual | None:
     """The LPIPS network on `device`, the same answer in all processes of a group.
 
-    One process of each machine goes first, so that the weights are downloaded once. If the weights
-    are not available, or images of `side` pixels are too small, a network that is not `needed` is
-    None, which a printed line explains.
+    If the weights are not available, or images of `side` pixels are too small, a network that is
+    not `needed` is None, which a printed line explains.
 
     Raises:
         ValueError: the same problems with a network that is needed (WeightsMissing for weights).
     """
     if net == "none":
         return None
-    network, problem, smallest = None, None, NETS[net][2]
+    smallest = NETS[net][2]
     if side is not None and side < smallest:
         problem = f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}"
         if needed:
             raise ValueError(f"{problem}; give a larger --img-size, or --perceptual-weight 0")
-    for first in (True, False):
-        if first == (os.environ.get("LOCAL_RANK", "0") == "0") and not problem:
-            try:
-                network = Perceptual(net).to(device)
-            except WeightsMissing as error:
-                problem = str(error)
-        problem = next(filter(None, util.from_all(problem)), None)
+        network = None
+    else:
+        network, problem = build_in_all(lambda: Perceptual(net).to(device))
     if problem and needed:
         raise WeightsMissing(problem)
     if problem and util.rank() == 0:
         print(f"LPIPS will be missing from the evaluation: {problem}", flush=True)
-    return None if problem else network
+    return network

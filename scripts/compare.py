@@ -3,7 +3,7 @@
     python scripts/compare.py --load A/last.pt B/last.pt --val-data-path DIR --out compare.png
 
     originals       | image 1 | image 2 | ...
-    A, bits         | reconstructions, the PSNR of each below it
+    A, bits         | reconstructions, PSNR and SSIM of each below it
     A, error        | |difference| in [0, 1], times --amplify, white where it is 1 or more
     B, bits         | ...
 
@@ -27,8 +27,8 @@ from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from checkpoint import write_whole
 from dataset import some
 from evaluation import prepare
-from metric import psnr
 from model import VQVAE
+from similarity import psnr, ssim
 
 CELL, LABEL = 1.75, 2.25  # inches: an image, and the labels beside the rows
 DPI = 150
@@ -56,7 +56,8 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
     blank = [""] * len(originals)
     cells = [("originals", originals, blank)]  # label, images, a caption for each
     for name, images, bits in rows:
-        captions = [f"{value:.2f} dB" for value in psnr(images, originals).tolist()]
+        values = torch.stack([psnr(images, originals), ssim(images, originals)], dim=1).tolist()
+        captions = [f"{decibels:.2f} dB, SSIM {similarity:.3f}" for decibels, similarity in values]
         cells.append((f"{name}\n{bits:.4g} bits a position", images, captions))
         if amplify:
             error = ((images - originals).abs() * amplify).clamp(max=1)

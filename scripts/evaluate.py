@@ -4,7 +4,8 @@
 
 The checkpoint determines the architecture. Below the table, and as "mflop" in the JSON: the
 operations of encoder and decoder for one image. Without LPIPS weights, and with --lpips-net none,
-the table says that LPIPS is missing and holds the rest.
+the table says that LPIPS is missing and holds the rest. --fid adds rFID (see `fid.py`; needs
+torch-fidelity: pip install '.[fid]').
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from checkpoint import write_json
 from evaluation import prepare
+from fid import inception_distance
 from metric import evaluate, format_results
 from model import VQVAE
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate as the flags say and return the results. ValueError for bad input."""
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
+    text = "also report rFID: torch-fidelity's InceptionV3, against the images of the split"
+    parser.add_argument("--fid", action="store_true", help=text)
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
     util.check_outputs(flags.json)
@@ -51,19 +55,31 @@ def main(argv: Sequence[str] | None = None) -> dict:
     loading = flags.batch_size, flags.num_workers
     setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
     model, name, step = setup.models[0], setup.names[0], setup.steps[0]
+    frechet = inception_distance(setup.device) if flags.fid else None
     bar = util.rank() == 0 and sys.stderr.isatty()
+    options = dict(progress=bar, frechet=frechet)
     result = {
         "name": name,
-        **evaluate(model, setup.loader, setup.perceptual, setup.device, progress=bar),
+        **evaluate(model, setup.loader, setup.perceptual, setup.device, **options),
         "mflop": mflop(model, setup.img_size, setup.img_size),
         "val_data": flags.val_data_path,
         "checkpoint": flags.load,
         "step": step,
     }
+    if flags.fid:
+        size = "x".join(map(str, result["image_size"]))
+        result["rfid_method"] = (
+            f"InceptionV3 of torch-fidelity, {result['images']} reconstructions against the same "
+            f"images, resized and centre-cropped to {size}, 8 bits"
+        )
+        result.setdefault("rfid", None)
     if util.rank() == 0:
         operations = ", ".join(f"{part} {count:.1f}" for part, count in result["mflop"].items())
         print(f"{name}, step {step}, {flags.load}\n\n{format_results(result)}")
         print(f"MFLOP an image, without the quantizer: {operations}")
+        if flags.fid:
+            rfid = "missing" if result["rfid"] is None else f"{result['rfid']:.3f}"
+            print(f"rFID {rfid}: {result['rfid_method']}")
         if flags.json:
             write_json(Path(flags.json), {**result, "environment": util.environment(setup.device)})
     return result

@@ -1,4 +1,4 @@
-"""Bytes on disk against PSNR and LPIPS: checkpoints at every k, beside JPEG, WebP and AVIF.
+"""Bytes on disk against PSNR, SSIM and LPIPS: checkpoints at every k, beside JPEG, WebP and AVIF.
 
     python scripts/rate_distortion.py DIR --load runs/NAME/last.pt --json rd.json --figure rd.png
 
@@ -31,12 +31,13 @@ from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec, is_grey, psnr
 from dataset import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
-from metric import PSNR_CAP
+from similarity import PSNR_CAP, SSIM_WINDOW, ssim
 
-# Columns of measurements: bytes without header, bytes of the file, dB, distance.
-PAYLOAD, BYTES, PSNR, LPIPS = range(4)
+# Columns of measurements: bytes without header, bytes of the file, dB, similarity, distance.
+PAYLOAD, BYTES, PSNR, SSIM, LPIPS = range(5)
 RATES = (0.344, 0.625, 1.375, 2.5)  # bpp, where there is no checkpoint
-FORMS = {"bytes": ".0f", "bpp": ".3f", "file_bpp": ".3f", "psnr": ".2f", "lpips": ".4f"}
+FORMS = {"bytes": ".0f", "bpp": ".3f", "file_bpp": ".3f"}
+FORMS |= {"psnr": ".2f", "ssim": ".4f", "lpips": ".4f"}
 STYLES = {  # colours of Okabe and Ito; the files are drawn for the solid lines alone
     "JPEG 4:4:4": ("#e69f00", "-"),
     "JPEG 4:2:0": ("#e69f00", "--"),
@@ -75,30 +76,35 @@ class Ours:
 
 @torch.inference_mode()
 def measure(image: np.ndarray, coder: Callable, perceptual: Perceptual | None) -> np.ndarray:
-    """One uint8 image (H, W, 3) at all settings of a coder: (settings, 4), see `PAYLOAD` ff.
+    """One uint8 image (H, W, 3) at all settings of a coder: (settings, 5), see `PAYLOAD` ff.
 
-    LPIPS is NaN without a network, and for an image that is too small for it.
+    SSIM and LPIPS are NaN for an image that is too small for them, LPIPS without a network too.
     """
+    device = perceptual.scaling.shift.device if perceptual else None
 
     def tensor(pixels: np.ndarray) -> torch.Tensor:
-        on_device = torch.tensor(pixels, device=perceptual.scaling.shift.device)
-        return on_device.permute(2, 0, 1)[None].float() / 255
+        return torch.tensor(pixels, device=device).permute(2, 0, 1)[None].float() / 255
 
-    rows, distance = [], math.nan
-    for payload, size, decoded in coder(image):
-        if perceptual is not None and min(image.shape[:2]) >= perceptual.smallest_side:
-            distance = perceptual(tensor(image), tensor(decoded)).item()
-        rows.append((payload, size, min(psnr(image, decoded), PSNR_CAP), distance))
+    rows, side, original = [], min(image.shape[:2]), tensor(image)
+    similarity = distance = math.nan
+    for payload, size, pixels in coder(image):
+        decoded = tensor(pixels)
+        if side >= SSIM_WINDOW:
+            similarity = ssim(original, decoded).item()
+        if perceptual is not None and side >= perceptual.smallest_side:
+            distance = perceptual(original, decoded).item()
+        decibels = min(psnr(image, pixels), PSNR_CAP)
+        rows.append((payload, size, decibels, similarity, distance))
     return np.array(rows, np.float64)
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the first axis, the images, without NaNs (images without LPIPS)."""
+    """The mean over the first axis, the images, without NaNs (images too small)."""
     return np.ma.masked_invalid(values).mean(axis=0).filled(math.nan)
 
 
 def at_rate(curve: np.ndarray, column: int, target: float) -> np.ndarray | None:
-    """The measurements (4,) of a coder at `target` bytes, from those at its settings (Q, 4).
+    """The measurements (5,) of a coder at `target` bytes, from those at its settings (Q, 5).
 
     Between the last setting whose bytes (`column`) fit and the next one; the last setting itself
     where more bytes are allowed than it takes; None where no setting fits.
@@ -115,16 +121,16 @@ def at_rate(curve: np.ndarray, column: int, target: float) -> np.ndarray | None:
 
 
 def as_row(values: np.ndarray | None, pixels: float) -> dict:
-    """Means over images (4,), or None, as a row of the JSON; `pixels`: their mean number."""
+    """Means over images (5,), or None, as a row of the JSON; `pixels`: their mean number."""
     if values is None:
-        return dict.fromkeys(("bpp", "file_bpp", "bytes", "psnr", "lpips"))
-    payload, size, decibels, distance = values.tolist()
+        return dict.fromkeys(("bpp", "file_bpp", "bytes", "psnr", "ssim", "lpips"))
+    payload, size, *quality = (None if math.isnan(x) else x for x in values.tolist())
     row = {"bpp": 8 * payload / pixels, "file_bpp": 8 * size / pixels, "bytes": size}
-    return {**row, "psnr": decibels, "lpips": None if math.isnan(distance) else distance}
+    return row | dict(zip(("psnr", "ssim", "lpips"), quality, strict=True))
 
 
 def as_rows(settings: Iterable[dict], values: np.ndarray, pixels: float) -> list[dict]:
-    """A row for each setting of a coder, from its measurements (images, settings, 4)."""
+    """A row for each setting of a coder, from its measurements (images, settings, 5)."""
     pairs = zip(settings, mean(values), strict=True)
     return [{**setting, **as_row(row, pixels)} for setting, row in pairs]
 
@@ -133,7 +139,7 @@ def baselines_at(table: dict[str, np.ndarray], target: np.ndarray, pixels: float
     """Rows of the baselines at a rate: at equal bytes without header, then at equal file sizes.
 
     Args:
-        table: measurements of each baseline, (images, qualities, 4).
+        table: measurements of each baseline, (images, qualities, 5).
         target: bytes without header and of the file of every image, (images, 2).
         pixels: mean number of pixels of the images.
     """
@@ -153,7 +159,7 @@ def format_results(result: dict) -> str:
     """The tables as Markdown, one for each rate."""
     net = result["lpips_net"]
     heading = ["coder", "bytes a file", "bpp without header", "bpp of the file", "PSNR dB"]
-    heading += [f"LPIPS-{net}" if net else "LPIPS", "PSNR dB, these bytes for every image"]
+    heading += ["SSIM", f"LPIPS-{net}" if net else "LPIPS", "PSNR dB, these bytes for every image"]
 
     def cell(row: dict, key: str) -> str:
         if row.get(key) is not None:
@@ -175,7 +181,7 @@ def format_results(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """PSNR and LPIPS against bpp: baselines as lines, checkpoints with a marker at each k."""
+    """PSNR, SSIM and LPIPS against bpp: baselines as lines, checkpoints with a marker at each k."""
     lines = []  # label, rows, style, whether to draw the files as well
     for curve in result["curves"]:
         colour, style = STYLES[curve["coder"]]
@@ -189,9 +195,12 @@ def draw(result: dict, path: Path) -> None:
             lines += [(ours["name"] + end, rows, style, True)] if rows else []
     rates = [rate[key] for rate in result["rates"] for key in ("bpp", "file_bpp")]
     left, right = 0.6 * min(rates), 1.7 * max(rates)
-    keys = ["psnr", "lpips"] if result["lpips_net"] else ["psnr"]
-    figure = util.load_figure()(figsize=(6 * len(keys), 6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+    titles = {"psnr": "PSNR, dB", "ssim": "SSIM"}
+    titles["lpips"] = f"LPIPS-{result['lpips_net']}, lower is better"
+    measured = [row for _, rows, _, _ in lines for row in rows]
+    titles = {k: v for k, v in titles.items() if any(row[k] is not None for row in measured)}
+    figure = util.load_figure()(figsize=(6 * len(titles), 6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         seen = []
         for label, rows, style, files in lines:
             names = ("bpp", "file_bpp", key)
@@ -202,9 +211,8 @@ def draw(result: dict, path: Path) -> None:
                 axes.plot(file_x, y, **dotted)
             seen.extend(y[(left <= x) & (x <= right)])
         axes.plot([], [], ":", color="grey", label="the whole file, with header")
-        title = "PSNR, dB" if key == "psnr" else f"LPIPS-{result['lpips_net']}, lower is better"
         axes.set(title=title, xlabel="bits per pixel", xscale="log")
-        axes.set(yscale="linear" if key == "psnr" else "log")
+        axes.set(yscale="log" if key == "lpips" else "linear")
         axes.set(xlim=(left, right), ylim=(0.97 * np.nanmin(seen), 1.03 * np.nanmax(seen)))
         axes.xaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -219,7 +227,7 @@ def rates_of(
 ) -> list[dict]:
     """The baselines beside the checkpoints' rows at the rates of these, equal rates together.
 
-    Without checkpoints, at `RATES`. `ours` and `table`: measurements (images, settings, 4) of each
+    Without checkpoints, at `RATES`. `ours` and `table`: measurements (images, settings, 5) of each
     checkpoint and baseline; `pixels`: of each image.
     """
     targets = {}  # (bpp, bpp of the files): bytes of every image (images, 2), rows of ours
@@ -267,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
         pixels.append(image.shape[0] * image.shape[1])
         measured.append([measure(image, c, perceptual) for c in (*ours, *baselines)])
-    values = [np.stack(images) for images in zip(*measured, strict=True)]  # (images, settings, 4)
+    values = [np.stack(images) for images in zip(*measured, strict=True)]  # (images, settings, 5)
     our_values, table = values[: len(ours)], values[len(ours) :]
     area = float(np.mean(pixels))
     checkpoints, curves, names = [], [], [coder.name for coder in ours]
@@ -289,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "img_size": flags.img_size,
         "lpips_net": perceptual and perceptual.net,
         "method": f"{len(files)} images, {area:.0f} pixels on average. "
-        "bpp: all bits / all pixels. PSNR (peak 255, uint8) and LPIPS: mean over images. "
+        "bpp: all bits / all pixels. PSNR (peak 255, uint8), SSIM and LPIPS: mean over images. "
         "Baselines: one quality for all images, at the rate without headers or of the whole file. "
         "Last column: every image gets the bytes that our file of it has (or, without a "
         "checkpoint, the bytes of this rate).",

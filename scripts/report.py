@@ -38,8 +38,9 @@ PAPER = {
     "RFSQ-4x1024-Scale": (0.103, 0.101, 22.9),
     "RFSQ-4x1024-LN": (0.102, 0.100, 22.9),
 }
-DECIMALS = {"l1": 4, "lpips": 4, "psnr": 2}  # metrics in the order of the paper's columns
-FIELD = ("psnr", "l1", "lpips")  # in the order of the first table
+DECIMALS = {"l1": 4, "lpips": 4, "psnr": 2, "ssim": 4}
+FIELD = ("psnr", "ssim", "l1", "lpips")  # in the order of the first table
+PAPER_METRICS = ("l1", "lpips", "psnr")  # in the order of the paper's columns
 ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
 # Flags that the table states by the results of its runs, and the seed.
 STATED = ("img_size", "batch_size", "lpips_net", "precision", "seed")
@@ -168,8 +169,8 @@ def comparable(row: Row, base: Row) -> bool:
 
 
 def show(runs: Sequence[dict], metric: str) -> str:
-    """Mean and spread of a metric."""
-    values = [run[metric] for run in runs]
+    """Mean and spread of a metric; results of older versions have no SSIM."""
+    values = [run.get(metric) for run in runs]
     return "missing" if None in values else spread(values, DECIMALS[metric])
 
 
@@ -199,9 +200,10 @@ def find_floors(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
 
 def improvements(rows: Sequence[Row]) -> list[list[str]]:
     """Rows of the table of comparisons, each seed against the same seed; above 0 is better."""
+    units = {"l1": "L1, %", "lpips": "LPIPS, %", "psnr": "PSNR, dB", "ssim": "SSIM"}
 
     def gain(metric: str, new: float, old: float) -> float:
-        return new - old if metric == "psnr" else 100 * (old - new) / old
+        return 100 * (old - new) / old if units[metric].endswith("%") else new - old
 
     lines = []
     for row, base in itertools.product(rows, rows):
@@ -209,18 +211,21 @@ def improvements(rows: Sequence[Row]) -> list[list[str]]:
         if not (pairs and comparable(row, base)):
             continue
         theirs = [each.paper for each in (row, base) if each.label == each.name]
-        for i, metric in enumerate(DECIMALS):
-            if None in [run[metric] for pair in pairs for run in pair]:
+        for metric, unit in units.items():
+            if None in [run.get(metric) for pair in pairs for run in pair]:
                 continue
-            decimals, unit = (2, "PSNR, dB") if metric == "psnr" else (1, f"{metric.upper()}, %")
+            decimals = 1 if unit.endswith("%") else DECIMALS[metric]
             ours = [gain(metric, a[metric], b[metric]) for a, b in pairs]
-            paper = [gain(metric, a["paper"][metric], b["paper"][metric]) for a, b in pairs]
-            claim = "–"
-            if len(theirs) == 2 and all(theirs):
-                claim = spread([gain(metric, theirs[0][i], theirs[1][i])], decimals, "+")
+            in_paper_units = claim = "–"
+            if metric in PAPER_METRICS:
+                i = PAPER_METRICS.index(metric)
+                paper = [gain(metric, a["paper"][metric], b["paper"][metric]) for a, b in pairs]
+                in_paper_units = spread(paper, decimals, "+")
+                if len(theirs) == 2 and all(theirs):
+                    claim = spread([gain(metric, theirs[0][i], theirs[1][i])], decimals, "+")
             line = [f"{row.label} against {base.label}", unit, spread(ours, decimals, "+")]
             better = f"{sum(value > 0 for value in ours)} of {len(ours)}"
-            lines.append([*line, spread(paper, decimals, "+"), claim, better])
+            lines.append([*line, in_paper_units, claim, better])
     return lines
 
 
@@ -280,7 +285,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     header = ["configuration", "seeds", "bits", "f", "bpp", "parameters", "PSNR dB (peak 1)"]
     parts = [
         *describe(common, others),
-        util.markdown_table([*header, "L1 [0,1]", lpips], table),
+        util.markdown_table([*header, "SSIM", "L1 [0,1]", lpips], table),
         note,
         "In the paper's units, beside its figures (ImageNet's 1.28 M images, 50 epochs, one seed, "
         "LPIPS-vgg):",
@@ -292,7 +297,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     lines = [(row.label, row.runs, row.paper) for row in rows]
     for label, runs, figures in (*lines, *((*floor, None) for floor in floors.items())):
         theirs = [f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in figures] if figures else "–––"
-        ours = [show([run["paper"] for run in runs], metric) for metric in DECIMALS]
+        ours = [show([run["paper"] for run in runs], metric) for metric in PAPER_METRICS]
         table.append([label, *(cell for pair in zip(ours, theirs, strict=True) for cell in pair)])
     parts.append(util.markdown_table(header, table))
 

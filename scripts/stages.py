@@ -3,8 +3,8 @@
     python scripts/stages.py --load A/last.pt B/last.pt --val-data-path DIR --figures DIR
 
 For every stage: RMS of the residual before and after it, RMS of the input of its FSQ, share of its
-codes that are used, perplexity and first-order entropy; and PSNR, L1 and LPIPS of the images that
-the first k stages decode to. The definitions are in `evaluation.evaluate_stages`. `--figures`
+codes that are used, perplexity and first-order entropy; and PSNR, SSIM, L1 and LPIPS of the images
+that the first k stages decode to. The definitions are in `evaluation.evaluate_stages`. `--figures`
 draws residuals.png and quality.png (matplotlib).
 """
 
@@ -32,6 +32,7 @@ COLUMNS = {  # column: (heading, decimals)
     "perplexity": ("perplexity", 1),
     "entropy_bits": ("entropy bits", 2),
     "psnr": ("PSNR dB", 2),
+    "ssim": ("SSIM", 4),
     "l1": ("L1 [0,1]", 4),
     "lpips": ("LPIPS", 4),
 }
@@ -82,7 +83,7 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
         "RMS of the input of the FSQ": ("stage", 1, column("fsq_input_rms")),
     }
     draw(folder / "residuals.png", labels, panels, "log")
-    titles = {"psnr": "PSNR, dB", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
+    titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
     panels = {title: ("stages decoded", 1, column(name)) for name, title in titles.items()}
     if None in panels["LPIPS"][2][0]:
         del panels["LPIPS"]

@@ -62,6 +62,7 @@ def make_checkpoint(path, *flags, contrast=1.0):
 
 # Whole files of runs, scripts and processes; and, in the others, what compiles or starts a process.
 SLOW_FILES = [
+    "board",
     "benchmark",
     "compress",
     "docs",
@@ -86,6 +87,7 @@ SLOW_NAMES = (
     "gradcheck",
     "any_size",
     "lossless",
+    "inception",
 )
 
 

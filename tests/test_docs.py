@@ -37,10 +37,10 @@ TINY = (
     "--train-data-path synthetic --val-data-path images --train-iters 1 --batch-size 4 "
     "--channel 16 --img-size 32 --perceptual-weight 0 --num-workers 0 --embed-dim 8"
 )
-# Flags of torchrun, SLURM and an example, and the names that flags had before.
+# Flags of torchrun, SLURM, TensorBoard and an example, and the names that flags had before.
 OTHER_FLAGS = {
     *("--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id"),
-    *("--rdzv-endpoint", "--sign-dim", "--codebook-weight", "--codebook-loss-weight"),
+    *("--rdzv-endpoint", "--logdir", "--sign-dim", "--codebook-weight", "--codebook-loss-weight"),
 }
 
 

@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Every room may import from the rooms that stand before it.
 FLOORS = (
-    {"scheduler", "synthetic", "checkpoint", "quantizers"},
+    {"scheduler", "synthetic", "checkpoint", "quantizers", "similarity", "board"},
     {"util"},
-    {"packed", "meter", "tokens", "archive"},
+    {"packed", "meter", "tokens", "archive", "pretrained"},
     {"dataset"},
     {"arguments"},
-    {"loss"},
+    {"loss", "fid"},
     {"model", "metric"},
     {"run", "evaluation", "codec"},
     {"train"},

@@ -216,7 +216,7 @@ def test_missing_weights_are_one_line(empty_cache, monkeypatch):
 
 
 def test_a_server_that_never_answers_is_given_up(empty_cache, monkeypatch):
-    monkeypatch.setattr(perceptual, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr("pretrained.DOWNLOAD_TIMEOUT", 0.2)
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as server:
         serve_from(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}/net-00.pth")

@@ -1,6 +1,8 @@
 import math
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,8 +13,10 @@ from torch.nn.functional import avg_pool2d, interpolate
 import metric
 import util
 from dataset import IMAGENET_STD
+from fid import FrechetDistance
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results
+from similarity import PSNR_CAP, l1, psnr, ssim
 
 STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)
 
@@ -31,7 +35,7 @@ def squeeze(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def flat(*levels, side=4):
+def flat(*levels, side=12):
     """Grey images of the given [0, 1] levels."""
     return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, side, side)
 
@@ -68,13 +72,69 @@ class Fake(nn.Module):
 def test_per_image_values_by_hand():
     a = torch.zeros(3, 3, 2, 2)
     b = torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1).expand_as(a)
-    torch.testing.assert_close(metric.l1(a, b), torch.tensor([0.1, 0.01, 0.0]))
-    torch.testing.assert_close(metric.psnr(a, b), torch.tensor([20.0, 40.0, metric.PSNR_CAP]))
-    assert metric.psnr(a, b, peak=2.0)[0].item() == pytest.approx(26.0206, abs=1e-4)
+    torch.testing.assert_close(l1(a, b), torch.tensor([0.1, 0.01, 0.0]))
+    torch.testing.assert_close(psnr(a, b), torch.tensor([20.0, 40.0, PSNR_CAP]))
+    assert psnr(a, b, peak=2.0)[0].item() == pytest.approx(26.0206, abs=1e-4)
     half = torch.zeros(1, 3, 2, 2)
     half[:, :, 0] = 0.2  # half of the pixels: MSE 0.02, L1 0.1
-    assert metric.l1(a[:1], half).item() == pytest.approx(0.1)
-    assert metric.psnr(a[:1], half).item() == pytest.approx(-10 * math.log10(0.02), abs=1e-4)
+    assert l1(a[:1], half).item() == pytest.approx(0.1)
+    assert psnr(a[:1], half).item() == pytest.approx(-10 * math.log10(0.02), abs=1e-4)
+
+
+def test_ssim_by_hand():
+    """One window of 11 pixels: weighted means and covariances in plain Python, and two limits."""
+    weights = [math.exp(-(i**2) / 4.5) for i in range(-5, 6)]
+    weights = [w / sum(weights) for w in weights]
+    row = [0.1, 0.3, 0.2, 0.9, 0.5, 0.6, 0.4, 0.8, 0.7, 0.0, 1.0]
+    other = [0.2, 0.3, 0.1, 0.7, 0.6, 0.6, 0.5, 0.5, 0.8, 0.1, 0.9]
+
+    def mean(values):
+        return sum(w * x for w, x in zip(weights, values, strict=True))
+
+    m_a, m_b = mean(row), mean(other)
+    s_a, s_b = mean([x * x for x in row]) - m_a**2, mean([x * x for x in other]) - m_b**2
+    s_ab = mean([x * y for x, y in zip(row, other, strict=True)]) - m_a * m_b
+    c1, c2 = 0.0001, 0.0009
+    expected = (2 * m_a * m_b + c1) * (2 * s_ab + c2)
+    expected /= (m_a**2 + m_b**2 + c1) * (s_a + s_b + c2)
+    # The same in all rows, and in one of the three channels; the others are equal: 1.
+    a, b = (torch.tensor(values).expand(1, 3, 11, 11).clone() for values in (row, other))
+    b[:, 1:] = a[:, 1:]
+    assert ssim(a, b).item() == pytest.approx((expected + 2) / 3, abs=1e-6)
+    assert ssim(a.mT, b.mT).item() == pytest.approx((expected + 2) / 3, abs=1e-6)
+
+    images = pictures(2, 24) / 255
+    assert ssim(images, images).tolist() == [1, 1]
+    flat_areas = flat(0.95) + 0.01 * torch.randn(1, 3, 12, 12)
+    noisy = flat_areas + 0.01 * torch.randn_like(flat_areas)
+    exact = ssim(flat_areas.double(), noisy.double()).item()
+    assert ssim(flat_areas, noisy).item() == pytest.approx(exact, abs=5e-6)
+    # Constant images have no structure: only the means differ.
+    black_and_white = ssim(flat(0.0, 0.5), flat(1.0, 0.5))
+    assert black_and_white.tolist() == pytest.approx([c1 / (1 + c1), 1], abs=1e-6)
+    # A corner lies in one window alone: the border is not padded.
+    images = images.double()  # for its weight of 1e-6
+    changed = images.clone()
+    changed[0, :, 0, 0] = 1 - changed[0, :, 0, 0]
+    assert 1 - 1e-6 < ssim(images, changed)[0] < 1 and ssim(images, changed)[1] == 1
+
+
+@pytest.mark.parametrize("size", [(11, 11), (24, 17), (40, 64)])
+def test_ssim_is_that_of_scikit_image(size):
+    from skimage.metrics import structural_similarity
+
+    generator = np.random.default_rng(0)
+    smooth = generator.random((6, 3, *size)).cumsum(axis=-1) % 1
+    smooth[3:] = 0.95 + 0.05 * smooth[3:]  # bright: small variances beside large means
+    noisy = (smooth + generator.normal(0, 0.02, smooth.shape)).clip(0, 1)
+    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)
+    expected = [
+        structural_similarity(a, b, channel_axis=0, **options)
+        for a, b in zip(smooth, noisy, strict=True)
+    ]
+    a, b = torch.tensor(smooth), torch.tensor(noisy)
+    assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-12)
+    assert ssim(a.float(), b.float()).tolist() == pytest.approx(expected, abs=5e-5)
 
 
 def test_field_and_paper_units_by_hand():
@@ -86,6 +146,9 @@ def test_field_and_paper_units_by_hand():
     assert result["psnr"] == pytest.approx((20 + 40) / 2, abs=1e-3)  # not the PSNR of the mean MSE
     assert result["paper"]["l1"] == pytest.approx(0.055 * (1 / STD).mean().item(), rel=1e-5)
     mse = (1 / STD**2).mean().item()  # of a difference of 1 in [0, 1]
+    similarity = [(2 * 0.5 * x + 1e-4) / (0.25 + x**2 + 1e-4) for x in (0.6, 0.51)]
+    assert result["ssim"] == pytest.approx(sum(similarity) / 2, abs=1e-6)
+    assert "ssim" not in result["paper"]
     expected = [10 * math.log10(4 / (mse * d**2)) for d in (0.1, 0.01)]
     assert result["paper"]["psnr"] == pytest.approx(sum(expected) / 2, abs=1e-3)
 
@@ -95,6 +158,7 @@ def test_only_the_field_s_units_are_clamped():
     metrics.update(flat(1.0, 0.0), flat(1.3, -0.3))
     result = metrics.compute()
     assert result["l1"] == pytest.approx(0, abs=1e-6) and result["psnr"] > 99
+    assert result["ssim"] == pytest.approx(1, abs=1e-6)
     assert result["paper"]["l1"] == pytest.approx(0.3 * (1 / STD).mean().item(), rel=1e-5)
     assert result["paper"]["psnr"] < 20
 
@@ -134,6 +198,8 @@ def test_bad_images_are_refused(squeeze):
         ImageMetrics(None).update(flat(0.5, 0.5), flat(0.5))
     with pytest.raises(ValueError, match="at least 17 pixels"):
         ImageMetrics(squeeze).update(flat(0.5, side=16), flat(0.5, side=16))
+    with pytest.raises(ValueError, match="at least 11 pixels a side; got 11x10"):
+        ImageMetrics(None).update(torch.ones(1, 3, 11, 10), torch.ones(1, 3, 11, 10))
 
 
 # ---------------------------------------------------------------------------- floors
@@ -242,17 +308,22 @@ def test_evaluate(squeeze):
     expected = ImageMetrics(squeeze)
     expected.update(images / 255, model(images / 255)[0])
     expected = expected.compute()
+    assert result["ssim"] == pytest.approx(expected["ssim"], rel=1e-5)
     for name in ("l1", "psnr", "lpips"):
         assert result[name] == pytest.approx(expected[name], rel=1e-5)
         assert result["paper"][name] == pytest.approx(expected["paper"][name], rel=1e-5)
     floors = result["floors"]
     assert floors["bicubic"]["psnr"] > floors["mean_colour"]["psnr"] > 5
+    assert floors["bicubic"]["ssim"] > floors["mean_colour"]["ssim"] > 0
     assert [stage["tokens"] for stage in result["stages"]] == [125, 125]
 
     text = format_results(result)
     for part in ("PSNR dB (peak 1)", "L1 [0,1]", "LPIPS-squeeze", "bicubic x4", "mean colour"):
         assert part in text
     assert f"{result['psnr']:.2f}" in text and f"{result['paper']['l1']:.4f}" in text
+    model = re.findall("^model +(.*)", text, re.M)  # in the field's units, and in the paper's
+    assert f"{result['psnr']:.2f}  {result['ssim']:.4f}" in re.sub(" +", "  ", model[0])
+    assert [len(line.split()) for line in model] == [4, 3]
     assert "46 bits per position, f = 4, 2.875 bpp" in text and "missing" not in text
 
 
@@ -286,13 +357,19 @@ def test_evaluate_stops_between_batches():
     assert model.training and len(asked) == 4  # before each of three batches, and at the end
 
 
+def mean_colours(images):
+    """Features for rFID."""
+    return images.float().mean(dim=(2, 3))
+
+
 def one_process(rank, folder, shards):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for sizes in shards:
         mine = pictures(7).split(sizes)[rank]
-        results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu"))
+        options = dict(frechet=FrechetDistance(mean_colours))
+        results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu", **options))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -300,12 +377,15 @@ def one_process(rank, folder, shards):
 def test_two_processes_equal_one(tmp_path):
     shards = [(5, 2), (7, 0)]  # uneven, and one that is empty
     torch.multiprocessing.spawn(one_process, (str(tmp_path), shards), nprocs=2)
-    single = evaluate(Fake(), pictures(7).split(3), None, "cpu")
+    options = dict(frechet=FrechetDistance(mean_colours))
+    single = evaluate(Fake(), pictures(7).split(3), None, "cpu", **options)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     for result in first:
         assert result["stages"] == single["stages"]
+        assert result["rfid"] == pytest.approx(single["rfid"], rel=1e-6, abs=1e-9)
         for a, b in ((result, single), (result["floors"]["bicubic"], single["floors"]["bicubic"])):
+            assert a["ssim"] == pytest.approx(b["ssim"], rel=1e-6)
             for name in ("l1", "psnr"):
                 assert a[name] == pytest.approx(b[name], rel=1e-6)
                 assert a["paper"][name] == pytest.approx(b["paper"][name], rel=1e-6)

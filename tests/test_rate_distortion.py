@@ -22,6 +22,7 @@ from dataset import read_image
 from model import VQVAE
 from scripts import compress
 from scripts import rate_distortion as rd
+from similarity import ssim
 from synthetic import SyntheticDataset
 
 SIDE, IMAGES = 32, 3
@@ -136,14 +137,18 @@ def test_avif_header_of_real_files():
 # Measuring, and meeting a rate
 # ---------------------------------------------------------------------------------------
 def test_measurements_by_hand():
-    image = np.full((8, 8, 3), 100, np.uint8)
+    image = np.full((8, 8, 3), 100, np.uint8)  # too small for SSIM
     other = image.copy()
     other[0, 0] = (110, 100, 90)  # squares 100, 0 and 100 over 192 values
     rows = rd.measure(image, lambda _: [(10, 30, other), (11, 31, image)], None)
     assert rows[:, : rd.PSNR].tolist() == [[10, 30], [11, 31]]
     assert rows[0, rd.PSNR] == pytest.approx(10 * math.log10(255**2 / (200 / 192)))
     assert rows[1, rd.PSNR] == 100.0  # equal images: the cap, not infinity
-    assert np.isnan(rows[:, rd.LPIPS]).all()
+    assert np.isnan(rows[:, [rd.SSIM, rd.LPIPS]]).all()
+    image, other = pictures(2, 12)
+    (row,) = rd.measure(image, lambda _: [(1, 2, other)], None)
+    a, b = (torch.tensor(x).permute(2, 0, 1)[None] / 255 for x in (image, other))
+    assert row[rd.SSIM] == pytest.approx(ssim(a, b).item()) and 0 < row[rd.SSIM] < 1
 
 
 def test_lpips_of_the_right_images_in_the_right_range():
@@ -168,30 +173,27 @@ def test_lpips_of_the_right_images_in_the_right_range():
     assert row[rd.LPIPS] == pytest.approx(0.6)
     (row,) = rd.measure(image[:7], lambda _: [(1, 2, other[:7])], spy)  # too small
     assert math.isnan(row[rd.LPIPS])
-    assert rd.mean(np.array([[1.0, math.nan, math.nan], [3.0, 0.5, math.nan]]))[:2].tolist() == [
-        2.0,
-        0.5,
-    ]
+    means = rd.mean(np.array([[1.0, math.nan, math.nan], [3.0, 0.5, math.nan]]))
+    assert means[:2].tolist() == [2.0, 0.5] and math.isnan(means[2])
 
 
 def curve():
-    """10 dB and -0.1 LPIPS for each doubling of the bytes; 100 bytes of header."""
-    sizes = (100, 200, 800)
-    return np.array(
-        [(s, s + 100, 10 * math.log2(s / 100), 1 - 0.1 * i) for i, s in enumerate(sizes)]
-    )
+    """Sizes 100, 200 and 800: 10 dB for each doubling; 100 bytes of header."""
+    rows = [(100, 0.7, 1.0), (200, 0.8, 0.9), (800, 0.9, 0.8)]  # bytes, SSIM, LPIPS
+    return np.array([(s, s + 100, 10 * math.log2(s / 100), *quality) for s, *quality in rows])
 
 
 def test_a_rate_between_two_qualities_is_met_exactly():
     row = rd.at_rate(curve(), rd.PAYLOAD, 400)  # half way from 200 to 800, in the logarithm
-    assert row == pytest.approx([400, math.sqrt(300 * 900), 20.0, 0.85])
+    assert row == pytest.approx([400, math.sqrt(300 * 900), 20.0, 0.85, 0.85])
     row = rd.at_rate(curve(), rd.BYTES, 900)
     assert row == pytest.approx(curve()[2])
     assert rd.at_rate(curve(), rd.PAYLOAD, 200) == pytest.approx(curve()[1])
     assert rd.at_rate(curve(), rd.PAYLOAD, 5000) == pytest.approx(curve()[2])  # no more to spend
     assert rd.at_rate(curve(), rd.PAYLOAD, 99.9) is None
     # Where the bytes fall although the quality rises, the baseline has the better of the two.
-    bent = np.array([(100, 200, 10, 0.0), (300, 400, 20, 0), (200, 300, 30, 0), (800, 900, 40, 0)])
+    bent = [(100, 200, 10, 0, 0), (300, 400, 20, 0, 0), (200, 300, 30, 0, 0), (800, 900, 40, 0, 0)]
+    bent = np.array(bent, float)
     assert rd.at_rate(bent, rd.PAYLOAD, 250)[rd.PSNR] > 30
 
 
@@ -271,11 +273,13 @@ def test_json_table_and_figure(files, tmp_path, capsys):
             key = "bpp" if row["matched"] == "without header" else "file_bpp"
             if row["psnr"] is not None:  # met exactly, or its best quality is cheaper
                 assert row[key] <= rate["ours"][0][key] * (1 + 1e-9)
-                assert f"| {row['bpp']:.3f} | {row['file_bpp']:.3f} | {row['psnr']:.2f}" in text
+                line = f"| {row['bpp']:.3f} | {row['file_bpp']:.3f} | {row['psnr']:.2f}"
+                assert f"{line} | {row['ssim']:.4f} | missing |" in text
     for found in result["curves"]:
         assert [row["quality"] for row in found["rows"]] == [0, 30, 60, 90]
         assert found["rows"][0]["bytes"] < found["rows"][-1]["bytes"]
         assert found["rows"][0]["psnr"] < found["rows"][-1]["psnr"]
+        assert 0 < found["rows"][0]["ssim"] < found["rows"][-1]["ssim"] < 1
 
 
 def test_codecs_alone_at_the_usual_rates_and_images_of_any_size(tmp_path, capsys):

@@ -49,7 +49,7 @@ def make_run(folder: Path, flags: list[str] = (), seed: int = 0, **changes) -> P
     lpips = changes.pop("lpips", 0.2 + seed / 100)
     l1 = changes.pop("l1", 0.05 + seed / 1000)
     psnr = changes.pop("psnr", 25.0 + seed)
-    floor = {"l1": 0.06, "psnr": 21.5, "lpips": 0.3}
+    floor = {"l1": 0.06, "psnr": 21.5, "ssim": 0.65, "lpips": 0.3}
     floor["paper"] = {"l1": 0.26, "psnr": 14.5, "lpips": 0.28}
     results = {
         "name": args["name"] or quantizer.name,
@@ -60,6 +60,7 @@ def make_run(folder: Path, flags: list[str] = (), seed: int = 0, **changes) -> P
         "bpp": quantizer.bits / 16,
         "l1": l1,
         "psnr": psnr,
+        "ssim": 0.8 + seed / 50,
         "lpips": lpips,
         "lpips_net": "alex",
         "paper": {"l1": l1 * 4, "psnr": psnr - 7, "lpips": lpips and lpips * 0.9},
@@ -346,18 +347,19 @@ def test_report_states_values_spread_paper_and_floors(tmp_path, capsys):
     assert capsys.readouterr().out == text
     assert text.count("\n## ") == 1 and "Not to be compared" not in text
     field, paper = cells(text, "RFSQ-2x2048-LN")
-    # Mean and sample standard deviation of 25, 26, 27; 0.050, 0.051, 0.052; 0.20, 0.21, 0.22.
+    # Mean and sample standard deviation of 25, 26, 27; 0.80, 0.82, 0.84; 0.050, 0.051, 0.052;
+    # 0.20, 0.21, 0.22.
     assert field == [
         *["3", "22.00", "4", "1.375", "1,063,687"],
-        *["26.00 ± 1.00", "0.0510 ± 0.0010", "0.2100 ± 0.0100"],
+        *["26.00 ± 1.00", "0.8200 ± 0.0200", "0.0510 ± 0.0010", "0.2100 ± 0.0100"],
     ]
     assert paper == [
         *["0.2040 ± 0.0040", "0.124", "0.1890 ± 0.0090", "0.148", "19.00 ± 1.00", "21.3"],
     ]
     field, paper = cells(text, "FSQ 12 bits")
     assert field[0] == "1" and field[5] == "27.12" and paper[1::2] == ["0.143", "0.182", "20.3"]
-    assert cells(text, "bicubic x4")[0][-3:] == ["21.50", "0.0600", "0.3000"]
-    assert cells(text, "mean colour")[0][-3] == "12.25"
+    assert cells(text, "bicubic x4")[0][-4:] == ["21.50", "0.6500", "0.0600", "0.3000"]
+    assert cells(text, "mean colour")[0][-4] == "12.25"
     assert cells(text, "bicubic x4")[1] == ["0.2600", "–", "0.2800", "–", "14.50", "–"]
     assert "L1 normalised" in text and "LPIPS-alex" in text and "LPIPS-alex of [0,1]" in text
     origin = "RFSQ-2x2048-LN: 1,000 steps, 128,000 images seen; seeds 0, 1, 2, commit 0123456789"
@@ -368,7 +370,8 @@ def test_report_recomputes_the_claims_from_pairs_of_seeds(tmp_path):
     ln, base = [0.045, 0.040, 0.048], [0.050, 0.050, 0.050]
     for seed in range(3):
         make_run(tmp_path / f"ln{seed}", ["--rfsq-stages=4"], seed, l1=ln[seed], lpips=0.1)
-        make_run(tmp_path / f"none{seed}", none(4), seed, l1=base[seed], lpips=0.125, psnr=24.5)
+        values = dict(l1=base[seed], lpips=0.125, psnr=24.5, ssim=0.75)
+        make_run(tmp_path / f"none{seed}", none(4), seed, **values)
     make_run(tmp_path / "none9", none(4), 9, l1=0.9)  # without a partner
     text = report.main([str(tmp_path)])
     rows = cells(text, "RFSQ-4x1024-LN against RFSQ-4x1024-None")
@@ -377,6 +380,8 @@ def test_report_recomputes_the_claims_from_pairs_of_seeds(tmp_path):
     assert rows[0] == ["L1, %", *[f"{mean:+.1f} ± {std:.1f}"] * 2, "+9.7", "3 of 3"]
     assert rows[1] == ["LPIPS, %", *["+20.0 ± 0.0"] * 2, "+17.4", "3 of 3"]
     assert rows[2] == ["PSNR, dB", *["+1.50 ± 1.00"] * 2, "+0.70", "3 of 3"]
+    # 0.80, 0.82, 0.84 against 0.75; the paper reports no SSIM.
+    assert rows[3] == ["SSIM", "+0.0700 ± 0.0200", "–", "–", "3 of 3"]
 
 
 def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
@@ -468,12 +473,14 @@ def test_rows_have_the_names_of_their_runs(tmp_path):
 
 
 def test_results_of_older_versions_are_read(tmp_path):
-    """No name among the flags, and flags that have other names today."""
+    """No name among the flags, flags that have other names today, and no SSIM."""
     for name, seed in (("lfq_4096", 0), ("rfsq_2x2048_ln", 0), ("rfsq_2x2048_none", 0)):
         flags = script_flags(name)
         folder = make_run(tmp_path / "old" / name, flags, seed)
         results = json.loads((folder / "results.json").read_text())
         results["name"] = build_quantizer(get_args(flags)).name
+        for values in (results, *results["floors"].values()):
+            del values["ssim"]
         args = results["args"]
         args["codebook_weight"] = args.pop("quantizer_loss_weight")
         args["codebook_loss_weight"] = 0.5 if name == "lfq_4096" else args["commitment_weight"]
@@ -484,6 +491,8 @@ def test_results_of_older_versions_are_read(tmp_path):
     text = report.main([str(tmp_path)])
     assert text.count("\n## ") == 1 and "Not to be compared" not in text
     assert cells(text, "RFSQ-2x2048-None")[0][0] == "2"
+    assert cells(text, "RFSQ-2x2048-LN")[0][5:] == ["25.00", "missing", "0.0500", "0.2000"]
+    assert cells(text, "bicubic x4")[0][-4:] == ["21.50", "missing", "0.0600", "0.3000"]
     assert cells(text, "LFQ 12 bits, commitment weight 0.5")[1][1] == "0.241"
     assert cells(text, "RFSQ-2x2048-LN against RFSQ-2x2048-None")[0][3] == "+4.6"
 
@@ -511,7 +520,7 @@ def test_floors_show_that_validation_images_differ(tmp_path):
     make_run(tmp_path / "b", none(2), floors=results["floors"])
     text = report.main([str(tmp_path)])
     assert "validation images are not the same" in text and "from 21.50 to 21.70 dB" in text
-    assert cells(text, "bicubic x4")[0][-3] == "21.60 ± 0.14"
+    assert cells(text, "bicubic x4")[0][-4] == "21.60 ± 0.14"
 
 
 def test_report_writes_a_file_and_takes_patterns(tmp_path, capsys):
@@ -533,7 +542,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
         make_run(tmp_path / "twice" / name)
     for flags, part in {
         ("nowhere",): "nowhere holds no results.json",
-        (str(tmp_path / "empty"),): "give finished runs",
+        (str(tmp_path / "empty"),): "holds no results.json: give folders of runs",
         (str(tmp_path / "damaged"),): "damaged",
         (str(tmp_path / "other"),): "lacks args",
         (str(tmp_path / "twice"),): "both RFSQ-2x2048-LN with seed 0",

@@ -16,9 +16,9 @@ import loss.perceptual
 import util
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from evaluation import evaluate_stages, prepare
-from metric import psnr
 from model import load_model
 from scripts import compare, evaluate, stages
+from similarity import psnr, ssim
 from synthetic import SyntheticDataset
 
 pytestmark = pytest.mark.usefixtures("no_lpips")
@@ -129,7 +129,7 @@ def test_all_stages_together_are_what_evaluate_reports(name, files, capsys):
     whole = evaluate.main([*where, "--batch-size=2"])
     result = run(files, name)
     rows = result["checkpoints"][0]["stages"]
-    for key in ("psnr", "l1", "lpips", "bits"):
+    for key in ("psnr", "ssim", "l1", "lpips", "bits"):
         assert rows[-1][key] == whole[key], key
     assert rows[-1]["paper"] == whole["paper"] and rows[-1]["lpips"] is None
     for row, other in zip(rows, whole["stages"], strict=True):
@@ -257,7 +257,8 @@ def test_picture_has_the_originals_reconstructions_and_errors(files, tmp_path, m
     model = load_model(files / "image.pt")[0]
     indices, statistics = model.encode(chosen.float() / 255)
     decoded = model.decode(indices, statistics).clamp(0, 1)
-    quality = psnr(decoded, chosen.float() / 255)
+    pair = decoded, chosen.float() / 255
+    captions = [f"{x:.2f} dB, SSIM {y:.3f}" for x, y in zip(psnr(*pair), ssim(*pair), strict=True)]
     for column in (0, 1):
         original = chosen[column].permute(1, 2, 0).numpy().astype(int)
         image = decoded[column].permute(1, 2, 0).numpy() * 255
@@ -265,7 +266,7 @@ def test_picture_has_the_originals_reconstructions_and_errors(files, tmp_path, m
         assert np.abs(shown(3, column) - image).max() <= 0.51  # of the second checkpoint
         error = np.clip(3 * np.abs(image - original), 0, 255)
         assert np.abs(shown(4, column) - error).max() <= 0.51
-        assert cells[3, column].get_xlabel() == f"{quality[column]:.2f} dB"
+        assert cells[3, column].get_xlabel() == captions[column]
         assert cells[4, column].get_xlabel() == cells[0, column].get_xlabel() == ""
     labels = [axes.get_ylabel() for axes in cells[:, 0]]
     assert labels[0] == "originals" and labels[1] == "rfsq-2x2048-none\n22 bits a position"

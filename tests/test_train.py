@@ -87,7 +87,20 @@ def test_twenty_steps_learn_and_evaluate_agrees(flags, tmp_path, monkeypatch):
     assert len(records(run, "train")[-1]["codes_in_batch"]) == len(results["stages"])
 
     again = evaluate.main([f"--load={run / 'last.pt'}", "--val-data-path=synthetic"])
-    for key in ("images", "bits", "f", "bpp", "l1", "psnr", "lpips", "paper", "floors", "stages"):
+    keys = (
+        "images",
+        "bits",
+        "f",
+        "bpp",
+        "l1",
+        "psnr",
+        "ssim",
+        "lpips",
+        "paper",
+        "floors",
+        "stages",
+    )
+    for key in keys:
         assert close(again[key], results[key]), (key, again[key], results[key])
 
 
@@ -108,6 +121,7 @@ def test_run_folder_holds_everything(photographs, tmp_path, monkeypatch, capsys)
     assert json.loads((run / "results.json").read_text()) == results
     assert (run / "results.txt").read_text().strip() in out
     assert "LPIPS is missing" in out and "step 6/6" in out
+    assert f"SSIM {results['ssim']:.4f}  L1 {results['l1']:.4f}\n" in out
     best = max(records(run, "val"), key=lambda record: record["psnr"])
     assert load_checkpoint(run / "best.pt")["step"] == best["step"]
     assert load_checkpoint(run / "last.pt")["step"] == 6

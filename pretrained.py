@@ -1,0 +1,63 @@
+"""Weights of pretrained networks: from torch.hub's folder, or downloaded into it once."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+import util
+
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer before a download is given up
+Network = TypeVar("Network")
+
+
+class WeightsMissing(ValueError):
+    """A network's weights are neither cached nor downloadable, or the file is not usable."""
+
+
+def load_pretrained(name: str, url: str, build: Callable[[dict[str, Tensor]], Network]) -> Network:
+    """What `build` makes of the state dict at `url`, which never executes anything.
+
+    `name` says in the error message what needs the weights.
+
+    Raises:
+        WeightsMissing: the file is not cached and not downloadable, damaged, or of another network.
+    """
+    path = Path(torch.hub.get_dir()).absolute() / "checkpoints" / url.rsplit("/", 1)[-1]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no argument for it
+    try:
+        # weights_only: a file from a cache folder must not be able to run code.
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+        return build(state)
+    except Exception as error:  # no network, no space, a wrong hash; damage can raise anything
+        if path.is_file():
+            what = f"cannot be loaded ({type(error).__name__}): delete it and fetch {url} again"
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            what = f"could not be downloaded ({reason}): fetch {url} and put it there"
+        raise WeightsMissing(f"{name} needs {path}, which {what}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def build_in_all(build: Callable[[], Network]) -> tuple[Network | None, str | None]:
+    """(network, None) in all processes of a group, or (None, why its weights are missing) in all.
+
+    A collective. One process of each machine goes first, so that weights are downloaded once.
+    """
+    network, problem = None, None
+    for first in (True, False):
+        if first == (os.environ.get("LOCAL_RANK", "0") == "0") and not problem:
+            try:
+                network = build()
+            except WeightsMissing as error:
+                problem = str(error)
+        problem = next(filter(None, util.from_all(problem)), None)
+    return (None, problem) if problem else (network, None)

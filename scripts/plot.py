@@ -1,0 +1,101 @@
+"""Training loss and validation metrics of any runs against the step, as one picture.
+
+    python scripts/plot.py runs/A runs/B --out curves.png
+
+Reads metrics.jsonl alone, so runs that are still training can be drawn as well. Lines of the log
+that are damaged are skipped with a warning. Needs matplotlib: pip install '.[figures]'.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import util
+from arguments import Parser
+from checkpoint import find_runs, write_whole
+from run import RunFolder
+
+PANELS = {  # (kind of the record, its number): title of the panel
+    ("train", "loss"): "training loss",
+    ("val", "psnr"): "validation PSNR, dB",
+    ("val", "ssim"): "validation SSIM",
+    ("val", "l1"): "validation L1 on [0, 1]",
+    ("val", "lpips"): "validation LPIPS",
+}
+SIZE = (5, 4)  # inches of a panel
+
+
+def curve(records: Sequence[dict], kind: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) of the records of a kind that have a number under `key`."""
+    rows = [(record["step"], record.get(key)) for record in records if record["kind"] == kind]
+    return [(step, value) for step, value in rows if isinstance(value, int | float)]
+
+
+def read_curves(names: Sequence[str]) -> dict[str, dict[str, list]]:
+    """{title of a panel: {run: curve}}, without empty ones; runs by the folders that differ.
+
+    Raises:
+        ValueError: a name without a log, or nothing to draw in any of them.
+    """
+    folders = [path.parent for path in find_runs(names, "metrics.jsonl")]
+    parents = [folder.absolute().parent for folder in folders]
+    curves: dict[str, dict[str, list]] = {}
+    for folder in folders:
+        records = RunFolder(folder).read_log()
+        if not records:
+            print(f"warning: {folder} has no whole line in its metrics.jsonl: left out", flush=True)
+        label = os.path.relpath(folder.absolute(), os.path.commonpath(parents))
+        for (kind, key), title in PANELS.items():
+            if points := curve(records, kind, key):
+                curves.setdefault(title, {})[label] = points
+    if not curves:
+        raise ValueError(f"{', '.join(names)}: there is nothing to draw yet: give other runs")
+    return {title: curves[title] for title in PANELS.values() if title in curves}
+
+
+def draw(curves: dict[str, dict[str, list]]):
+    """The picture, a matplotlib Figure: a panel for each title, a colour for each run."""
+    labels = list(dict.fromkeys(label for lines in curves.values() for label in lines))
+    size = (SIZE[0] * len(curves), SIZE[1] + 0.2 * len(labels))
+    figure = util.load_figure()(figsize=size, layout="constrained")
+    handles = {}
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (title, lines) in zip(panels, curves.items(), strict=True):
+        for label, points in lines.items():
+            x, y = zip(*points, strict=True)
+            style = dict(marker="." if len(points) < 50 else None, color=f"C{labels.index(label)}")
+            (handles[label],) = axes.plot(x, y, linewidth=1, **style)
+        positive = all(y > 0 for points in lines.values() for _, y in points)
+        scale = "log" if title == PANELS["train", "loss"] and positive else "linear"  # LFQ's: both
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Draw as the flags say and return the path of the picture. ValueError for bad input."""
+    parser = Parser(prog="plot.py", description=__doc__.split("\n")[0])
+    text = "run folders, folders of them, metrics.jsonl, globs"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    parser.add_argument("--out", default="curves.png", metavar="PNG", help="the picture")
+    flags = parser.parse_args(argv)
+    out = Path(flags.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} is no PNG: give a name that ends in .png")
+    util.check_outputs(flags.out)
+    util.load_figure()
+    curves = read_curves(flags.runs)
+    figure = draw(curves)
+    write_whole(out, lambda file: figure.savefig(file, dpi=150, format="png"))
+    print(f"{len(curves)} panels: {out}")
+    return out
+
+
+if __name__ == "__main__":
+    util.run_script(main)

@@ -1,0 +1,92 @@
+"""scripts/plot.py: the curves of runs, from their logs."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+import util
+from scripts import plot
+
+
+def make_log(folder, losses, psnr, **others):
+    """A log with a training record every 10 steps, and an evaluation at the last one."""
+    folder.mkdir(parents=True)
+    step = 10 * len(losses)
+    records = [
+        {"kind": "train", "step": 10 * i, "loss": loss} for i, loss in enumerate(losses, start=1)
+    ]
+    records.append({"kind": "val", "step": step, "psnr": psnr, "l1": 0.1, "lpips": None, **others})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    make_log(tmp_path / "a" / "old", [0.5, None, 0.25], 20.0)  # without SSIM; a skipped interval
+    make_log(tmp_path / "new", [0.4, 0.3], 25.0, ssim=0.75)
+    with open(tmp_path / "new" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "step": 30, "lo\n\xff\xfe\n[1]\n')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    figures, draw = [], plot.draw
+    monkeypatch.setattr(plot, "draw", lambda curves: figures.append(draw(curves)) or figures[-1])
+    out = tmp_path / "x.png"
+    names = [str(tmp_path / "*"), str(tmp_path / "new" / "metrics.jsonl")]  # one run named twice
+    assert plot.main([*names, f"--out={out}"]) == out
+    said = capsys.readouterr().out
+    assert "new/metrics.jsonl: 3 damaged lines skipped" in said
+    assert "empty has no whole line in its metrics.jsonl: left out" in said
+    (figure,) = figures
+    shown = {
+        axes.get_title(): {
+            line.get_color(): list(zip(*map(list, line.get_data()), strict=True))
+            for line in axes.lines
+        }
+        for axes in figure.axes
+    }
+    (legend,) = figure.legends
+    colours = {
+        text.get_text(): line.get_color()
+        for text, line in zip(legend.texts, legend.get_lines(), strict=True)
+    }
+    old, new = colours["a/old"], colours["new"]
+    assert len(colours) == 2 and old != new
+    assert shown == {
+        "training loss": {old: [(10, 0.5), (30, 0.25)], new: [(10, 0.4), (20, 0.3)]},
+        "validation PSNR, dB": {old: [(30, 20.0)], new: [(20, 25.0)]},
+        "validation SSIM": {new: [(20, 0.75)]},
+        "validation L1 on [0, 1]": {old: [(30, 0.1)], new: [(20, 0.1)]},
+    }
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.width > 2 * image.height
+
+    make_log(tmp_path / "lfq", [0.5, -0.5], 20.0)  # a logarithm would leave out its second half
+    plot.main([str(tmp_path / "lfq"), f"--out={out}"])
+    assert figures[1].axes[0].get_yscale() == "linear"
+
+
+def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
+    pytest.importorskip("matplotlib")
+    make_log(tmp_path / "run", [0.5], 20.0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.jsonl").write_text("{\n")
+    run = str(tmp_path / "run")
+    for flags, part in (
+        ([str(tmp_path / "nowhere")], "nowhere holds no metrics.jsonl"),
+        ([run, str(tmp_path / "empty")], "empty holds no metrics.jsonl"),
+        ([str(tmp_path / "damaged")], "nothing to draw"),
+        ([run, "--out=x.jpg"], "x.jpg is no PNG"),
+        ([run, f"--out={tmp_path / 'nowhere' / 'x.png'}"], "x.png cannot be written"),
+        ([], "RUN"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            util.run_script(lambda flags=flags: plot.main(flags))
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install"):
+        plot.main([run, f"--out={tmp_path / 'x.png'}"])
+    assert not (tmp_path / "x.png").exists()
