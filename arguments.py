@@ -160,6 +160,14 @@ def _add_quantizer(add: Callable) -> None:
     add("--ema-stages", number(int, 1, 64), 1, ARCHITECTURE,
         help="ema: stages; above 1 a residual VQ")
     add("--ema-decay", number(float, 0, 1), 0.99, help="ema: decay of the codebook")
+    add("--svq-bits", number(int, 8, 60), 22, ARCHITECTURE, help="svq: bits of a position")
+    add("--svq-dim", number(int, 1, 16384), None, ARCHITECTURE,
+        help="svq: channels; default: 12 + 2/5 of the bits")
+    add("--svq-classes", number(int, 1, 256), 8, ARCHITECTURE,
+        help="svq: classes of vectors, each with a step of its own")
+    add("--svq-stages", number(int, 1, 60), 1, ARCHITECTURE,
+        help="svq: tokens that the bits of a position are cut into")
+    add("--svq-commitment", weight, 2.0, help="svq: weight of the commitment term in its loss")
 
 
 def _add_loss(add: Callable) -> None:

@@ -10,6 +10,7 @@ from .fsq import FSQ
 from .geometric import GeometricRFSQ
 from .lfq import LFQ
 from .rfsq import RFSQ
+from .svq import SVQ
 
 # The choices of --quantizer. To add one: a file with a class that keeps the contract of base.py,
 # and a line here. `RFSQ.from_args` builds a GeometricRFSQ for --rfsq-strategy geometric.
@@ -18,6 +19,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "rfsq": RFSQ,
     "lfq": LFQ,
     "ema": VectorQuantizeEMA,
+    "svq": SVQ,
 }
 
 
@@ -39,6 +41,7 @@ __all__ = [
     "LFQ",
     "QUANTIZERS",
     "RFSQ",
+    "SVQ",
     "GeometricRFSQ",
     "Quantized",
     "Quantizer",

@@ -46,7 +46,7 @@ from checkpoint import write_json
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, some, train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
-from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, RFSQ, SVQ, VectorQuantizeEMA
 from timing import CUDA, DEVICE, spread, timer
 from train import TrainingStep
 
@@ -67,6 +67,11 @@ TOKENS = [
     (partial(LFQ, 12, **LOSS), ("LFQ", {"dim": 12, **LOSS}), {"inv_temperature": 1.0}),
     (partial(LFQ, 18, **LOSS), None, {}),
     (partial(VectorQuantizeEMA, 4096, 256), ("VectorQuantize", VQ), {}),
+    # Equal bits, and the channels that each is best with.
+    (partial(SVQ, 22, stages=2), None, {}),
+    (partial(VectorQuantizeEMA, 2048, 16, stages=2), None, {}),
+    (partial(SVQ, 40, stages=4), None, {}),
+    (partial(VectorQuantizeEMA, 1024, 24, stages=4), None, {}),
 ]
 
 

@@ -67,13 +67,18 @@ CASES = {
     "lfq-40": Case("LFQ", 40.0, {"dim": 40}),
     "ema": Case("VectorQuantizeEMA", 12.0, {"codebook_size": 4096, "dim": 8}),
     "ema-3": Case("VectorQuantizeEMA", 18.0, {"codebook_size": 64, "dim": 8, "stages": 3}),
+    "svq-22": Case("SVQ", 22.0, {"bits": 22, "dim": 12, "classes": 4, "stages": 2}),
+    "svq-37": Case("SVQ", 37.0, {"bits": 37, "dim": 6, "classes": 3, "stages": 3}),
+    "svq-9": Case("SVQ", 9.0, {"bits": 9, "dim": 3, "classes": 1}),
 }
 # Of several stages.
 RESIDUAL = [name for name, case in CASES.items() if case.arguments.get("stages", 1) > 1]
+# Of those, the ones whose stages are a chain: each adds its own codes to those before it.
+CHAINS = [name for name in RESIDUAL if not ("geometric" in name or "svq" in name)]
 # With running statistics or codebooks, which training changes.
 TRACKING = [
     *("rfsq-2-layernorm", "rfsq-4-layernorm", "rfsq-odd"),
-    *("rfsq-2-geometric", "rfsq-3-geometric", "ema", "ema-3"),
+    *("rfsq-2-geometric", "rfsq-3-geometric", "ema", "ema-3", "svq-22", "svq-37", "svq-9"),
 ]
 
 

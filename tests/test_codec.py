@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "fsq": ["--quantizer=fsq", "--levels", "7", "5", "5", "3"],
     "lfq": ["--quantizer=lfq"],
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
+    "svq": ["--quantizer=svq", "--svq-bits=22", "--svq-stages=2", "--svq-dim=6"],
     "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
     "dct": ["--network=dct", "--downsample=8", "--res-blocks=1", "--rfsq-strategy=geometric"],
 }

@@ -1,0 +1,236 @@
+"""Integer vectors whose code lengths add up to at most a budget: how many, and which number.
+
+The enumeration of Laroia and Farvardin (IEEE Trans. Inf. Theory 39, 1993). Everything is integer
+arithmetic, and memory and time do not depend on the number of vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import exporting
+
+# Larger counts become this one. Those that an index is made of are at most 2^60.
+SATURATED = 2**61
+
+
+def opaque(fake: Callable) -> Callable:
+    """Decorator: one operator in torch.compile, which would take minutes for its many loops.
+
+    No gradient passes.
+
+    Exported and transformed (torch.func), it is what it consists of. `fake` takes the same
+    arguments, tensors without values, and returns tensors of the shapes and dtypes of the result.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        name = f"{function.__module__.replace('.', '_')}::{function.__name__}"
+        operator = torch.library.custom_op(name, function, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args):
+            compiling = torch.compiler.is_compiling() and not exporting()
+            with torch.no_grad():
+                return (operator if compiling else function)(*args)
+
+        return call
+
+    return decorate
+
+
+class Lengths(NamedTuple):
+    """Code lengths of integers v: `zero` for 0, else first + step * floor((|v| - 1) / run).
+
+    Four tensors of whole numbers of one shape, int64 or float32. `step` and `run` are at least 1,
+    and `zero` is at most `first`.
+    """
+
+    zero: Tensor
+    first: Tensor
+    step: Tensor
+    run: Tensor
+
+    def of(self, magnitude: Tensor) -> Tensor:
+        """Length of the integers v with these |v|, of the dtype of both."""
+        whole = torch.div(magnitude - 1, self.run, rounding_mode="floor")
+        return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
+
+
+class Counts(NamedTuple):
+    """How many vectors there are, by class, first channel and greatest length t in 0 .. T-1.
+
+    Attributes:
+        within: (classes, dim + 1, T), [j, c, t]: vectors of the channels c, c + 1, ... of length
+            at most t.
+        strided: (classes, dim, T), [j, c, t]: the sum of within[j, c + 1] at t, t - step,
+            t - 2 step, ..., with the step of channel c.
+        budget: (classes,), the greatest t of which a class has no more vectors than fit it.
+    """
+
+    within: Tensor
+    strided: Tensor
+    budget: Tensor
+
+
+def count(lengths: Tensor, size: int, room: int) -> Counts:
+    """The counts of vectors with these code lengths, from the last channel to the first.
+
+    Args:
+        lengths: int64 (classes, dim, 4), the four numbers of `Lengths`.
+        size: T, the number of lengths t that are counted.
+        room: how many vectors a class may have, at most 2^60.
+    """
+    return Counts(*_count(lengths, size, room))
+
+
+def rank(counts: Counts, lengths: Tensor, classes: Tensor, integers: Tensor) -> Tensor:
+    """The number (N,) of vectors among those of their class, in lexicographic order.
+
+    Args:
+        counts, lengths: as from `count`, and as given to it.
+        classes: (N,), the class of each vector.
+        integers: (dim, N), within the budget of their class.
+    """
+    return _rank(*counts, lengths, classes, integers)
+
+
+def unrank(counts: Counts, lengths: Tensor, classes: Tensor, number: Tensor) -> Tensor:
+    """The integers (dim, N) of vectors from their number (N,): the inverse of `rank`.
+
+    A number that no vector has stands for the last vector of its class.
+    """
+    left = counts.budget[classes]
+    total = counts.within[:, 0].gather(1, counts.budget[:, None])[:, 0]
+    number = torch.minimum(number, total[classes] - 1)
+    integers = []
+    for c in range(lengths.shape[1]):
+        channel = _Channel(counts, lengths, classes, c, left)
+        below, zeros = channel.runs(None), channel.zeros()
+        negative, positive = number < below, number >= below + zeros
+        # Either side is counted from the smallest |v| on.
+        side = torch.where(negative, below - 1 - number, number - below - zeros)
+        magnitude, rest, each = channel.find(side.clamp(min=0))
+        rest = torch.where(negative, each - 1 - rest, rest)
+        nonzero = negative | positive
+        magnitude = torch.where(nonzero, magnitude, 0)
+        number = torch.where(nonzero, rest, number - below)
+        left = left - channel.lengths.of(magnitude)
+        integers.append(torch.where(negative, -magnitude, magnitude))
+    return torch.stack(integers)
+
+
+class _Channel:
+    """Vectors (N,) from channel `c` on, of `classes` (N,), with `left` (N,) of their budgets."""
+
+    def __init__(self, counts: Counts, lengths: Tensor, classes: Tensor, c: int, left: Tensor):
+        self.within, self.strided = counts.within[:, c + 1], counts.strided[:, c]
+        self.lengths, self.classes = Lengths(*lengths[:, c].t()[:, classes]), classes
+        self.left = left
+
+    def _at(self, table: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t < 0, 0, table[self.classes, t.clamp(min=0)])
+
+    def zeros(self) -> Tensor:
+        """How many have v_c = 0."""
+        return self._at(self.within, self.left - self.lengths.zero)
+
+    def each(self, whole: Tensor) -> Tensor:
+        """How many have v_c = v, for a v after this number of whole runs."""
+        return self._at(self.within, self.left - self.lengths.first - whole * self.lengths.step)
+
+    def runs(self, whole: Tensor | None) -> Tensor:
+        """How many have v_c > 0 after this number of whole runs; None: after none."""
+        t = self.left - self.lengths.first
+        t = t if whole is None else t - whole * self.lengths.step
+        return self.lengths.run * self._at(self.strided, t)
+
+    def up_to(self, magnitude: Tensor) -> Tensor:
+        """How many have v_c from 1 to `magnitude`."""
+        whole, more = magnitude // self.lengths.run, magnitude % self.lengths.run
+        return self.runs(None) - self.runs(whole) + more * self.each(whole)
+
+    def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the vectors with v_c > 0, the one of this number: v_c, its number, of how many."""
+        whole, all_runs = torch.zeros_like(number), self.runs(None)
+        for bit in reversed(range(self.within.shape[-1].bit_length())):
+            trial = whole + 2**bit
+            inside = trial * self.lengths.step <= self.left - self.lengths.first
+            inside &= all_runs - self.runs(trial) <= number
+            whole = torch.where(inside, trial, whole)
+        rest, each = number - (all_runs - self.runs(whole)), self.each(whole).clamp(min=1)
+        return whole * self.lengths.run + rest // each + 1, rest % each, each
+
+
+def _fake_count(lengths, size, room):
+    classes, dim, _ = lengths.shape
+    shapes = (classes, dim + 1, size), (classes, dim, size), (classes,)
+    return tuple(lengths.new_empty(shape) for shape in shapes)
+
+
+@opaque(_fake_count)
+def _count(lengths: Tensor, size: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.arange(size, device=lengths.device)
+    step = lengths[..., 2:3]
+    # Sums along t, t - step, ... are differences of one running sum in the order of t mod step.
+    order = (t % step * size + t).argsort()
+    phase = (t % step).gather(-1, order)
+    starts = F.pad(phase[..., 1:] != phase[..., :-1], (1, 0))
+    begin, place = torch.where(starts, t, 0).cummax(-1).values, order.argsort()
+
+    def shifted(table: Tensor, by: Tensor) -> Tensor:
+        at = t - by[:, None]
+        return torch.where(at < 0, 0, table.gather(-1, at.clamp(min=0)))
+
+    def strided_sums(x: Tensor, c: int) -> Tensor:
+        sums = F.pad(x, (1, 0)).cumsum(-1)  # sums[i]: of the first i
+        return sums[..., 1:] - sums.gather(-1, begin[:, c])
+
+    def exact(counts: Tensor, about: Tensor) -> Tensor:
+        # int64 overflows without notice; float64 tells where.
+        return torch.where(about > SATURATED, SATURATED, counts)
+
+    within, strided = [torch.ones_like(order[:, 0])], []
+    for c in reversed(range(lengths.shape[1])):
+        zero, first, _, run = lengths[:, c].unbind(-1)
+        in_order = within[-1].gather(-1, order[:, c])
+        sums = exact(strided_sums(in_order, c), strided_sums(in_order.double(), c))
+        strided.append(sums.gather(-1, place[:, c]))
+        zeros, one_side, both = shifted(within[-1], zero), shifted(strided[-1], first), 2 * run
+        about = zeros.double() + both[:, None].double() * one_side.double()
+        within.append(exact(zeros + both[:, None] * one_side, about))
+    within, strided = torch.stack(within[::-1], 1), torch.stack(strided[::-1], 1)
+    budget = (within[:, 0] <= room).long().cumprod(-1).sum(-1) - 1
+    return within, strided, budget
+
+
+def _fake_rank(within, strided, budget, lengths, classes, integers):
+    return torch.empty_like(classes)
+
+
+@opaque(_fake_rank)
+def _rank(
+    within: Tensor,
+    strided: Tensor,
+    budget: Tensor,
+    lengths: Tensor,
+    classes: Tensor,
+    integers: Tensor,
+) -> Tensor:
+    counts, left = Counts(within, strided, budget), budget[classes]
+    number = torch.zeros_like(classes)
+    for c, value in enumerate(integers):
+        channel, magnitude = _Channel(counts, lengths, classes, c, left), value.abs()
+        smaller = channel.up_to(magnitude - (value > 0).long())
+        # Those with a smaller v_c come first: of the negative v_c, the ones with a greater |v_c|.
+        before = channel.runs(None)
+        before = before + torch.where(value > 0, channel.zeros() + smaller, 0)
+        number = number + torch.where(value < 0, before - smaller, before)
+        left = left - channel.lengths.of(magnitude)
+    return number

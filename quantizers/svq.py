@@ -1,0 +1,258 @@
+"""Scalar-vector quantization (Laroia and Farvardin, 1993) with classes of scale."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Quantizer, check_integer, mean_over_processes, per_channel, straight_through
+from .counting import Counts, count, rank, unrank
+from .residual import VAR_EPS, running_std, update_moments
+from .svq_search import search
+
+UNITS = 8  # code lengths are whole numbers of 1/8 bit
+SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
+SPAN = (-1.5, 2.5)  # of the steps of the classes, in standard deviations of log2 of the scale
+PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
+LAPLACIAN = 2**0.5 * math.e  # 2^h / std, h the differential entropy in bits
+
+
+class SVQ(Quantizer):
+    """Integer vectors of at most a budget of code length, numbered: a fixed rate, no codebook.
+
+    A vector z of C channels is quantized in one of K classes, each with its own step::
+
+        v = round((z - mean) / step_j)        quantized = mean + step_j v
+
+    Class j contains the integer vectors v with::
+
+        sum over channels of length_jc(v_c) <= budget_j
+
+    The code lengths are those of an entropy coder for the vectors of the class (zero or not, a
+    sign, and a geometric distribution of |v|), so that the class contains its most probable
+    vectors, as many as fit 2^bits / K. A product of levels, as in FSQ, spends as many bits on an
+    improbable vector as on a probable one; this is what is gained. Photographs are busy in one
+    place and flat in another, which is what the classes are for.
+
+    The index of a vector is j 2^bits / K + its number in its class, by counting (`counting.py`), in
+    lexicographic order, the channel of the greatest variance first. It is cut into `stages` tokens,
+    the most significant first, so that the first tokens alone are a coarse vector.
+
+    Encoding looks for the nearest vector of all classes: in each, rounding where it is within the
+    budget, else the least (z - quantized)^2 + multiplier * length, the multiplier by bisection;
+    what is left of the budget then goes to the channels that gain most.
+
+    Steps and code lengths follow running averages in training, the same in all processes. They are
+    constants after training: code lengths are stored as integers and steps with 12 bits, so that no
+    other machine's logarithm or rounding can change what an index means. The steps follow the
+    variances, by reverse water-filling, and the spread of the vectors' scales, so that z may have
+    any scale and any mixture of scales.
+
+    The gradient is straight-through. The loss is `commitment_loss_weight` times the mean of
+    (z - quantized)^2, relative to the mean variance of a channel. It keeps z where the budgets are.
+
+    Args:
+        bits: of a vector, 8 to 60.
+        dim: channels of `z`. Default: 12 + 2/5 of the bits.
+        classes: K.
+        stages: tokens of an index; bits are shared as evenly as possible, the first have more.
+        commitment_loss_weight: as above.
+        momentum: weight of a new batch in the running averages. The first 1/momentum batches are
+            averaged evenly.
+
+    Raises:
+        ValueError: for arguments out of range, or an input whose channels are not `dim`.
+
+    Example:
+        >>> svq = SVQ(bits=22, dim=20, stages=2)                          # 2 x 2048
+        >>> quantized, indices, loss = svq(torch.randn(2, 20, 32, 32))    # indices: (2, 32, 32, 2)
+    """
+
+    flags: ClassVar[dict[str, str]] = {
+        "svq_bits": "bits",
+        "svq_dim": "dim",
+        "svq_classes": "classes",
+        "svq_stages": "stages",
+        "svq_commitment": "commitment_loss_weight",
+    }
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor
+    class_moments: Tensor
+    steps: Tensor
+    log_scale: Tensor
+    order: Tensor
+    lengths: Tensor
+
+    def __init__(
+        self,
+        bits: int = 22,
+        dim: int | None = None,
+        classes: int = 8,
+        stages: int = 1,
+        commitment_loss_weight: float = 2.0,
+        momentum: float = 0.01,
+    ):
+        super().__init__()
+        if not 8 <= check_integer("bits", bits) <= 60:
+            raise ValueError(f"bits must be an integer from 8 to 60, not {bits}")
+        dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
+        if check_integer("classes", classes) > 2 ** (bits - 4):
+            raise ValueError(
+                f"{classes} classes are too many for {bits} bits: at most {2 ** (bits - 4)}"
+            )
+        if check_integer("stages", stages) > bits:
+            raise ValueError(f"{bits} bits make at most {bits} tokens, not {stages}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], not {momentum}")
+        self.dim, self.classes = dim, classes
+        self.index_bits = bits
+        self.token_bits = [(bits + stages - 1 - k) // stages for k in range(stages)]
+        self.codebook_sizes = [2**n for n in self.token_bits]
+        self.stage_axis = stages > 1
+        self.name = f"svq-{bits}bit"
+        self.commitment_loss_weight = commitment_loss_weight
+        self.momentum = momentum
+        self.class_size = 2**bits // classes
+        self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
+        # Mean and variance of log2 of the RMS of a vector whose channels have a variance of 1.
+        self.register_buffer("log_scale", torch.tensor([-0.5, 0.6], dtype=torch.float32))
+        # Of all vectors, by class: the share, then the means of v_c != 0 and of |v_c|.
+        moments = torch.zeros(classes, 1 + 2 * dim, dtype=torch.float32)
+        self.register_buffer("class_moments", moments)
+        self.register_buffer("steps", torch.ones(classes, dtype=torch.float32))
+        self.register_buffer("order", torch.arange(dim))  # of the channels in vectors
+        self.register_buffer("lengths", torch.ones(classes, dim, 4, dtype=torch.int64))
+        self._design()
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+        if self.training:
+            self._track(z)
+        counts = self._counts()
+        vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
+        vectors = vectors[self.order].flatten(1)  # (dim, N)
+        classes, integers = search(vectors, self.steps, self.lengths, counts.budget)
+        if self.training:
+            self._track_classes(classes, integers)
+        index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
+        positions = (len(z), *z.shape[2:])
+        codes = self._codes(classes, integers, positions)
+        error = (z - codes).square().mean() / self.running_var.mean()
+        loss = self.commitment_loss_weight * error
+        return straight_through(z, codes), self._tokens(index.view(positions)), loss
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions).
+
+        The first stages leave a range of indices open. The channels that all of its vectors share
+        are decoded as they are, the next one as in the middle of the range, and others as the mean.
+        """
+        indices = self._check_indices(indices)
+        tokens = indices.unbind(-1) if self.stage_axis else (indices,)
+        index = torch.zeros_like(tokens[0])
+        for token, bits in zip(tokens, self.token_bits, strict=False):
+            index = (index << bits) + token
+        open_bits = sum(self.token_bits[len(tokens) :])
+        first = index.flatten() << open_bits
+        classes, integers = self._vectors(first + ((1 << open_bits) >> 1))
+        if open_bits:
+            lowest, highest = self._vectors(first), self._vectors(first + (1 << open_bits) - 1)
+            known = (lowest[1] == highest[1]) & (lowest[0] == highest[0])
+            integers = integers * F.pad(known.long().cumprod(0)[:-1], (0, 0, 1, 0), value=1)
+        return self._codes(classes, integers, index.shape)
+
+    def _vectors(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Class (N,) and integers (dim, N) of each index (N,)."""
+        classes = (index // self.class_size).clamp(max=self.classes - 1)
+        number = index - classes * self.class_size
+        return classes, unrank(self._counts(), self.lengths, classes, number)
+
+    def _tokens(self, index: Tensor) -> Tensor:
+        if not self.stage_axis:
+            return index
+        low = [sum(self.token_bits[k + 1 :]) for k in range(self.stages)]
+        sizes = zip(low, self.codebook_sizes, strict=True)
+        return torch.stack([(index >> bits) % size for bits, size in sizes], -1)
+
+    def _codes(self, classes: Tensor, integers: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """What the integers (dim, N) stand for, (B, dim, *positions).
+
+        Steps have 12 bits, so that the product is exact where it matters, and a fused
+        multiplication and addition gives the same.
+        """
+        scaled = integers[self.order.argsort()].float() * self.steps[classes]
+        codes = scaled + self.running_mean[:, None]
+        return codes.view(self.dim, *positions).transpose(0, 1)
+
+    def _counts(self) -> Counts:
+        return count(self.lengths, UNITS * (self.index_bits + SPARE), self.class_size)
+
+    @torch.no_grad()
+    def _track(self, z: Tensor) -> None:
+        """Update mean, variance and scales by a batch, then the steps and code lengths."""
+        number = self.batches + 1
+        weight = number.reciprocal().clamp(min=self.momentum)
+        mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
+        mean, var = update_moments(mean, var, z, weight)
+        energy = ((z - mean).square() / var.clamp(min=VAR_EPS)).mean(1)
+        scale = energy.clamp(min=2**-20).log2().mul(0.5) - self.log_scale[0]
+        shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
+        new = torch.stack([self.log_scale[0] + shift, square - shift.square()])
+        # The training loop skips the step of a batch that is not finite; the state skips it too.
+        finite = new.isfinite().all()
+        for state, value in (
+            (self.running_mean, mean.flatten()),
+            (self.running_var, var.flatten()),
+            (self.log_scale, self.log_scale.lerp(new, weight)),
+            (self.batches, number),
+        ):
+            state.copy_(torch.where(finite, value, state))
+        self._design()
+
+    @torch.no_grad()
+    def _track_classes(self, classes: Tensor, integers: Tensor) -> None:
+        """Update the statistics of the classes by the vectors of a batch."""
+        magnitude = integers[self.order.argsort()].abs().t().float()  # (N, dim)
+        features = torch.cat([torch.ones_like(magnitude[:, :1]), magnitude.sign(), magnitude], 1)
+        member = F.one_hot(classes, self.classes).float() / len(classes)
+        moments = mean_over_processes(member.t() @ features)
+        weight = self.batches.clamp(min=1).reciprocal().clamp(min=self.momentum)
+        self.class_moments.lerp_(moments, weight)
+
+    @torch.no_grad()
+    def _design(self) -> None:
+        """Steps, order of channels, and code lengths, from the running statistics."""
+        std = running_std(self.running_var).double()
+        rate = self.index_bits - math.log2(self.classes)
+        entropy, order = (LAPLACIAN * std).log2().sort(descending=True, stable=True)
+        self.order.copy_(order)
+        # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
+        used = torch.arange(1, self.dim + 1, device=std.device)
+        level = ((entropy.cumsum(0) - rate) / used).max().exp2()
+        place = torch.linspace(*SPAN, self.classes, device=std.device, dtype=torch.float64)
+        mean, var = self.log_scale.double()
+        steps = (level * (mean + var.sqrt() * place).exp2()).float()
+        self.steps.copy_((steps.view(torch.int32) & ~0xFFF).view(torch.float32))
+
+        # P(v != 0), E |v| and P(|v| > k + 1 : |v| > k): of a Laplacian, then with what was counted.
+        decay = (-(2**0.5) * level / std).exp().clamp(max=0.999)
+        share, some, magnitude = self.class_moments.double().split([1, self.dim, self.dim], 1)
+        weight = PRIOR / self.classes
+        some = (some + weight * decay.sqrt()) / (share + weight)
+        magnitude = (magnitude + weight * decay.sqrt() / (1 - decay)) / (share + weight)
+        some = some.clamp(2**-12, 1 - 2**-6)
+        decay = (1 - some / magnitude).clamp(2**-10, 1 - 2**-10)
+
+        slope = -UNITS * decay.log2()
+        run = (4 / slope).round().clamp(min=1)  # equal lengths for strong channels
+        step = (slope * run).round().clamp(min=1)
+        first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
+        zero = (-UNITS * (1 - some).log2()).round().minimum(first)
+        self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])

@@ -1,0 +1,273 @@
+"""SVQ: counting by enumeration, the index, the search against the optimum, gradients, tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import latent
+
+from quantizers import FSQ, SVQ, GeometricRFSQ
+from quantizers.counting import SATURATED, Lengths, count, rank, unrank
+from quantizers.svq_search import search
+
+SEEDS = range(12)
+
+
+def random_lengths(classes, dim, most=9):
+    zero = torch.randint(0, 5, (classes, dim))
+    first = zero + torch.randint(0, most, (classes, dim))
+    step, run = torch.randint(1, 6, (classes, dim)), torch.randint(1, 4, (classes, dim))
+    return torch.stack([zero, first, step, run], -1)
+
+
+def enumerated(lengths, most):
+    """All integer vectors of length at most `most`, in lexicographic order, and their lengths."""
+    table = [Lengths(*row) for row in lengths]
+    of = [{v: int(row.of(torch.tensor(abs(v)))) for v in range(-100, 101)} for row in table]
+    least = [min(values.values()) for values in of]
+    spare = most - sum(least)
+    values = [[v for v in one if one[v] <= low + spare] for one, low in zip(of, least, strict=True)]
+    vectors = [
+        v
+        for v in itertools.product(*values)
+        if sum(one[x] for one, x in zip(of, v, strict=True)) <= most
+    ]
+    return vectors
+
+
+def laplacian_mixture(dim, n, spread=0.8):
+    """A Laplacian (n, dim) whose channels differ in scale, and whose vectors do."""
+    scale = torch.exp(spread * torch.randn(n, 1)) * torch.linspace(2, 0.2, dim)
+    return scale * torch.distributions.Laplace(0.0, 1.0).sample((n, dim))
+
+
+def fitted(svq, batches=30, n=2000, **mixture):
+    with torch.no_grad():
+        for _ in range(batches):
+            svq(laplacian_mixture(svq.dim, n, **mixture).T[None])
+    return svq.eval()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_counts_ranks_and_their_inverse_are_those_of_an_enumeration(seed):
+    torch.manual_seed(seed)
+    dim, size = 1 + seed % 3, 24
+    lengths = random_lengths(2, dim)
+    counts = count(lengths, size, room=300)
+    for j in range(2):
+        for t in (0, size // 2, size - 1):
+            for c in range(dim + 1):
+                expected = len(enumerated(lengths[j, c:], t))
+                assert counts.within[j, c, t] == expected
+        budget = int(counts.budget[j])
+        totals = counts.within[j, 0]
+        assert budget == -1 or totals[budget] <= 300
+        assert budget == size - 1 or totals[budget + 1] > 300
+        if budget < 0 or totals[budget] == 0:
+            continue
+        vectors = torch.tensor(enumerated(lengths[j], budget)).T  # (dim, all of them)
+        classes = torch.full((vectors.shape[1],), j)
+        numbers = rank(counts, lengths, classes, vectors)
+        assert torch.equal(numbers, torch.arange(len(numbers)))
+        assert torch.equal(unrank(counts, lengths, classes, numbers), vectors)
+        # What no vector has stands for the last one.
+        beyond = unrank(counts, lengths, classes[:1], numbers[-1:] + 7)
+        assert torch.equal(beyond, vectors[:, -1:])
+
+
+@pytest.mark.parametrize("bits", [8, 31, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_of_a_large_class_are_a_bijection_in_order(bits, seed):
+    torch.manual_seed(seed)
+    lengths = torch.stack(
+        [
+            torch.randint(0, 12, (3, 14)),
+            torch.randint(12, 40, (3, 14)),
+            torch.randint(3, 30, (3, 14)),
+            torch.randint(1, 9, (3, 14)),
+        ],
+        -1,
+    )
+    room = 2**bits // 3
+    counts = count(lengths, 8 * (bits + 14), room)
+    classes = torch.arange(3).repeat_interleave(300)
+    total = counts.within[:, 0].gather(1, counts.budget[:, None])[:, 0]
+    assert ((total >= 1) & (total <= room)).all() and (total > room / 16).all()
+    numbers = (torch.rand(900, dtype=torch.float64) * total[classes]).long()
+    numbers = torch.minimum(numbers, total[classes] - 1)
+    numbers[::300], numbers[299::300] = 0, total - 1  # the first and the last of each class
+    vectors = unrank(counts, lengths, classes, numbers)
+    assert torch.equal(rank(counts, lengths, classes, vectors), numbers)
+    table = Lengths(*lengths.permute(2, 1, 0)[..., classes])
+    assert (table.of(vectors.abs()).sum(0) <= counts.budget[classes]).all()
+    order = numbers[:300].argsort()
+    first = [tuple(v) for v in vectors[:, :300].T[order].tolist()]
+    assert first == sorted(first)
+
+
+def test_counts_beyond_int64_are_saturated_and_not_wrong():
+    lengths = torch.tensor([0, 1, 1, 50]).expand(1, 40, 4)
+    within = count(lengths, 300, 2**60).within
+    assert within.max() == SATURATED and within.min() >= 0
+    assert (within.diff(dim=-1) >= 0).all()
+
+
+def test_length_of_an_integer():
+    lengths = Lengths(*torch.tensor([2, 5, 3, 2]))
+    assert lengths.of(torch.arange(6)).tolist() == [2, 5, 5, 8, 8, 11]
+
+
+def optimum(svq, z):
+    """The least squared error (N,) of `z` (N, dim) over all codes: a knapsack by dynamic programme.
+
+    A channel may take its rounded magnitude, one to four less, or zero.
+    """
+    best, budgets = [], svq._counts().budget
+    for j in range(svq.classes):
+        most, size = int(budgets[j]), z.abs() / svq.steps[j]
+        top = size.round()
+        error = torch.full((len(z), most + 1), math.inf)
+        error[:, 0] = 0
+        for c in range(svq.dim):
+            row, new = Lengths(*svq.lengths[j, c]), torch.full_like(error, math.inf)
+            for v in (*(top[:, c] - less for less in range(5)), 0 * top[:, c]):
+                t = torch.arange(most + 1) - row.of(v.clamp(min=0).long())[:, None]
+                after = error.gather(1, t.clamp(min=0)) + (size[:, c] - v).square()[:, None]
+                new = new.minimum(torch.where((t >= 0) & (v >= 0)[:, None], after, math.inf))
+            error = new
+        best.append(error.amin(1) * svq.steps[j] ** 2)
+    return torch.stack(best).amin(0)
+
+
+@pytest.mark.parametrize("bits", [12, 22, 40])
+def test_the_search_is_close_to_the_optimum(bits):
+    torch.manual_seed(0)
+    svq = fitted(SVQ(bits, dim=bits // 2))
+    z = laplacian_mixture(svq.dim, 400)
+    z = (z - svq.running_mean)[:, svq.order]
+    classes, v = search(z.T, svq.steps, svq.lengths, svq._counts().budget)
+    error = (z.T - v * svq.steps[classes]).square().sum(0)
+    best = optimum(svq, z)
+    assert (error >= best * 0.999).float().mean() > 0.97  # the rest: more than four less
+    assert 10 * torch.log10(error.sum() / best.sum()) < 0.15  # dB
+
+
+@pytest.mark.parametrize("bits, stages", [(22, 2), (40, 4), (23, 3), (8, 1), (60, 5)])
+def test_bits_and_tokens(bits, stages):
+    svq = fitted(SVQ(bits, dim=6, classes=4, stages=stages))
+    assert svq.bits == bits and len(svq.codebook_sizes) == stages
+    assert max(svq.token_bits) - min(svq.token_bits) <= 1
+    _, indices, _ = svq(latent(svq))
+    assert (indices >= 0).all()
+    assert indices.shape == ((3, 5, 4, stages) if stages > 1 else (3, 5, 4))
+    # Every index of the codebook decodes, also one that no vector has.
+    last = torch.tensor(svq.codebook_sizes) - 1
+    assert (
+        svq.indices_to_codes(last.view(1, 1, -1) if stages > 1 else last.view(1, 1))
+        .isfinite()
+        .all()
+    )
+
+
+def test_more_tokens_decode_to_a_finer_latent():
+    torch.manual_seed(0)
+    svq = fitted(SVQ(40, dim=12, stages=4))
+    z = laplacian_mixture(12, 3000).T[None]
+    quantized, indices, _ = svq(z)
+    after = svq.codes_after_each_stage(indices)
+    errors = [(z - codes).square().mean().item() for codes in after]
+    assert errors == sorted(errors, reverse=True) and torch.equal(after[-1], quantized)
+    assert errors[0] < 0.8 * (z - svq.running_mean[:, None]).square().mean()
+    # Alone, a token leaves the weak channels at their mean.
+    weak = svq.order[-1]
+    assert torch.equal(after[0][:, weak], svq.running_mean[weak].expand(1, 3000))
+
+
+def test_any_scale_of_the_latent_gives_the_same_indices():
+    torch.manual_seed(0)
+    batches = [laplacian_mixture(6, 500).T[None] for _ in range(12)]
+    found = []
+    for factor in (1.0, 2.0**12, 2.0**-4):  # powers of two, which round alike
+        svq = SVQ(16, dim=6)
+        with torch.no_grad():
+            for z in batches:
+                svq(factor * z)
+        found.append(svq.eval()(factor * batches[-1])[1])
+    # Up to the 1e-10 that is added to a variance.
+    assert (found[0] == found[1]).float().mean() > 0.98
+    assert (found[0] == found[2]).float().mean() > 0.9
+
+
+def test_gradients_are_straight_through_and_of_the_commitment():
+    svq = fitted(SVQ(22, dim=6, commitment_loss_weight=3.0))
+    z = latent(svq).requires_grad_()
+    quantized, _, loss = svq(z)
+    (direct,) = torch.autograd.grad(quantized.sum(), z, retain_graph=True)
+    assert torch.equal(direct, torch.ones_like(z))
+    (pull,) = torch.autograd.grad(loss, z)
+    expected = 3 * 2 * (z - quantized).detach() / z.numel() / svq.running_var.mean()
+    torch.testing.assert_close(pull, expected)
+    error = (z - quantized).square().mean() / svq.running_var.mean()
+    torch.testing.assert_close(loss, 3 * error)
+
+
+def test_tables_move_in_training_and_are_integers_that_stay():
+    svq = SVQ(22, dim=8)
+    before = svq.lengths.clone()
+    fitted(svq, batches=5)
+    assert not torch.equal(before, svq.lengths) and svq.lengths.dtype == torch.int64
+    state = {key: value.clone() for key, value in svq.state_dict().items()}
+    svq(latent(svq))
+    assert all(torch.equal(state[key], value) for key, value in svq.state_dict().items())
+    # Products with integers up to 2^12 are exact: nothing depends on how a device rounds.
+    integers = torch.arange(2**12)
+    exact = integers.double() * svq.steps.double()[:, None]
+    assert torch.equal((integers * svq.steps[:, None]).double(), exact)
+
+
+def test_vectors_far_outside_of_the_budgets_decode_as_they_were_quantized():
+    torch.manual_seed(0)
+    svq = fitted(SVQ(22, dim=6, stages=2))
+    z = latent(svq) * torch.logspace(0, 38, 20).view(5, 4)
+    z[0, :, 0, 0], z[1, 2, 1, 1] = math.inf, math.nan
+    quantized, indices, _ = svq(z)
+    assert torch.equal(svq.indices_to_codes(indices), quantized) and quantized.isfinite().all()
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_for_good():
+    svq = fitted(SVQ(16, dim=4), batches=3)
+    state = {key: value.clone() for key, value in svq.state_dict().items()}
+    svq.train()(torch.full((1, 4, 50), math.nan))
+    assert torch.equal(svq.running_mean, state["running_mean"])
+    assert all(value.isfinite().all() for value in svq.state_dict().values())
+
+
+def test_at_equal_bits_it_is_ahead_of_products_of_levels():
+    """Squared error for a mixture of scales, at 22 bits for 8 channels."""
+    torch.manual_seed(0)
+    levels = [16, 16, 8, 8, 8, 4, 4, 2]
+    svq = fitted(SVQ(22, dim=8))
+    geometric = fitted(GeometricRFSQ(stages=1, levels=levels))
+    z = laplacian_mixture(8, 5000).T[None]
+    error = [(z - q(z)[0]).square().mean().log10().item() * 10 for q in (svq, geometric)]
+    assert FSQ(levels).bits == svq.bits == geometric.bits == 22
+    assert error[0] < error[1] - 1  # dB
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"bits": 7}, "bits must be an integer from 8 to 60, not 7"),
+        ({"bits": 61}, "not 61"),
+        ({"dim": 0}, "dim must be an integer of 1"),
+        ({"bits": 8, "classes": 17}, "17 classes are too many for 8 bits: at most 16"),
+        ({"stages": 23}, "22 bits make at most 22 tokens, not 23"),
+        ({"momentum": 0.0}, "momentum must be in"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SVQ(**changes)
