@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms.functional import center_crop, resize
 
 import archive
 from packed import PackedDataset, is_packed
@@ -92,12 +91,15 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bilinear, antialiased), then the centre square."""
+    """Short side to `size` (bilinear, antialiased), then the centre square, as torchvision does."""
     (width, height), most = image.size, 64 * min(image.size)
     if max(image.size) > most:  # a strip: do not enlarge, at any cost, what is cut off
         left, top = max(0, width - most) // 2, max(0, height - most) // 2
         image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-    return center_crop(resize(image, size), size)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))
 
 
 def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | None]:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from torchvision.utils import make_grid, save_image
 
 import util
 from arguments import current_flags, may_change_flags
@@ -265,6 +264,8 @@ class RunFolder:
     # -----------------------------------------------------------------------------------
     def draw_samples(self, model, images, device: torch.device, step: int) -> None:
         """A PNG of the first validation images, the originals over their reconstructions."""
+        from torchvision.utils import make_grid, save_image  # torchvision takes seconds to import
+
         first = [images[i] for i in range(min(SAMPLES, len(images)))]
         originals = torch.stack([image for image in first if image is not None]).float() / 255
         tokens = model.encode(originals.to(device))
