@@ -419,6 +419,21 @@ def _start_worker(deferred: torch.Tensor, worker: int) -> None:
 
     for number in StopSignals.SIGNALS:
         signal.signal(number, exit_unless_deferred)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
+
+
+class _Loader(DataLoader):
+    """Its processes start with the stop signals blocked, until `_start_worker` handles them.
+
+    A signal to the whole group would end a process before that, and then the run by an error.
+    """
+
+    def __iter__(self) -> Iterator:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _loader(
@@ -429,7 +444,7 @@ def _loader(
     **options: object,
 ) -> DataLoader:
     """A DataLoader for `device`; its processes ignore signals while `stop` defers them."""
-    return DataLoader(
+    return _Loader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,

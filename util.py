@@ -293,15 +293,16 @@ def one_line(error: BaseException) -> str:
 
 def _explain_dead_worker(kind, error, trace) -> None:
     # PyTorch raises a RuntimeError from a signal handler: anywhere, also in here, but for the next
-    # lines. Before that, the connection to the loading process may break, in the loader.
+    # lines. Before that, receiving from the loading process may fail, with any error.
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except RuntimeError:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno):
-        frames = traceback.extract_tb(trace)
-        dead = any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+    files = [Path(frame.filename) for frame in traceback.extract_tb(trace)]
+    dead |= any(file.name == "dataloader.py" for file in files) and any(
+        "multiprocessing" in file.parts for file in files
+    )
     problem = "a loading process died; it may have run out of memory: give fewer --num-workers"
     if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
         dead, problem = True, f"{one_line(error)}: a loading process, or the disk, hangs"
