@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset
 
 import util
-from arguments import current_flags, may_change_flags
+from arguments import args_of, current_flags, may_change_flags
 from board import Board
 from checkpoint import (
     TEMPORARY,
@@ -42,6 +42,12 @@ from checkpoint import (
 )
 
 SAMPLES = 8  # validation images in a picture of samples
+TRAINING_STATE = {  # what `train.py` adds to weights and flags
+    **dict.fromkeys(("step", "train_images", "interval_count", "threads"), int),
+    **dict.fromkeys(("best_psnr", "interval_seconds", "seconds"), float),
+    **dict.fromkeys(("interval_sums", "skipped"), torch.Tensor),
+    **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
+}
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 
 
@@ -305,13 +311,15 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
                 f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
             )
         path, saved = found
-    if "interval_sums" not in saved:
+    saved.setdefault("train_fingerprint", {})  # checkpoints from before it lack it
+    if any(type(saved.get(name)) is not kind for name, kind in TRAINING_STATE.items()):
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     if saved["train_images"] != len(train_set):
         raise ValueError(
             f"{path} is of a run on {saved['train_images']:,} training images, here are "
             f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
+    args_of(saved)  # refuses flags that no run can have
     before, may_change = current_flags(saved["args"]), may_change_flags()
     if not args.perceptual_weight:
         may_change += ("lpips_net",)  # then it is only measured
@@ -325,7 +333,7 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )
     # Checkpoints from before fingerprints have none; a packed folder has names, and no sizes.
-    before, now = saved.get("train_fingerprint", {}), train_set.fingerprint()
+    before, now = saved["train_fingerprint"], train_set.fingerprint()
     other = [what for what in now if what in before and now[what] != before[what]]
     if other and not args.allow_other_images:
         raise ValueError(

@@ -486,6 +486,34 @@ def test_what_cannot_be_resumed(tmp_path):
     assert run(tmp_path / "new", "--resume=auto", "--train-iters=2")["steps"] == 2
 
 
+def test_hostile_training_states_with_a_valid_checksum_are_one_line(whole, tmp_path):
+    saved = load_checkpoint(whole() / "step_0000010.pt")
+    state, random = saved["optimizer"], saved["random"]
+    moments = state["state"][0]
+    wrong = [
+        *({"step": value} for value in (None, "5", 5.0, True, [5], torch.tensor(5))),
+        *({"threads": value} for value in (0, 10**9, -1, "2")),
+        *({"best_psnr": value} for value in (None, 20, "x")),
+        *({"interval_sums": value} for value in (5, torch.ones(1, 2, 9), torch.ones(1, 50))),
+        *({"random": {**random, name: value}} for name in ("python", "numpy") for value in (5, [])),
+        *({"random": {**random, "torch": value}} for value in (None, torch.ones(3))),
+        *({"optimizer": value} for value in (5, {}, {"state": 5}, {"state": {0: 5}})),
+        {"optimizer": {**state, "state": {**state["state"], 0: {}, 1: {"step": 1}}}},
+        {"optimizer": {**state, "state": {0: {**moments, "exp_avg": torch.ones(10**6)}}}},
+        {"optimizer": {**state, "state": {0: {**moments, "step": torch.ones(5)}}}},
+        *({"train_fingerprint": value} for value in (5, "x", [])),
+        {"skipped": None},
+        {"args": {**saved["args"], "lr": "x"}},
+        {"model": {**saved["model"], "decoder.layers.0.bias": torch.ones(3)}},
+    ]
+    for number, change in enumerate(wrong):
+        path = tmp_path / f"{number}.pt"
+        save_checkpoint(path, {**saved, **change})
+        with pytest.raises(ValueError) as caught:
+            run(tmp_path / "new", f"--resume={path}")
+        assert "\n" not in str(caught.value), change
+
+
 def test_a_finished_run_resumed_gives_its_results_again(tmp_path):
     first = run(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
