@@ -264,7 +264,7 @@ def args_of(checkpoint: dict) -> Namespace:
     """
     args = get_args([])
     if not isinstance(checkpoint["args"], dict):
-        raise ValueError("the flags in the checkpoint are damaged")
+        raise ValueError("its flags are damaged")
     if unknown := sorted(set(checkpoint.get("architecture", ())) - set(architecture_flags())):
         raise ValueError(
             f"the model was exported with --{unknown[0].replace('_', '-')}, which this version does"
@@ -274,7 +274,7 @@ def args_of(checkpoint: dict) -> Namespace:
     for action in get_parser()._actions:
         if hasattr(args, action.dest) and not _allows(action, getattr(args, action.dest)):
             given = printable(f"{getattr(args, action.dest)!r:.80}")
-            raise ValueError(f"the checkpoint's {action.option_strings[0]} cannot be {given}")
+            raise ValueError(f"its flag {action.option_strings[0]} cannot be {given}")
     return args
 
 

@@ -86,6 +86,7 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
     for name in names:
         paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
         files = [each for p in paths for each in ([p] if p.is_file() else p.rglob(file))]
+        files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
         if not files:
             raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
         found |= {each.resolve(): each for each in sorted(files)}

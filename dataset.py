@@ -234,7 +234,9 @@ class ImageFolderDataset(Images):
         return self.root / self.name(index)
 
     def file_size(self, index: int) -> int:
-        return os.stat(self.path(index)).st_size
+        # A link to nothing, whose reading is an error of its own, has -1.
+        path = self.path(index)
+        return path.stat().st_size if path.exists() else -1
 
     def read(self, index: int) -> Image.Image:
         return read_image(self.path(index))

@@ -319,7 +319,11 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
         ValueError: one line, if there is no such model, or its weights are not of its flags.
     """
     saved = load_checkpoint(path)
-    args, weights = args_of(saved), saved["model"]
+    weights = saved["model"]
+    try:
+        args = args_of(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no model of this project: {error}") from error
     # Without memory first: flags of a small file could describe a model that fills all of it.
     with torch.device("meta"):
         wanted = VQVAE(args).state_dict()

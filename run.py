@@ -184,7 +184,7 @@ class RunFolder:
     def read_log(self) -> list[dict]:
         """The records of metrics.jsonl; lines that are none are skipped with a warning."""
         records, damaged = [], 0
-        text = self.log_path.read_bytes() if self.log_path.exists() else b""
+        text = self.log_path.read_bytes() if self.log_path.is_file() else b""
         for line in text.splitlines():
             try:
                 record = json.loads(line)
@@ -312,14 +312,18 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
             )
         path, saved = found
     saved.setdefault("train_fingerprint", {})  # checkpoints from before it lack it
-    if any(type(saved.get(name)) is not kind for name, kind in TRAINING_STATE.items()):
+    whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
+    if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     if saved["train_images"] != len(train_set):
         raise ValueError(
             f"{path} is of a run on {saved['train_images']:,} training images, here are "
             f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
-    args_of(saved)  # refuses flags that no run can have
+    try:
+        args_of(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
     before, may_change = current_flags(saved["args"]), may_change_flags()
     if not args.perceptual_weight:
         may_change += ("lpips_net",)  # then it is only measured

@@ -32,7 +32,7 @@ from model import VQVAE, load_weights
 from run import RunFolder, find_resumed
 from scheduler import learning_rate
 
-MAX_THREADS = 4096  # of a checkpoint that was written on another machine
+MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
 
 class TrainingStep(nn.Module):

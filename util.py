@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import platform
 import random
@@ -285,10 +286,11 @@ def printable(text: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line, also when it comes from a DataLoader's worker."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # The last line of a worker's traceback is "package.TypeOfError: message".
-    return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
+    """The message of an error in one printable line, also from a DataLoader's worker."""
+    text = str(error).strip() or type(error).__name__
+    if "\nOriginal Traceback" in text:  # its last line is "package.TypeOfError: message"
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1].strip())
+    return printable(text)
 
 
 def _explain_dead_worker(kind, error, trace) -> None:
@@ -318,6 +320,9 @@ def run_script(main: Callable) -> None:
     it with code 75, when its checkpoint is saved.
     """
     sys.excepthook = _explain_dead_worker
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

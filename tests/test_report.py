@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -483,15 +484,17 @@ def test_results_of_older_versions_are_read(tmp_path):
 
 def test_damaged_results_are_left_out_with_a_warning(tmp_path, capsys):
     make_run(tmp_path / "whole")
+    make_run(tmp_path / "third", args={"lr": "x"})
     for name, content in (("half", '{"psnr": 2'), ("other", '{"psnr": 3}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(content)
     text = report.main([str(tmp_path)])
     warnings = sorted(capsys.readouterr().err.splitlines())
-    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and len(warnings) == 2
+    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and len(warnings) == 3
     assert all(line.startswith("report.py: warning: ") for line in warnings)
     assert "half/results.json is damaged" in warnings[0]
     assert "other/results.json lacks args" in warnings[1]
+    assert "third/results.json is damaged (its flag --lr cannot be 'x')" in warnings[2]
     with pytest.raises(ValueError, match="lacks args"):
         report.main([str(tmp_path / "half"), str(tmp_path / "other")])
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -514,6 +517,26 @@ def test_report_writes_a_file_and_takes_patterns(tmp_path, capsys):
     text = report.main([str(tmp_path / "*" / "results.json"), str(tmp_path), f"--out={out}"])
     assert out.read_text() == text and capsys.readouterr().out == ""
     assert len(cells(text, "RFSQ-2x2048-LN")) == 2  # named twice, read once
+
+
+def test_names_that_cannot_be_printed_are_escaped_and_pipes_not_opened(tmp_path, monkeypatch):
+    name, streams = os.fsdecode(b"\xff\nname"), {}
+    make_run(tmp_path / name, ["--name", name])
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "results.json")
+    for stream in ("stdout", "stderr"):  # as strict as a terminal's
+        streams[stream] = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+        monkeypatch.setattr(sys, stream, streams[stream])
+    util.run_script(lambda: report.main([str(tmp_path)]))
+    util.run_script(lambda: report.main([str(tmp_path), f"--out={tmp_path / 'out.md'}"]))
+    with pytest.raises(SystemExit):
+        util.run_script(lambda: report.main([name]))
+    for stream in streams.values():
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams.values())
+    assert out == (tmp_path / "out.md").read_text()
+    assert cells(out, "\\udcff\\nname")[0][0] == "1"
+    assert len(err.splitlines()) == 1 and "\\udcff\\nname holds no results.json" in err
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
