@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import scheduler
 from quantizers import QUANTIZERS
 from quantizers.rfsq import STRATEGIES
-from util import cpu_cores
+from util import cpu_cores, printable
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
 DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load
@@ -267,12 +267,12 @@ def args_of(checkpoint: dict) -> Namespace:
     """The flags of a checkpoint; those that are younger than it have their defaults.
 
     Raises:
-        ValueError: a flag that is used later has a value that the command line would refuse, or
-            the model was exported with a flag that does not exist.
+        ValueError: a flag has a value that the command line would refuse, or the model was exported
+            with a flag that does not exist.
     """
     args = get_args([])
     if not isinstance(checkpoint["args"], dict):
-        raise ValueError("the flags in the checkpoint are damaged")
+        raise ValueError("its flags are damaged")
     if unknown := sorted(set(checkpoint.get("architecture", ())) - set(architecture_flags())):
         raise ValueError(
             f"the model was exported with --{unknown[0].replace('_', '-')}, which this version does"
@@ -280,19 +280,26 @@ def args_of(checkpoint: dict) -> Namespace:
         )
     vars(args).update(current_flags(checkpoint["args"]))
     for action in get_parser()._actions:
-        value = getattr(args, action.dest, None)
-        checked = getattr(action, "role", None) == ARCHITECTURE or action.dest in DEFAULTS_OF_MODEL
-        if not checked or value is None:
-            continue
-        try:
-            values = [action.type(str(one)) for one in (value if action.nargs else [value])]
-        except (TypeError, ValueError, argparse.ArgumentTypeError):
-            values = None
-        if values != (value if action.nargs else [value]) or (
-            action.choices and value not in action.choices
-        ):
-            raise ValueError(f"the checkpoint's {action.option_strings[0]} cannot be {value!r:.80}")
+        if hasattr(args, action.dest) and not _allows(action, getattr(args, action.dest)):
+            given = printable(f"{getattr(args, action.dest)!r:.80}")
+            raise ValueError(f"its flag {action.option_strings[0]} cannot be {given}")
     return args
+
+
+def _allows(action: argparse.Action, value) -> bool:
+    """Whether a flag can have a value of a checkpoint."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0 or isinstance(value, bool):  # a switch
+        return action.nargs == 0 and isinstance(value, bool)
+    if isinstance(value, list) != (action.nargs == "+"):
+        return False
+    values, kind = value if isinstance(value, list) else [value], action.type or str
+    try:
+        same = all(isinstance(x, int | float | str) and kind(str(x)) == x for x in values)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return same and (not action.choices or value in action.choices) and bool(values)
 
 
 def add_evaluation_flags(parser: Parser, *names: str) -> None:

@@ -86,6 +86,7 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
     for name in names:
         paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
         files = [each for p in paths for each in ([p] if p.is_file() else p.rglob(file))]
+        files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
         if not files:
             raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
         found |= {each.resolve(): each for each in sorted(files)}
@@ -163,14 +164,20 @@ def _check_plain(value, depth: int = 0) -> None:
     """Raises ValueError for what `save_checkpoint` never writes, and what could exhaust memory."""
     if depth > 32:  # also for a list that contains itself
         raise ValueError("nested too deeply")
-    if isinstance(value, torch.Tensor):
+    if type(value) is torch.Tensor:
         plain = value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or value.is_quantized or value.numel() > value.untyped_storage().nbytes():
+        plain &= not (value.is_quantized or value.is_complex() or value.is_neg())
+        if not plain or value.requires_grad or value.numel() > value.untyped_storage().nbytes():
             raise ValueError("not a plain tensor")
-    for entry in value.values() if isinstance(value, dict) else ():
-        _check_plain(entry, depth + 1)
-    for entry in value if isinstance(value, list | tuple) else ():
-        _check_plain(entry, depth + 1)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_plain(key, 32)
+            _check_plain(entry, depth + 1)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_plain(entry, depth + 1)
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise ValueError("neither a tensor nor of a plain type")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -215,6 +222,9 @@ def _read_checkpoint(path: Path) -> dict:
     except Exception as error:  # unpickling garbage can raise nearly anything
         raise ValueError(wrong) from error
     if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
+        raise ValueError(wrong)
+    weights = state["model"].items() if isinstance(state["model"], dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights):
         raise ValueError(wrong)
     if state["format"] != CHECKPOINT_FORMAT:
         raise ValueError(

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.transforms.functional import center_crop, resize
 
 import archive
 from packed import PackedDataset, is_packed
@@ -92,12 +91,15 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bilinear, antialiased), then the centre square."""
+    """Short side to `size` (bilinear, antialiased), then the centre square, as torchvision does."""
     (width, height), most = image.size, 64 * min(image.size)
     if max(image.size) > most:  # a strip: do not enlarge, at any cost, what is cut off
         left, top = max(0, width - most) // 2, max(0, height - most) // 2
         image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-    return center_crop(resize(image, size), size)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))
 
 
 def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | None]:
@@ -232,7 +234,9 @@ class ImageFolderDataset(Images):
         return self.root / self.name(index)
 
     def file_size(self, index: int) -> int:
-        return os.stat(self.path(index)).st_size
+        # A link to nothing, whose reading is an error of its own, has -1.
+        path = self.path(index)
+        return path.stat().st_size if path.exists() else -1
 
     def read(self, index: int) -> Image.Image:
         return read_image(self.path(index))
@@ -417,6 +421,21 @@ def _start_worker(deferred: torch.Tensor, worker: int) -> None:
 
     for number in StopSignals.SIGNALS:
         signal.signal(number, exit_unless_deferred)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
+
+
+class _Loader(DataLoader):
+    """Its processes start with the stop signals blocked, until `_start_worker` handles them.
+
+    A signal to the whole group would end a process before that, and then the run by an error.
+    """
+
+    def __iter__(self) -> Iterator:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _loader(
@@ -427,7 +446,7 @@ def _loader(
     **options: object,
 ) -> DataLoader:
     """A DataLoader for `device`; its processes ignore signals while `stop` defers them."""
-    return DataLoader(
+    return _Loader(
         dataset,
         num_workers=num_workers,
         collate_fn=_collate,

@@ -71,6 +71,8 @@ class Meter:
         """Add a step's terms (scalars by name); `bad` is 1 if the step was skipped, else 0."""
         self.names = list(terms)
         values = torch.stack([*terms.values(), torch.ones_like(bad)]).detach()
+        if self.sums.dim() and self.sums.shape != (2, len(values)):
+            raise ValueError("the checkpoint's sums for the log are not of these loss terms")
         good, infinite = torch.where(bad > 0, 0, values), (~values.isfinite()).float()
         self.sums = self.sums + torch.stack([good, infinite])
         self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + bad) * bad])

@@ -23,6 +23,7 @@ from quantizers import Quantized, build_quantizer
 
 DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions
 TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
+MAX_MISSING = 2**20  # numbers of a model that a checkpoint may lack, to be named in its error
 
 
 class ResidualBlock(nn.Module):
@@ -318,10 +319,25 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
         ValueError: one line, if there is no such model, or its weights are not of its flags.
     """
     saved = load_checkpoint(path)
-    args = args_of(saved)
+    weights = saved["model"]
+    try:
+        args = args_of(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no model of this project: {error}") from error
+    # Without memory first: flags of a small file could describe a model that fills all of it.
+    with torch.device("meta"):
+        wanted = VQVAE(args).state_dict()
+    for name, value in wanted.items():
+        if name in weights and weights[name].shape != value.shape:
+            here, there = tuple(value.shape), tuple(weights[name].shape)
+            raise ValueError(
+                f"the weights in {path} do not fit the model: {name} is {there}, not {here}"
+            )
+    if sum(value.numel() for name, value in wanted.items() if name not in weights) > MAX_MISSING:
+        raise ValueError(f"the weights in {path} do not fit the model: most of them are missing")
     model = VQVAE(args)
     try:
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
         raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error

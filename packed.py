@@ -34,6 +34,8 @@ def is_packed(root: str | os.PathLike) -> bool:
     root = Path(root)
     if any((root / name).is_file() for name in (PACK_UNFINISHED, PACK_SHARD.format(0))):
         return True
+    if not (root / PACK_INDEX).is_file():  # opening a pipe would wait for ever
+        return False
     try:  # folders of images may have an index.json of their own
         return json.loads((root / PACK_INDEX).read_bytes()).get("format") == PACK_FORMAT
     except (OSError, ValueError, AttributeError):

@@ -26,10 +26,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from torchvision.utils import make_grid, save_image
 
 import util
-from arguments import current_flags, may_change_flags
+from arguments import args_of, current_flags, may_change_flags
 from board import Board
 from checkpoint import (
     TEMPORARY,
@@ -43,6 +42,12 @@ from checkpoint import (
 )
 
 SAMPLES = 8  # validation images in a picture of samples
+TRAINING_STATE = {  # what `train.py` adds to weights and flags
+    **dict.fromkeys(("step", "train_images", "interval_count", "threads"), int),
+    **dict.fromkeys(("best_psnr", "interval_seconds", "seconds"), float),
+    **dict.fromkeys(("interval_sums", "skipped"), torch.Tensor),
+    **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
+}
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 
 
@@ -179,7 +184,7 @@ class RunFolder:
     def read_log(self) -> list[dict]:
         """The records of metrics.jsonl; lines that are none are skipped with a warning."""
         records, damaged = [], 0
-        text = self.log_path.read_bytes() if self.log_path.exists() else b""
+        text = self.log_path.read_bytes() if self.log_path.is_file() else b""
         for line in text.splitlines():
             try:
                 record = json.loads(line)
@@ -265,6 +270,8 @@ class RunFolder:
     # -----------------------------------------------------------------------------------
     def draw_samples(self, model, images, device: torch.device, step: int) -> None:
         """A PNG of the first validation images, the originals over their reconstructions."""
+        from torchvision.utils import make_grid, save_image  # torchvision takes seconds to import
+
         first = [images[i] for i in range(min(SAMPLES, len(images)))]
         originals = torch.stack([image for image in first if image is not None]).float() / 255
         tokens = model.encode(originals.to(device))
@@ -304,13 +311,19 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
                 f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
             )
         path, saved = found
-    if "interval_sums" not in saved:
+    saved.setdefault("train_fingerprint", {})  # checkpoints from before it lack it
+    whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
+    if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     if saved["train_images"] != len(train_set):
         raise ValueError(
             f"{path} is of a run on {saved['train_images']:,} training images, here are "
             f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
+    try:
+        args_of(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be resumed: {error}") from error
     before, may_change = current_flags(saved["args"]), may_change_flags()
     if not args.perceptual_weight:
         may_change += ("lpips_net",)  # then it is only measured
@@ -324,7 +337,7 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )
     # Checkpoints from before fingerprints have none; a packed folder has names, and no sizes.
-    before, now = saved.get("train_fingerprint", {}), train_set.fingerprint()
+    before, now = saved["train_fingerprint"], train_set.fingerprint()
     other = [what for what in now if what in before and now[what] != before[what]]
     if other and not args.allow_other_images:
         raise ValueError(

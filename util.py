@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import platform
 import random
@@ -285,23 +286,25 @@ def printable(text: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line, also when it comes from a DataLoader's worker."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # The last line of a worker's traceback is "package.TypeOfError: message".
-    return lines[0] if len(lines) == 1 else re.sub(r"^[\w.]+: ", "", lines[-1].strip())
+    """The message of an error in one printable line, also from a DataLoader's worker."""
+    text = str(error).strip() or type(error).__name__
+    if "\nOriginal Traceback" in text:  # its last line is "package.TypeOfError: message"
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1].strip())
+    return printable(text)
 
 
 def _explain_dead_worker(kind, error, trace) -> None:
     # PyTorch raises a RuntimeError from a signal handler: anywhere, also in here, but for the next
-    # lines. Before that, the connection to the loading process may break, in the loader.
+    # lines. Before that, receiving from the loading process may fail, with any error.
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except RuntimeError:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno):
-        frames = traceback.extract_tb(trace)
-        dead = any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+    files = [Path(frame.filename) for frame in traceback.extract_tb(trace)]
+    dead |= any(file.name == "dataloader.py" for file in files) and any(
+        "multiprocessing" in file.parts for file in files
+    )
     problem = "a loading process died; it may have run out of memory: give fewer --num-workers"
     if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
         dead, problem = True, f"{one_line(error)}: a loading process, or the disk, hangs"
@@ -317,6 +320,9 @@ def run_script(main: Callable) -> None:
     it with code 75, when its checkpoint is saved.
     """
     sys.excepthook = _explain_dead_worker
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:

@@ -62,18 +62,8 @@ class Codec:
         self.tile = -(-max(1, tile) // self.model.f)  # in positions
         self.fingerprint = fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
-        if state := self.checkpoint.get(ENTROPY_MODEL):
-            problem = "an older layout" if "weights" not in state else ""
-            if [math.prod(digits) for digits in state["digits"]] != self.sizes:
-                problem = "other codebooks"
-            if problem:
-                raise ValueError(f"the checkpoint's entropy model has {problem}: run fit again")
-            tables, weights = (
-                [[tensor.numpy() for tensor in row] for row in state[name]]
-                for name in ("tables", "weights")
-            )
-            digits, ordered = state["digits"], state["ordered"]
-            self.entropy_model = entropy.EntropyModel(digits, ordered, tables, weights)
+        if ENTROPY_MODEL in self.checkpoint:
+            self.entropy_model = self._read_entropy_model(self.checkpoint[ENTROPY_MODEL])
         self.seconds = {"network": 0.0, "packing": 0.0}
 
     def encode(
@@ -217,13 +207,35 @@ class Codec:
         model = self.entropy_model
         return hashlib.sha256(self.fingerprint + model.digest).digest()[:8] if model else b""
 
+    def _levels(self) -> list[int] | None:
+        """Levels of the channels that make up an index, lowest first; None if it has none."""
+        quantizer = self.model.quantizer
+        if {*self.sizes} == {2**quantizer.dim}:
+            return [2] * quantizer.dim  # one bit per channel
+        return getattr(quantizer, "levels", None)
+
     def counts(self) -> entropy.Counts:
         """Empty counts for this model's indices."""
-        quantizer = self.model.quantizer
-        levels = getattr(quantizer, "levels", None)  # of the channels of an index
-        if levels is None and {*self.sizes} == {2**quantizer.dim}:
-            levels = [2] * quantizer.dim  # one bit per channel
-        return entropy.Counts(self.sizes, levels)
+        return entropy.Counts(self.sizes, self._levels())
+
+    def _read_entropy_model(self, state) -> entropy.EntropyModel:
+        """What `fit` has put into the checkpoint.
+
+        Raises:
+            ValueError: it is damaged, or was fitted by another version or to another model.
+        """
+        problem = None
+        digits, ordered = entropy.digits_and_order(self.sizes, self._levels())
+        if not isinstance(state, dict):
+            problem = "is damaged"
+        elif "weights" not in state:
+            problem = "has an older layout"
+        elif repr((state.get("digits"), state.get("ordered"))) != repr((digits, ordered)):
+            problem = "has other codebooks"
+        if problem:
+            raise ValueError(f"the checkpoint's entropy model {problem}: run fit again")
+        tables, weights = (_arrays(state.get(name)) for name in ("tables", "weights"))
+        return entropy.EntropyModel(digits, ordered, tables, weights)
 
     def fit(self, counts: entropy.Counts) -> dict:
         """Use the entropy model of these counts. Returns the checkpoint that includes it."""
@@ -288,6 +300,16 @@ class Codec:
             image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
         return image[: size[0], : size[1]]
+
+
+def _arrays(rows) -> entropy.Rows:
+    """The tensors in lists of lists as arrays; what is something else is left out."""
+    rows = [row for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
+    integers = (torch.int16, torch.int32)
+    return [
+        [x.numpy() for x in row if isinstance(x, torch.Tensor) and x.dtype in integers]
+        for row in rows
+    ]
 
 
 def is_grey(image: np.ndarray) -> bool:

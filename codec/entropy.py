@@ -60,6 +60,21 @@ def bit_fields(size: int) -> list[int]:
     return [2 ** (bits // parts + (i < bits % parts)) for i in range(parts)]
 
 
+def digits_and_order(
+    sizes: Sequence[int], levels: Sequence[int] | None
+) -> tuple[list[list[int]], bool]:
+    """The alphabets of each stage's digits, lowest first, and whether they are channels.
+
+    Args:
+        sizes: number of codes of each stage.
+        levels: levels of the channels that make up an index, lowest first; None if it has none.
+    """
+    channels = list(levels or ())
+    if channels and all(math.prod(channels) == size for size in sizes):
+        return [channels] * len(sizes), True
+    return [bit_fields(size) for size in sizes], False
+
+
 def total(size: int) -> int:
     """The sum of the frequencies in a row of `size` symbols; 15 bits fit an int16."""
     return 2**15 if size <= 512 else 2**22
@@ -81,21 +96,34 @@ class EntropyModel:
         self.digits, self.ordered, self.tables, self.weights = digits, ordered, tables, weights
         self.stages = context.stages_of(digits, ordered)
         digest = hashlib.sha256(repr((digits, ordered)).encode())
-        for stage, *arrays in zip(self.stages, tables, weights, strict=True):
-            for shape, regression, table, weight in zip(
-                stage.tables, stage.weights, *arrays, strict=True
-            ):
-                if (
-                    table.shape != shape
-                    or table.min() < 1
-                    or table.max() > total(shape[1]) // 64 * 63
-                    or (table.sum(1, dtype=np.int64) != total(shape[1])).any()
-                    or weight.shape != regression
-                ):
-                    raise ValueError("the checkpoint's entropy model does not fit: run fit again")
+        counts = [len(stage.tables) for stage in self.stages]
+        fits = all([len(row) for row in rows] == counts for rows in (tables, weights))
+        if not fits or not all(map(self._fits, self.stages, tables, weights)):
+            raise ValueError("the checkpoint's entropy model does not fit: run fit again")
+        for row in zip(tables, weights, strict=True):
+            for table, weight in zip(*row, strict=True):
                 digest.update(table.astype("<i4").tobytes())
                 digest.update(weight.astype("<i4").tobytes())
         self.digest = digest.digest()
+
+    @staticmethod
+    def _fits(
+        stage: context.Stage, tables: Sequence[np.ndarray], weights: Sequence[np.ndarray]
+    ) -> bool:
+        """Whether the arrays of a stage are integers of the right shapes and sums."""
+        for shape, regression, table, weight in zip(
+            stage.tables, stage.weights, tables, weights, strict=True
+        ):
+            if (
+                table.shape != shape
+                or table.min() < 1
+                or table.max() > total(shape[1]) // 64 * 63
+                or (table.sum(1, dtype=np.int64) != total(shape[1])).any()
+                or weight.dtype != np.int32
+                or weight.shape != regression
+            ):
+                return False
+        return True
 
     def check_length(self, payload: int, positions: int, stages: int) -> None:
         """Raises ValueError if a payload of so many bytes is too short for the positions."""
@@ -165,9 +193,7 @@ class Counts:
     """
 
     def __init__(self, sizes: Sequence[int], levels: Sequence[int] | None = None):
-        channels = list(levels or ())
-        self.ordered = bool(channels) and all(math.prod(channels) == size for size in sizes)
-        self.digits = [channels if self.ordered else bit_fields(size) for size in sizes]
+        self.digits, self.ordered = digits_and_order(sizes, levels)
         self.stages = context.stages_of(self.digits, self.ordered)
         self.counts = [[np.zeros(x, np.int64) for x in stage.tables] for stage in self.stages]
         self.kept: list[np.ndarray] = []

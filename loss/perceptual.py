@@ -15,20 +15,20 @@ import re
 import warnings
 from pathlib import Path
 
-import lpips
 import torch
-from lpips import pretrained_networks
 from torch import Tensor, nn
-from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 import util
 from pretrained import WeightsMissing, build_in_all, load_pretrained
 
-# net -> (backbone, torchvision's weights, smallest side whose pooled feature maps are not empty)
+# net -> (backbone, by its name in lpips.pretrained_networks; its ImageNet weights, torchvision's;
+# smallest side whose pooled feature maps are not empty). The package itself is imported where a
+# network is made: that takes seconds, and most commands do without LPIPS.
+WEIGHTS = "https://download.pytorch.org/models/"
 NETS = {
-    "vgg": (pretrained_networks.vgg16, VGG16_Weights.IMAGENET1K_V1, 16),
-    "alex": (pretrained_networks.alexnet, AlexNet_Weights.IMAGENET1K_V1, 31),
-    "squeeze": (pretrained_networks.squeezenet, SqueezeNet1_1_Weights.IMAGENET1K_V1, 17),
+    "vgg": ("vgg16", f"{WEIGHTS}vgg16-397923af.pth", 16),
+    "alex": ("alexnet", f"{WEIGHTS}alexnet-owt-7be5be79.pth", 31),
+    "squeeze": ("squeezenet", f"{WEIGHTS}squeezenet1_1-b8a52dc0.pth", 17),
 }
 
 
@@ -49,8 +49,11 @@ class Perceptual(nn.Module):
         super().__init__()
         if net not in NETS:
             raise ValueError(f"perceptual network is {net!r}; allowed: {', '.join(NETS)}")
+        import lpips
+
         self.net = net
-        backbone_class, _, self.smallest_side = NETS[net]
+        name, _, self.smallest_side = NETS[net]
+        backbone_class = getattr(lpips.pretrained_networks, name)
 
         # On the meta device nothing is allocated (VGG16's classifier has 120 million weights) and
         # no random number is drawn: the seed of a run must not depend on whether it is measured.
@@ -141,7 +144,7 @@ def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         return renamed
 
     try:
-        return load_pretrained(f"LPIPS-{net}", NETS[net][1].url, rename)
+        return load_pretrained(f"LPIPS-{net}", NETS[net][1], rename)
     except WeightsMissing as error:
         raise WeightsMissing(
             f"{error}; --lpips-net none --perceptual-weight 0 does without it"

@@ -101,6 +101,8 @@ def prepare(
 
 def read_coded(codec: Codec, path: Path) -> bytes:
     """The bytes of a `.rfsq` file, read whole only if it is no larger than its header allows."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError("is not a regular file")
     with open(path, "rb") as file:
         head = file.read(bitstream.HEAD_BYTES)
         codec.check_claim(head, path.stat().st_size)

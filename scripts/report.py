@@ -117,7 +117,7 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     tables: dict[str, tuple[dict, dict[str, Row]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         row = make_row(run["name"], args_of(run))
-        row.name = row.args.name or by_kind.get(row.kind, row.name)
+        row.name = util.printable(row.args.name or by_kind.get(row.kind, row.name))
         common = setting(run, row.args)
         rows = tables.setdefault(json.dumps(common), (common, {}))[1]
         row = rows.setdefault(json.dumps([row.name, row.flags]), row)
@@ -309,6 +309,16 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
 
+def _has_flags(run: dict, faults: list[str]) -> bool:
+    """Whether the flags of a run can be read; if not, `faults` gets a line."""
+    try:
+        args_of(run)
+    except ValueError as error:
+        faults.append(f"{run['path']} is damaged ({error}): remove it")
+        return False
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> str:
     """Print the tables, or write them to `--out`; return them."""
     parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
@@ -316,9 +326,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)
-    results, faults = read_results(flags.runs)
+    found, faults = read_results(flags.runs)
+    results = [run for run in found if _has_flags(run, faults)]
     for fault in faults if results else faults[:-1]:
-        print(f"report.py: warning: {fault}", file=sys.stderr)
+        print(f"report.py: warning: {util.printable(fault)}", file=sys.stderr)
     if not results:
         raise ValueError(faults[-1])
     tables = make_tables(results)
@@ -333,7 +344,8 @@ def main(argv: Sequence[str] | None = None) -> str:
         sections.append(section(common, rows, others))
     text = "\n\n".join([intro, *sections]) + "\n"
     if flags.out:
-        write_whole(Path(flags.out), lambda file: file.write(text.encode()))
+        data = text.encode(errors="backslashreplace")
+        write_whole(Path(flags.out), lambda file: file.write(data))
     else:
         print(text, end="")
     return text

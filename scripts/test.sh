@@ -8,4 +8,5 @@ cd "$ROOT"
 ruff check .
 ruff format --check .
 basedpyright --pythonpath "$(command -v python)"
-python -m pytest -n "${TEST_PROCESSES:-2}" "$@"
+# Neighbouring tests, which share a fixture, run in the same process; the first to end takes over.
+python -m pytest -n "${TEST_PROCESSES:-2}" --dist worksteal "$@"

@@ -298,6 +298,50 @@ def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
 # ---------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------
+def test_malformed_entropy_models_with_a_valid_checksum_are_one_line(folder, tmp_path):
+    codec = fitted(folder / "two.pt")
+    model = codec.checkpoint["entropy_model"]
+    (first, *rest), *stages = model["tables"]
+    (slopes, *others), *_ = model["weights"]
+    tables = {
+        "a row less": [first[:-1], *rest],
+        "negative": [-first, *rest],
+        "zeros": [first * 0, *rest],
+        "another sum": [first + 1, *rest],
+        "fractions": [first.float(), *rest],
+        "half precision": [first.bfloat16(), *rest],
+        "booleans": [first.bool(), *rest],
+        "wide": [first.long(), *rest],
+        "with a gradient": [first.float().requires_grad_(), *rest],
+        "complex": [first.cfloat(), *rest],
+        "empty": [first[:0], *rest],
+        "numbers": [first.tolist(), *rest],
+        "a table less": rest,
+        "a table more": [first, first, *rest],
+        "nothing": [None, *rest],
+    }
+    digits = [[8.0, 8, 8, 4], [-8, -8, 8, 4], [8, 4, 8, 8], [2048], [True, 8, 8, 32], 2048, None]
+    wrong = [
+        *([], 5, None, "x", torch.ones(3), {}, {"weights": 5}),
+        *({**model, "tables": [row, *stages]} for row in tables.values()),
+        *({**model, "tables": rows} for rows in (stages, 10**4 * stages, None, first, {0: first})),
+        *({**model, "weights": [[x, *others], *model["weights"][1:]]} for x in (first, None)),
+        {**model, "weights": [[slopes.double(), *others], *model["weights"][1:]]},
+        *({**model, "digits": [row, [8, 8, 8, 4]]} for row in digits),
+        *({**model, "digits": value} for value in (None, [], [[8, 8, 8, 4]], first, 2**62)),
+        *({**model, "ordered": value} for value in (False, 1, "yes", first)),
+        *({k: v for k, v in model.items() if k != name} for name in model),
+    ]
+    for number, state in enumerate(wrong):
+        with pytest.raises(ValueError, match=r"run fit again") as caught:
+            codec._read_entropy_model(state)
+        assert "\n" not in str(caught.value)
+        if number % 10 == 0:
+            save_checkpoint(tmp_path / "x.pt", {**codec.checkpoint, "entropy_model": state})
+            with pytest.raises(ValueError, match=r"run fit again|not a checkpoint"):
+                Codec(tmp_path / "x.pt")
+
+
 def repaired(body: bytes) -> bytes:
     """A file with a right checksum, from everything before it."""
     return bytes(body) + struct.pack("<I", zlib.crc32(bytes(body)))

@@ -286,6 +286,13 @@ def test_keep_existing_keeps_nothing_else(here, capfd):
     assert "unrecognized arguments: --keep-existing" in line
 
 
+def test_a_pipe_named_like_a_file_is_not_opened(here, capfd):
+    Path("pipes").mkdir()
+    os.mkfifo("pipes/x.rfsq")
+    line = refused("decode pipes --load model.pt --out back", capfd)
+    assert "pipes/x.rfsq is not a regular file" in line
+
+
 def test_names_that_are_not_utf_8(here, capfd):
     name = os.fsdecode(b"\xff\n.png")
     Path("folder").mkdir()

@@ -274,7 +274,9 @@ def test_a_damaged_file_is_named_through_a_loader(tmp_path, num_workers):
 def test_one_line():
     assert one_line(ValueError("what: how")) == "what: how"
     assert one_line(ValueError()) == "ValueError"
-    assert one_line(ValueError("Caught\n  File x\nsome.Error: what: how\n")) == "what: how"
+    trace = "Caught\nOriginal Traceback (most recent call last):\n  File x\nsome.Error: what: how\n"
+    assert one_line(ValueError(trace)) == "what: how"
+    assert one_line(ValueError("a\nb\udcff is: how")) == r"a\nb\udcff is: how"
 
 
 # ------------------------------------------------------------------ generated images
@@ -296,6 +298,22 @@ def test_a_pipe_named_like_an_image_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UnreadableImage, match=r"x\.png: it is not a regular file"):
         read_image(tmp_path / "x.png")
+
+
+def test_pipes_and_links_to_nothing_in_a_folder_are_left_out_or_named(tmp_path):
+    for i in range(3):
+        Image.fromarray(photo(16, 16)).save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "index.json")  # no packed folder either
+    images = build_dataset(tmp_path, 16, 0, train=False, skip_corrupt=True)
+    whole = images.fingerprint()
+    assert sum(images[i] is not None for i in range(len(images))) == 3
+    assert [Path(name).name for name in images.skipped()] == ["link.png", "pipe.png"]
+    (tmp_path / "link.png").unlink()
+    (tmp_path / "link.png").write_bytes(b"x")
+    again = build_dataset(tmp_path, 16, 0, train=False, skip_corrupt=True).fingerprint()
+    assert again["names"] == whole["names"] and again["sizes"] != whole["sizes"]
 
 
 def test_names_that_cannot_be_printed_are_escaped(tmp_path):

@@ -9,12 +9,11 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import DEADLINE, free_port, script_environment, wait_for
 from torchvision.utils import save_image
 
 import train
@@ -71,23 +70,10 @@ def clone(tmp_path_factory):
     return folder
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """This interpreter's environment for the scripts, and no download of LPIPS weights."""
-    # `sys.prefix` is the virtual environment of the tests; the scripts find it complete.
-    (folder / ".venv").exists() or (folder / ".venv").symlink_to(sys.prefix)
-    ours, installed = (Path(place, "pyproject.toml") for place in (folder, sys.prefix))
-    if not installed.exists() or installed.read_bytes() != ours.read_bytes():
-        shutil.copyfile(ours, installed)
-    return {
-        **os.environ,
-        "PYTHONPATH": str(folder),
-        "TORCH_HOME": str(folder.parent / "torch"),
-        "http_proxy": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "TEST_PROCESSES": "0",
-    }
+def environment(clone: Path, folder: Path, **programs: str) -> dict[str, str]:
+    """For the scripts of the clone, with files in `folder`."""
+    variables = script_environment(folder, **programs)
+    return {**variables, "PYTHONPATH": str(clone), "TEST_PROCESSES": "0"}
 
 
 def shrink(command: str) -> str:
@@ -120,12 +106,8 @@ def in_this_process(commands: list[str], clone: Path, monkeypatch, tmp_path: Pat
     A new interpreter takes several times as long as a small run of training.
     """
     calls = tmp_path / "calls"
-    fake = tmp_path / "venv" / "bin" / "python"
-    fake.parent.mkdir(parents=True)
-    shutil.copy(clone / "pyproject.toml", tmp_path / "venv")
-    fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo 0 || echo "$*" >> {calls}\n')
-    fake.chmod(0o755)
-    variables = environment(clone) | {"VENV": str(tmp_path / "venv")}
+    python = f'[ "$1" = -c ] && echo 0 || echo "$*" >> {calls}'
+    variables = environment(clone, tmp_path / "fake", python=python)
     subprocess.run(["bash", "-ec", "\n".join(commands)], cwd=clone, env=variables, check=True)
     monkeypatch.chdir(clone)
     lines = calls.read_text().splitlines()
@@ -142,13 +124,16 @@ def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     commands = commands_of(block)
     if "--nnodes 2" in block:  # the same command on two machines; here, two agents on one
         (command,) = commands
+        command = command.replace(":29400", f":{free_port()}")
         commands = [f"{command} & first=$!", command, "wait $first"]
     if all("scripts/paper/" in command for command in commands):
         in_this_process(commands[1:], clone, monkeypatch, tmp_path)
         commands = commands[:1]  # one of them in full
     script = "set -euo pipefail\n" + "\n".join(commands)
+    # The linters have checked the checkout, which takes longer than all tests of this file.
+    variables = environment(clone, tmp_path, ruff="", basedpyright="")
     done = subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=environment(clone), capture_output=True, text=True
+        ["bash", "-c", script], cwd=clone, env=variables, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -168,15 +153,15 @@ def test_python_block(block, clone, monkeypatch):
     exec(compile(block, BLOCKS[block][0], "exec"), {})
 
 
-def test_slurm_script_ends_when_training_is_killed(clone, tmp_path):
+def test_slurm_script_ends_when_training_is_killed(tmp_path):
     """By the memory limit, say: neither an endless loop nor a job that is requeued for ever."""
     (script,) = (block for block in BLOCKS if "#SBATCH" in block)
     script = re.sub(r"^python .* &$", "sh -c 'kill -9 $$' &", script, flags=re.M)
     assert "kill -9" in script
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
-    variables = environment(clone) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-c", script], env=variables, timeout=30, capture_output=True)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", script], env=variables, timeout=DEADLINE, capture_output=True)
     assert not (tmp_path / "requeued").exists()
 
 
@@ -188,16 +173,13 @@ def test_slurm_script_requeues_itself(clone, tmp_path):
     script = script.replace("--resume auto &", f"--resume auto {endless} --save {tmp_path}/run &")
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
-    variables = environment(clone) | {"SLURM_JOB_ID": "42"}
+    variables = environment(clone, tmp_path) | {"SLURM_JOB_ID": "42"}
     variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
     job = subprocess.Popen(["bash", "-c", script], cwd=clone, env=variables)
-    for _ in range(600):
-        log = tmp_path / "run" / "metrics.jsonl"
-        if log.exists() and log.read_text():  # the first step is done: signals are heeded
-            break
-        time.sleep(0.1)
+    log = tmp_path / "run" / "metrics.jsonl"  # from the first step on, signals are heeded
+    wait_for(lambda: job.poll() is not None or (log.exists() and log.stat().st_size))
     job.send_signal(signal.SIGUSR1)
-    job.wait(timeout=60)
+    job.wait(timeout=DEADLINE)
     assert (tmp_path / "requeued").read_text() == "requeue 42\n"
     assert (tmp_path / "run" / "last.pt").exists()
 

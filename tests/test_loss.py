@@ -3,7 +3,6 @@ import os
 import re
 import socket
 import warnings
-from types import SimpleNamespace
 
 import lpips
 import pytest
@@ -66,7 +65,16 @@ def pair(seed=0, side=33):
 
 def serve_from(monkeypatch, url):
     backbone, _, side = perceptual.NETS["squeeze"]
-    monkeypatch.setitem(perceptual.NETS, "squeeze", (backbone, SimpleNamespace(url=url), side))
+    monkeypatch.setitem(perceptual.NETS, "squeeze", (backbone, url, side))
+
+
+def test_the_weights_are_those_of_torchvision():
+    names = {"alex": "AlexNet", "squeeze": "SqueezeNet1_1", "vgg": "VGG16"}
+    urls = {
+        net: getattr(torchvision.models, f"{name}_Weights").IMAGENET1K_V1.url
+        for net, name in names.items()
+    }
+    assert urls == {net: url for net, (_, url, _) in perceptual.NETS.items()}
 
 
 def one_line(error) -> str:

@@ -25,6 +25,7 @@ from model import (
     load_weights,
 )
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA
+from util import peak_memory_mib
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--channel", "32", "--img-size", "32"]
@@ -442,7 +443,17 @@ def test_what_the_quantizer_refuses_names_the_levels(argv):
         ("levels", 8),
         ("network", ["conv"]),
         ("rfsq_stages", 2.5),
+        ("channel", None),
+        ("levels", []),
+        ("quantizer", "x\ny" * 50),
+        ("img_size", "128"),
+        ("lpips_net", ["vgg"]),
+        ("commitment_weight", torch.ones(2)),
+        ("name", 5),
+        ("compile", "yes"),
+        ("overwrite", None),
     ],
+    ids=str,
 )
 def test_impossible_flags_of_a_checkpoint_are_one_line(flag, value, tmp_path):
     args = {**vars(get_args(SMALL)), flag: value}
@@ -450,6 +461,35 @@ def test_impossible_flags_of_a_checkpoint_are_one_line(flag, value, tmp_path):
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} cannot be") as caught:
         load_model(tmp_path / "last.pt")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [5, [], {1: torch.ones(2)}, {"decoder.layers.0.bias": 1.0}])
+def test_weights_that_are_no_tensors_by_name_are_no_checkpoint(weights, tmp_path):
+    save_checkpoint(tmp_path / "last.pt", {"model": weights, "args": vars(get_args(SMALL))})
+    with pytest.raises(ValueError, match="not a checkpoint") as caught:
+        load_model(tmp_path / "last.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"quantizer": "ema", "n_embed": 2**20, "embed_dim": 16384}, "encoder.layers.* is"),
+        ({"channel": 4096, "res_blocks": 64}, "encoder.layers.* is"),
+        ({"quantizer": "ema", "ema_stages": 64, "n_embed": 2**20}, "encoder.layers.* is"),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_flags_of_a_huge_model_take_no_memory(changes, says, empty, tmp_path):
+    """A small file, whose flags describe a model of 17 to 300 GB."""
+    args = get_args(SMALL)
+    weights = {} if empty else VQVAE(args).state_dict()
+    save_checkpoint(tmp_path / "last.pt", {"model": weights, "args": {**vars(args), **changes}})
+    load_checkpoint(tmp_path / "last.pt")
+    peak = peak_memory_mib(torch.device("cpu"))
+    with pytest.raises(ValueError, match="most of them are missing" if empty else says):
+        load_model(tmp_path / "last.pt")
+    assert peak_memory_mib(torch.device("cpu")) - peak < 100
 
 
 def test_an_unknown_quantizer_names_the_known():

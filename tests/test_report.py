@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import DEADLINE, script_environment
 
 import util
 from arguments import get_args
@@ -159,17 +161,6 @@ def test_the_entropy_of_lfq_at_40_bits_is_over_groups_and_said_to_be():
     assert "4 groups of" in script("lfq_40bit").read_text()
 
 
-@pytest.mark.slow
-def test_a_configuration_stores_its_name_and_flags_of_the_user_win(tmp_path):
-    shutil.copytree(make_images(tmp_path), tmp_path / "images")
-    flags = [*TINY.replace("IMAGES", "images").split(), "--save", "run"]
-    done = reproduce(tmp_path, *flags, script="paper/rfsq_2x2048_ln.sh", GPUS="1")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["name"] == results["args"]["name"] == "RFSQ-2x2048-LN"
-    assert results["args"]["quantizer_loss_weight"] == 1 and results["args"]["channel"] == 16
-
-
 # ---------------------------------------------------------------------------------------
 # reproduce.sh
 # ---------------------------------------------------------------------------------------
@@ -178,23 +169,13 @@ def reproduce(
     *flags: str,
     scripts: Path = ROOT / "scripts",
     script: str = "reproduce.sh",
+    programs: dict[str, str] | None = None,
     **variables: str,
 ):
-    """Run reproduce.sh in `folder`, with this interpreter's environment, without a network."""
-    # setup.sh finds the virtual environment of the tests complete.
-    ours, installed = (Path(place, "pyproject.toml") for place in (ROOT, sys.prefix))
-    if not installed.exists() or installed.read_bytes() != ours.read_bytes():
-        shutil.copyfile(ours, installed)
-    environment = {
-        **os.environ,
-        "VENV": sys.prefix,
-        "TORCH_HOME": str(folder / "torch"),
-        "https_proxy": "http://127.0.0.1:9",
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-    command = [scripts / script, *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    """Run a script in `folder`, with this interpreter's environment, without a network."""
+    environment = {**script_environment(folder, **programs or {}), **variables}
+    command, pipes = [scripts / script, *flags], dict(capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, timeout=DEADLINE, **pipes)
 
 
 def test_dry_run_lists_every_run_and_skips_the_finished(tmp_path):
@@ -271,8 +252,10 @@ def test_reproduce_spreads_over_the_gpus_there_are(tmp_path):
     (tmp_path / "python").chmod(0o755)
     (scripts / "setup.sh").write_text(f"ROOT={ROOT}\nPATH={tmp_path}:$PATH\n")
     fake = scripts / "paper" / "fsq_4096.sh"
+    # Each run waits for the other of its pair: a GPU cannot be faster than the other one.
     fake.write_text(
-        f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $GPUS" >> {log}\nsleep 0.3\n'
+        f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $GPUS" >> {log}\n'
+        f"until [ $(wc -l < {log}) -gt $(($2 / 2 * 2 + 1)) ]; do sleep 0.01; done\n"
         'mkdir "$4" && echo > "$4/results.json"\n'
     )
     fake.chmod(0o755)
@@ -286,24 +269,26 @@ def test_reproduce_spreads_over_the_gpus_there_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_reproduce_trains_and_resumes_and_report_reads_it(tmp_path):
+def test_reproduce_trains_what_is_left_and_report_reads_it(tmp_path):
+    """One configuration is finished, the other was killed on its way; flags of the user win."""
     shutil.copytree(make_images(tmp_path), tmp_path / "images")
-    tiny = TINY.replace("IMAGES", "images").split()
-    done = reproduce(tmp_path, "--only", "fsq_4096", *tiny)
-    first = tmp_path / "runs" / "reproduce" / "fsq_4096-s0"
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / "runs" / "reproduce"
+    first, second = runs / "fsq_4096-s0", runs / "rfsq_2x2048_none-s0"
+    make_run(first, script_flags("fsq_4096"))
     before = (first / "results.json").read_bytes()
-    # The second was killed on its way: there are flags, but no results.
-    second = first.with_name("rfsq_2x2048_none-s0")
     second.mkdir()
-    (second / "args.json").write_text("{}")
+    (second / "args.json").write_text("{}")  # flags, but no results
+    tiny = TINY.replace("IMAGES", "images").split()
     done = reproduce(tmp_path, "--only", "fsq_4096", "rfsq_2x2048_none", *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (first / "results.json").read_bytes() == before
-    text = report.main([str(first.parent)])
+    results = json.loads((second / "results.json").read_text())
+    assert results["name"] == results["args"]["name"] == "RFSQ-2x2048-None"
+    assert results["args"]["quantizer_loss_weight"] == 1 and results["args"]["channel"] == 16
+    text = report.main([str(runs)])
     assert [row[1] for row in cells(text, "RFSQ-2x2048-None")][:1] == ["22.00"]
-    assert len(cells(text, "FSQ 12 bits")) == 2 and "Not to be compared" not in text
-    assert "missing" in cells(text, "FSQ 12 bits")[0]
+    assert "missing" in cells(text, "RFSQ-2x2048-None")[0]
+    assert len(cells(text, "FSQ 12 bits")) == 2
 
 
 def make_images(folder: Path) -> Path:
@@ -499,15 +484,17 @@ def test_results_of_older_versions_are_read(tmp_path):
 
 def test_damaged_results_are_left_out_with_a_warning(tmp_path, capsys):
     make_run(tmp_path / "whole")
+    make_run(tmp_path / "third", args={"lr": "x"})
     for name, content in (("half", '{"psnr": 2'), ("other", '{"psnr": 3}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(content)
     text = report.main([str(tmp_path)])
     warnings = sorted(capsys.readouterr().err.splitlines())
-    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and len(warnings) == 2
+    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and len(warnings) == 3
     assert all(line.startswith("report.py: warning: ") for line in warnings)
     assert "half/results.json is damaged" in warnings[0]
     assert "other/results.json lacks args" in warnings[1]
+    assert "third/results.json is damaged (its flag --lr cannot be 'x')" in warnings[2]
     with pytest.raises(ValueError, match="lacks args"):
         report.main([str(tmp_path / "half"), str(tmp_path / "other")])
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -530,6 +517,26 @@ def test_report_writes_a_file_and_takes_patterns(tmp_path, capsys):
     text = report.main([str(tmp_path / "*" / "results.json"), str(tmp_path), f"--out={out}"])
     assert out.read_text() == text and capsys.readouterr().out == ""
     assert len(cells(text, "RFSQ-2x2048-LN")) == 2  # named twice, read once
+
+
+def test_names_that_cannot_be_printed_are_escaped_and_pipes_not_opened(tmp_path, monkeypatch):
+    name, streams = os.fsdecode(b"\xff\nname"), {}
+    make_run(tmp_path / name, ["--name", name])
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "results.json")
+    for stream in ("stdout", "stderr"):  # as strict as a terminal's
+        streams[stream] = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+        monkeypatch.setattr(sys, stream, streams[stream])
+    util.run_script(lambda: report.main([str(tmp_path)]))
+    util.run_script(lambda: report.main([str(tmp_path), f"--out={tmp_path / 'out.md'}"]))
+    with pytest.raises(SystemExit):
+        util.run_script(lambda: report.main([name]))
+    for stream in streams.values():
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode() for stream in streams.values())
+    assert out == (tmp_path / "out.md").read_text()
+    assert cells(out, "\\udcff\\nname")[0][0] == "1"
+    assert len(err.splitlines()) == 1 and "\\udcff\\nname holds no results.json" in err
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
@@ -559,42 +566,68 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
 # ---------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_best_trains_fits_and_measures(tmp_path):
+    """One of its configurations, from training to the comparison of files."""
     images = make_images(tmp_path)
     data = ["--train-data-path", str(images), f"--val-data-path={images}"]
     tiny = "--train-iters 1 --batch-size 2 --channel 8 --img-size 32 --perceptual-weight 0"
-    flags = [*data, *tiny.split(), "--num-workers", "0"]
-    done = reproduce(tmp_path, *flags, script="best.sh", LIMIT="1", FIT="3", JOBS="2")
+    flags = [*data, *tiny.split(), "--num-workers", "0", "--only", "coded_22bit_f8"]
+    done = reproduce(tmp_path, *flags, script="best.sh", LIMIT="1", FIT="3")
     assert done.returncode == 0, done.stdout + done.stderr
     best = tmp_path / "runs" / "best"
-    assert done.stdout.count("counted the codes of 3 images") == 4
+    assert done.stdout.count("counted the codes of 3 images") == 1
     measured = json.loads((best / "rate_distortion.json").read_text())
     assert measured["images"] == 1 and (best / "rate_distortion.png").stat().st_size > 1000
     coded = [c for c in measured["checkpoints"] if any(r["entropy_coded"] for r in c["rows"])]
-    assert {Path(c["checkpoint"]).parent.name for c in coded} == {
-        f"{name}-s0" for name in BEYOND if name.startswith("coded")
-    }
-    before = {path: path.stat().st_mtime_ns for path in best.glob("*/*.pt")}
-    done = reproduce(tmp_path, *flags, script="best.sh", LIMIT="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in best.glob("*/*.pt")}
+    assert {Path(c["checkpoint"]).parent.name for c in coded} == {"coded_22bit_f8-s0"}
+
+
+def test_best_runs_four_configurations_and_then_what_is_left(tmp_path):
+    """The commands, without running them: a `python` that writes empty files."""
+    log = tmp_path / "log"
+    python = f"""
+case "$1" in
+    -) printf 'photos\nothers\n' ;; # the folders, checked
+    -c) echo 0 2 ;; # GPUs and cores
+    *)
+        echo "$@" >> {log}
+        while [ $# -gt 1 ]; do
+            case $1 in
+                --save) mkdir -p $2 && touch $2/results.json && touch -d 2020-01-01 $2/last.pt ;;
+                --out) touch $2 ;;
+            esac
+            shift
+        done ;;
+esac"""
+    for command in (["--seeds", "3"], ["--seeds", "3"], ["--seeds", "3", "--only", *BEYOND]):
+        done = reproduce(tmp_path, *command, script="best.sh", programs={"python": python})
+        assert done.returncode == 0, done.stderr
+    calls = [Path(line.split()[0]).name for line in log.read_text().splitlines()]
+    assert calls == [
+        *["train.py"] * 4,
+        *["compress.py"] * 4,
+        *["rate_distortion.py"] * 2,
+        *["train.py"] * 2,  # not entropy-coded, and therefore not compared
+        "rate_distortion.py",
+    ]
+    names = [name for name in BEYOND if name.startswith("coded")]
+    lines = log.read_text().splitlines()
+    coded = [f"runs/best/{name}-s3/coded.pt" for name in names]
+    assert len(names) == 4 and all(" ".join(coded) in line for line in (lines[8], lines[9]))
+    assert all(f"{ROOT}/scripts/compress.py fit photos" in line for line in lines[4:8])
+    assert lines[8].startswith(f"{ROOT}/scripts/rate_distortion.py others --load")
 
 
 @pytest.mark.slow
-def test_best_reports_wrong_flags_before_folders(tmp_path):
-    for flags, part in ((["--nope"], "--nope"), (["--lr=-1", "--seeds", "0", "1"], "--lr")):
-        done = reproduce(tmp_path, "--train-data-path=nowhere", *flags, script="best.sh")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert part in done.stderr and "nowhere" not in done.stderr
-    done = reproduce(tmp_path, "--help", script="best.sh")
-    assert done.returncode == 0 and "--train-data-path DIR" in done.stdout
-
-
-@pytest.mark.slow
-def test_best_wants_folders_of_files(tmp_path):
+def test_best_refuses_wrong_flags_before_folders_without_images(tmp_path):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "index.json").write_text("{}")
-    for where in ("nowhere", "packed"):
-        done = reproduce(tmp_path, f"--train-data-path={where}", script="best.sh")
+    for flags, part in (
+        (["--train-data-path=nowhere", "--lr=-1", "--seeds", "0", "1"], "--lr"),
+        (["--train-data-path=packed"], "packed is not a folder of image files: set IMAGES_TRAIN"),
+    ):
+        done = reproduce(tmp_path, *flags, script="best.sh")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert f"{where} is not a folder of image files: set IMAGES_TRAIN" in done.stderr
+        assert part in done.stderr and "nowhere" not in done.stderr
     assert not (tmp_path / "runs").exists()
+    done = reproduce(tmp_path, "--help", script="best.sh")
+    assert done.returncode == 0 and "--train-data-path DIR" in done.stdout

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import DEADLINE, children, ended, exists, free_port, wait_for
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import dataset
 import train
 import util
 from checkpoint import load_checkpoint, save_checkpoint
@@ -252,22 +253,9 @@ def child(work, output: str | Path = os.devnull) -> int:
         os._exit(code)
 
 
-def ended(pid: int) -> int:
-    """The exit code of a child, or the signal that killed it, below 0."""
-    end = time.monotonic() + 60
-    while (state := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            pytest.fail("a process hangs")
-        time.sleep(0.01)
-    return os.waitstatus_to_exitcode(state[1])
-
-
 def fork_group(world: int, work, output: str | Path = os.devnull) -> list[int]:
     """`work(rank)` in a group of forked processes, as torchrun sets them up; their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def process(rank: int) -> None:
         sizes = {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -314,14 +302,17 @@ def test_two_processes_stop_together_and_continue_to_the_bit(name, interval, sto
 
 
 def test_twenty_kills(tmp_path):
-    """SIGKILL at random moments, every third one inside the write of a checkpoint.
+    """A run killed at random moments, every third time inside the write of a checkpoint.
 
-    KILLS=200 in the environment makes it a longer test.
+    The kernel counts the moments in CPU time, so that a busy machine has no influence, and sends
+    SIGPROF, which ends a process as SIGKILL does. KILLS=200 in the environment makes it a longer
+    test.
     """
     flags = ["--save-interval=2", "--eval-interval=4", "--keep=3"]
-    started = time.perf_counter()
+    run(tmp_path / "warm", *flags)  # what is imported late is in the time of no child
+    started = time.process_time()
     run(tmp_path / "whole", *flags)
-    duration = time.perf_counter() - started
+    duration = time.process_time() - started
     chance, kills, tries = random.Random(0), 0, 0
     folder = tmp_path / "killed"
     save = torch.save
@@ -333,22 +324,21 @@ def test_twenty_kills(tmp_path):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def work(inside: bool) -> None:
-        chance.seed(tries)
-        if inside:
+    def work(number: int) -> None:
+        chance.seed(number)
+        if number % 3 == 0:
             torch.save = die_in_the_write
+        else:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, max(1e-3, chance.random() * duration))
         run(folder, *flags, "--resume=auto")
 
     wanted = int(os.environ.get("KILLS", 20))
     while kills < wanted:
         assert tries < 10 * wanted
         tries += 1
-        inside = tries % 3 == 0
-        pid = child(lambda inside=inside: work(inside))
-        if not inside:
-            time.sleep(chance.random() * duration)
-            os.kill(pid, signal.SIGKILL)
-        if (code := ended(pid)) == -signal.SIGKILL:
+        pid = child(lambda number=tries: work(number))
+        if (code := ended(pid)) in (-signal.SIGKILL, -signal.SIGPROF):
             kills += 1
         else:  # it had finished before the kill: begin anew
             assert code == 0
@@ -497,6 +487,34 @@ def test_what_cannot_be_resumed(tmp_path):
     assert run(tmp_path / "new", "--resume=auto", "--train-iters=2")["steps"] == 2
 
 
+def test_hostile_training_states_with_a_valid_checksum_are_one_line(whole, tmp_path):
+    saved = load_checkpoint(whole() / "step_0000010.pt")
+    state, random = saved["optimizer"], saved["random"]
+    moments = state["state"][0]
+    wrong = [
+        *({"step": value} for value in (None, "5", 5.0, True, [5], torch.tensor(5))),
+        *({"threads": value} for value in (0, 10**9, -1, "2")),
+        *({"best_psnr": value} for value in (None, 20, "x")),
+        *({"interval_sums": value} for value in (5, torch.ones(1, 2, 9), torch.ones(1, 50))),
+        *({"random": {**random, name: value}} for name in ("python", "numpy") for value in (5, [])),
+        *({"random": {**random, "torch": value}} for value in (None, torch.ones(3))),
+        *({"optimizer": value} for value in (5, {}, {"state": 5}, {"state": {0: 5}})),
+        {"optimizer": {**state, "state": {**state["state"], 0: {}, 1: {"step": 1}}}},
+        {"optimizer": {**state, "state": {0: {**moments, "exp_avg": torch.ones(10**6)}}}},
+        {"optimizer": {**state, "state": {0: {**moments, "step": torch.ones(5)}}}},
+        *({"train_fingerprint": value} for value in (5, "x", [])),
+        {"skipped": None},
+        {"args": {**saved["args"], "lr": "x"}},
+        {"model": {**saved["model"], "decoder.layers.0.bias": torch.ones(3)}},
+    ]
+    for number, change in enumerate(wrong):
+        path = tmp_path / f"{number}.pt"
+        save_checkpoint(path, {**saved, **change})
+        with pytest.raises(ValueError) as caught:
+            run(tmp_path / "new", f"--resume={path}")
+        assert "\n" not in str(caught.value), change
+
+
 def test_a_finished_run_resumed_gives_its_results_again(tmp_path):
     first = run(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -626,36 +644,41 @@ def test_a_folder_that_vanishes_is_one_line(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------
 # Real processes
 # ---------------------------------------------------------------------------------------
-def start(folder: Path, *flags: str, launcher=(), **kwargs) -> subprocess.Popen:
-    """`train.py` in a process group of its own, with no end in sight; waits until it trains."""
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A test that fails leaves no endless training beside the next ones."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    STARTED.clear()
+
+
+def start(folder: Path, *flags: str, launcher=()) -> subprocess.Popen:
+    """`train.py` in a process group of its own, with no end in sight; waits until it trains.
+
+    Its output is in `folder`.out: a pipe that nobody reads would stop it.
+    """
     command = [*(launcher or (sys.executable,)), str(ROOT / "train.py"), *SMALL, *DATA]
     command += ["--train-iters=1000000", "--log-interval=1", f"--save={folder}", *flags]
     network = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     environment = {**os.environ, **network, "TORCH_HOME": str(folder.parent / "torch")}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-    wait_for(lambda: process.poll() is not None or (folder / "metrics.jsonl").exists())
-    wait_for(lambda: process.poll() is not None or (folder / "metrics.jsonl").read_text())
+    with open(f"{folder}.out", "wb") as out:
+        pipes = dict(stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    STARTED.append(process)
+    wait_for(lambda: process.poll() is not None or trains(folder))
     return process
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` started (Linux)."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                found.append(int(status.parent.name))
-        except (OSError, IndexError):
-            continue
-    return found
+def trains(folder: Path) -> bool:
+    """Whether a run has logged a step."""
+    log = folder / "metrics.jsonl"
+    return log.exists() and log.stat().st_size > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -668,8 +691,7 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
         util.run_script(lambda: train.main([*SMALL, *DATA, *endless, f"--save={folder}"]))
 
     pid = child(work, out)
-    wait_for(lambda: (folder / "metrics.jsonl").exists())
-    wait_for((folder / "metrics.jsonl").read_text)
+    wait_for(lambda: trains(folder))
     os.killpg(pid, number)
     assert ended(pid) == util.EXIT_INTERRUPTED
     text = out.read_text()
@@ -682,19 +704,22 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
 def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path):
     process = start(tmp_path / "run", "--num-workers=1")
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
+    process.wait(timeout=DEADLINE)
+    out = Path(f"{tmp_path / 'run'}.out").read_text()
     assert process.returncode == 1, out
     assert "train.py: error: a loading process died" in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize("error", ["EOFError()", "ConnectionResetError(104, 'reset by peer')"])
+@pytest.mark.parametrize("error", ["EOFError()", "OSError('half a message')", "RuntimeError('0')"])
 @pytest.mark.parametrize("file", ["dataloader.py", "elsewhere.py"])
 def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, capsys):
     """Before PyTorch sees that a worker has died, the connection to it may break in many ways."""
-    handler = signal.getsignal(signal.SIGCHLD)
+    names, handler = {}, signal.getsignal(signal.SIGCHLD)
+    receive = f"def receive(): raise {error}"
+    exec(compile(receive, "/python/multiprocessing/connection.py", "exec"), names)
     try:
-        with pytest.raises((EOFError, OSError)) as caught:
-            util.run_script(lambda: exec(compile(f"raise {error}", file, "exec")))
+        with pytest.raises((EOFError, OSError, RuntimeError)) as caught:
+            util.run_script(lambda: exec(compile("receive()", file, "exec"), names))
         sys.excepthook(caught.type, caught.value, caught.tb)
     finally:
         signal.signal(signal.SIGCHLD, handler)
@@ -714,6 +739,23 @@ def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsy
     assert "error: DataLoader timed out after 3 seconds" in capsys.readouterr().err
 
 
+def test_a_signal_to_a_loading_process_that_has_just_started(monkeypatch):
+    """A scheduler signals the whole group at any time: the run would end by an error."""
+    start_worker = dataset._start_worker
+
+    def signalled(deferred: torch.Tensor, worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start_worker(deferred, worker)
+
+    monkeypatch.setattr(dataset, "_start_worker", signalled)
+    with util.StopSignals() as stop:
+        stop.defer()
+        batches = dataset.val_loader(SyntheticDataset(8, 0, 4), 2, num_workers=1, stop=stop)
+        assert len(list(batches)) == 2
+    assert stop.received is None
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
 def test_a_killed_run_leaves_no_lock_and_no_process(tmp_path):
     process = start(tmp_path / "run", "--num-workers=2")
     workers = children(process.pid)
@@ -722,18 +764,19 @@ def test_a_killed_run_leaves_no_lock_and_no_process(tmp_path):
     process.wait()
     with RunFolder(tmp_path / "run").locked():
         pass
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    wait_for(lambda: not any(map(exists, workers)))
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = start(tmp_path / "run", "--num-workers=0", launcher=launcher)
     ranks = children(process.pid)
-    os.kill(max(ranks), signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
+    os.kill(ranks[-1], signal.SIGKILL)
+    process.wait(timeout=DEADLINE)
+    out = Path(f"{tmp_path / 'run'}.out").read_text()
     assert process.returncode != 0
     assert "SIGKILL" in out or "Signal 9" in out
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    wait_for(lambda: not any(map(exists, ranks)))
 
 
 def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path):
@@ -742,7 +785,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path):
     ranks = children(process.pid)
     process.kill()
     process.wait()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    wait_for(lambda: not any(map(exists, ranks)))
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
 
 
