@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset
 
 import util
-from arguments import args_of, current_flags, may_change_flags
+from arguments import args_of, may_change_flags
 from board import Board
 from checkpoint import (
     TEMPORARY,
@@ -321,16 +321,16 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
             f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
     try:
-        args_of(saved)
+        before = vars(args_of(saved))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
-    before, may_change = current_flags(saved["args"]), may_change_flags()
+    may_change = may_change_flags()
     if not args.perceptual_weight:
         may_change += ("lpips_net",)  # then it is only measured
     differ = [
-        f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
+        f"--{name.replace('_', '-')} {before[name]} there, {value} here"
         for name, value in vars(args).items()
-        if name not in may_change and before.get(name) != value
+        if name not in may_change and before[name] != value
     ]
     if differ:
         raise ValueError(
