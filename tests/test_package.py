@@ -20,6 +20,7 @@ import torch, rfsq
 from rfsq import RFSQ
 assert rfsq.__file__.startswith(sys.argv[1]), rfsq.__file__
 made = RFSQ(), rfsq.FSQ(), rfsq.GeometricRFSQ(), rfsq.LFQ(4), rfsq.VectorQuantizeEMA(16, 4)
+made += (rfsq.SVQ(12, 4),)
 assert set(map(type, made)) == {rfsq.GeometricRFSQ, *rfsq.QUANTIZERS.values()}
 for quantizer in made:
     quantized, indices, *_ = quantizer.eval()(torch.randn(2, 4, 8, 8))

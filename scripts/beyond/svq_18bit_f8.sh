@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# f = 8, one token of 262,144 codes: 18.0 bits per position, 0.281 bits per pixel.
+# f = 8, one token of 262,144 codes: 18.0 bits per position, 0.28125 bits per pixel.
 # Scalar-vector quantization: no codebook, the index is decoded by arithmetic.
 exec "$(dirname "$0")/../paper.sh" --name "SVQ 18 bits, f = 8" \
     --network dct --downsample 8 --quantizer svq --svq-bits 18 --svq-stages 1 --svq-dim 24 "$@"
