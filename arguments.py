@@ -134,8 +134,8 @@ def _add_quantizer(add: Callable) -> None:
     add("--rfsq-stages", number(int, 1, 64), 2, ARCHITECTURE, help="rfsq: number of stages")
     add("--rfsq-strategy", STRATEGIES, "layernorm", ARCHITECTURE,
         help="rfsq: how a stage's residual is brought to the range of the FSQ")
-    add("--rfsq-initial-scale", positive, 1.0,
-        help="rfsq scale: the scale of every stage at the start")
+    add("--rfsq-initial-scale", positive, 0.693147,
+        help="rfsq scale: the scale of every stage at the start; log 2 as in the paper's code")
     add("--rfsq-slope", positive, None, ARCHITECTURE,
         help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number"
              " of levels; for entropy coding about 0.2, with more levels")

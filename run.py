@@ -327,6 +327,8 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
     may_change = may_change_flags()
     if not args.perceptual_weight:
         may_change += ("lpips_net",)  # then it is only measured
+    if args.rfsq_strategy != "scale":
+        may_change += ("rfsq_initial_scale",)  # then nothing reads it, and its default was 1 once
     differ = [
         f"--{name.replace('_', '-')} {before[name]} there, {value} here"
         for name, value in vars(args).items()

@@ -61,7 +61,8 @@ class RFSQ(ResidualFSQ):
         strategy: `none`, `scale` or `layernorm`. (`geometric` is the class `GeometricRFSQ`.)
         levels: levels of each channel, the same in every stage. Default: [8, 8, 8, 4] for 2 stages
             (22.0 bits), [4, 4, 4, 4, 4] for 4 stages (40.0 bits), none for other numbers of stages.
-        initial_scale: `scale`: a of every stage at the start.
+        initial_scale: `scale`: a of every stage at the start. The default, log 2, is what the
+            paper's implementation starts from.
         statistics: `layernorm`: `global` or `image`.
         momentum, stage_dropout: see `ResidualFSQ`.
 
@@ -89,7 +90,7 @@ class RFSQ(ResidualFSQ):
         stages: int = 2,
         strategy: str = "layernorm",
         levels: Sequence[int] | None = None,
-        initial_scale: float = 1.0,
+        initial_scale: float = 0.693147,
         statistics: str = "global",
         momentum: float = 0.01,
         stage_dropout: float = 0.0,

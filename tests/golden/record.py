@@ -33,6 +33,7 @@ SIZE = (
 ).split()
 RFSQ = {  # name: flags
     f"rfsq-{stages}-{strategy}": f"--rfsq-stages {stages} --rfsq-strategy {strategy}"
+    + " --rfsq-initial-scale 1" * (strategy == "scale")  # the default of that time
     for stages in (2, 4)
     for strategy in ("none", "scale", "layernorm")
 }
