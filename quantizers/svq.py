@@ -94,7 +94,7 @@ class SVQ(Quantizer):
         dim: int | None = None,
         classes: int = 8,
         stages: int = 1,
-        commitment_loss_weight: float = 2.0,
+        commitment_loss_weight: float = 5.0,
         momentum: float = 0.01,
     ):
         super().__init__()
