@@ -112,7 +112,7 @@ def unrank(counts: Counts, lengths: Tensor, classes: Tensor, number: Tensor) -> 
     integers = []
     for c in range(lengths.shape[1]):
         channel = _Channel(counts, lengths, classes, c, left)
-        below, zeros = channel.runs(None), channel.zeros()
+        below, zeros = channel.one_side, channel.zeros()
         negative, positive = number < below, number >= below + zeros
         # Either side is counted from the smallest |v| on.
         side = torch.where(negative, below - 1 - number, number - below - zeros)
@@ -133,6 +133,7 @@ class _Channel:
         self.within, self.strided = counts.within[:, c + 1], counts.strided[:, c]
         self.lengths, self.classes = Lengths(*lengths[:, c].t()[:, classes]), classes
         self.left = left
+        self.one_side = self.runs(0)  # how many have v_c > 0
 
     def _at(self, table: Tensor, t: Tensor) -> Tensor:
         return torch.where(t < 0, 0, table[self.classes, t.clamp(min=0)])
@@ -145,26 +146,25 @@ class _Channel:
         """How many have v_c = v, for a v after this number of whole runs."""
         return self._at(self.within, self.left - self.lengths.first - whole * self.lengths.step)
 
-    def runs(self, whole: Tensor | None) -> Tensor:
-        """How many have v_c > 0 after this number of whole runs; None: after none."""
-        t = self.left - self.lengths.first
-        t = t if whole is None else t - whole * self.lengths.step
+    def runs(self, whole: Tensor | int) -> Tensor:
+        """How many have v_c > 0 after this number of whole runs."""
+        t = self.left - self.lengths.first - whole * self.lengths.step
         return self.lengths.run * self._at(self.strided, t)
 
     def up_to(self, magnitude: Tensor) -> Tensor:
         """How many have v_c from 1 to `magnitude`."""
         whole, more = magnitude // self.lengths.run, magnitude % self.lengths.run
-        return self.runs(None) - self.runs(whole) + more * self.each(whole)
+        return self.one_side - self.runs(whole) + more * self.each(whole)
 
     def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the vectors with v_c > 0, the one of this number: v_c, its number, of how many."""
-        whole, all_runs = torch.zeros_like(number), self.runs(None)
+        whole = torch.zeros_like(number)
         for bit in reversed(range(self.within.shape[-1].bit_length())):
             trial = whole + 2**bit
             inside = trial * self.lengths.step <= self.left - self.lengths.first
-            inside &= all_runs - self.runs(trial) <= number
+            inside &= self.one_side - self.runs(trial) <= number
             whole = torch.where(inside, trial, whole)
-        rest, each = number - (all_runs - self.runs(whole)), self.each(whole).clamp(min=1)
+        rest, each = number - (self.one_side - self.runs(whole)), self.each(whole).clamp(min=1)
         return whole * self.lengths.run + rest // each + 1, rest % each, each
 
 
@@ -229,8 +229,7 @@ def _rank(
         channel, magnitude = _Channel(counts, lengths, classes, c, left), value.abs()
         smaller = channel.up_to(magnitude - (value > 0).long())
         # Those with a smaller v_c come first: of the negative v_c, the ones with a greater |v_c|.
-        before = channel.runs(None)
-        before = before + torch.where(value > 0, channel.zeros() + smaller, 0)
+        before = channel.one_side + torch.where(value > 0, channel.zeros() + smaller, 0)
         number = number + torch.where(value < 0, before - smaller, before)
         left = left - channel.lengths.of(magnitude)
     return number

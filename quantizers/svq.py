@@ -161,18 +161,20 @@ class SVQ(Quantizer):
             index = (index << bits) + token
         open_bits = sum(self.token_bits[len(tokens) :])
         first = index.flatten() << open_bits
-        classes, integers = self._vectors(first + ((1 << open_bits) >> 1))
+        counts = self._counts()
+        classes, integers = self._vectors(counts, first + ((1 << open_bits) >> 1))
         if open_bits:
-            lowest, highest = self._vectors(first), self._vectors(first + (1 << open_bits) - 1)
+            lowest = self._vectors(counts, first)
+            highest = self._vectors(counts, first + (1 << open_bits) - 1)
             known = (lowest[1] == highest[1]) & (lowest[0] == highest[0])
             integers = integers * F.pad(known.long().cumprod(0)[:-1], (0, 0, 1, 0), value=1)
         return self._codes(classes, integers, index.shape)
 
-    def _vectors(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _vectors(self, counts: Counts, index: Tensor) -> tuple[Tensor, Tensor]:
         """Class (N,) and integers (dim, N) of each index (N,)."""
         classes = (index // self.class_size).clamp(max=self.classes - 1)
         number = index - classes * self.class_size
-        return classes, unrank(self._counts(), self.lengths, classes, number)
+        return classes, unrank(counts, self.lengths, classes, number)
 
     def _tokens(self, index: Tensor) -> Tensor:
         if not self.stage_axis:
