@@ -207,6 +207,20 @@ def check_outputs(*paths: str | None) -> None:
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
 
 
+def check_picture(out: str) -> Path:
+    """The path of --out, after the checks that come before the work of drawing it.
+
+    Raises:
+        ValueError: it is no PNG or cannot be written, or matplotlib is not installed.
+    """
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path} is no PNG: give a name that ends in .png")
+    check_outputs(out)
+    load_figure()
+    return path
+
+
 def load_figure() -> type:
     """matplotlib's Figure class: the object-oriented interface needs no display.
 

@@ -88,11 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     add("--amplify", type=number(float, 0), default=4.0, help=help_text)
     add_evaluation_flags(parser, "--val-data-path", "--img-size")
     flags = parser.parse_args(argv)
-    out = Path(flags.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} is no PNG: give a name that ends in .png")
-    util.check_outputs(flags.out)
-    util.load_figure()
+    out = util.check_picture(flags.out)
 
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, lpips_net="none")
     chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]

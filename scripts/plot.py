@@ -85,11 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     parser.add_argument("--out", default="curves.png", metavar="PNG", help="the picture")
     flags = parser.parse_args(argv)
-    out = Path(flags.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} is no PNG: give a name that ends in .png")
-    util.check_outputs(flags.out)
-    util.load_figure()
+    out = util.check_picture(flags.out)
     curves = read_curves(flags.runs)
     figure = draw(curves)
     write_whole(out, lambda file: figure.savefig(file, dpi=150, format="png"))
