@@ -59,7 +59,7 @@ class Lengths(NamedTuple):
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Length of the integers v with these |v|, of the dtype of both."""
-        whole = torch.div(magnitude - 1, self.run, rounding_mode="floor")
+        whole = ((magnitude - 1) / self.run).floor().to(magnitude.dtype)
         return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
 
 

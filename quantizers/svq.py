@@ -15,6 +15,7 @@ from .residual import VAR_EPS, running_std, update_moments
 from .svq_search import search
 
 UNITS = 8  # code lengths are whole numbers of 1/8 bit
+SEARCHED = 4  # classes for each vector
 SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
 SPAN = (-1.5, 2.5)  # of the steps of the classes, in standard deviations of log2 of the scale
 PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
@@ -138,7 +139,8 @@ class SVQ(Quantizer):
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
         vectors = vectors[self.order].flatten(1)  # (dim, N)
-        classes, integers = search(vectors, self.steps, self.lengths, counts.budget)
+        candidates = self._candidates(vectors)
+        classes, integers = search(vectors, candidates, self.steps, self.lengths, counts.budget)
         if self.training:
             self._track_classes(classes, integers)
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
@@ -228,16 +230,31 @@ class SVQ(Quantizer):
         weight = self.batches.clamp(min=1).reciprocal().clamp(min=self.momentum)
         self.class_moments.lerp_(moments, weight)
 
+    def _candidates(self, vectors: Tensor) -> Tensor:
+        """The classes (SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
+        std, level = self._level()
+        # Of channels that are mostly zero, the noise counts.
+        std = (std.square() + level.square() / 12).sqrt().float()[self.order, None]
+        octaves = (vectors / std).square().mean(0).clamp(min=2**-40).log2() / 2
+        octaves = octaves - (self.steps / level).float().log2()[:, None]
+        number = min(SEARCHED, self.classes)
+        return octaves.abs().topk(number, 0, largest=False).indices
+
+    def _level(self) -> tuple[Tensor, Tensor]:
+        """Standard deviations of the channels, and the step for the bits of a class."""
+        std = running_std(self.running_var).double()
+        rate = self.index_bits - math.log2(self.classes)
+        entropy = (LAPLACIAN * std).log2().sort(descending=True).values
+        # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
+        used = torch.arange(1, self.dim + 1, device=std.device)
+        return std, ((entropy.cumsum(0) - rate) / used).max().exp2()
+
     @torch.no_grad()
     def _design(self) -> None:
         """Steps, order of channels, and code lengths, from the running statistics."""
-        std = running_std(self.running_var).double()
-        rate = self.index_bits - math.log2(self.classes)
-        entropy, order = (LAPLACIAN * std).log2().sort(descending=True, stable=True)
+        std, level = self._level()
+        order = std.argsort(descending=True, stable=True)
         self.order.copy_(order)
-        # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
-        used = torch.arange(1, self.dim + 1, device=std.device)
-        level = ((entropy.cumsum(0) - rate) / used).max().exp2()
         place = torch.linspace(*SPAN, self.classes, device=std.device, dtype=torch.float64)
         mean, var = self.log_scale.double()
         steps = (level * (mean + var.sqrt() * place).exp2()).float()

@@ -148,7 +148,9 @@ def test_the_search_is_close_to_the_optimum(bits):
     svq = fitted(SVQ(bits, dim=bits // 2))
     z = laplacian_mixture(svq.dim, 400)
     z = (z - svq.running_mean)[:, svq.order]
-    classes, v = search(z.T, svq.steps, svq.lengths, svq._counts().budget)
+    candidates = svq._candidates(z.T)
+    assert candidates.shape == (4, 400)
+    classes, v = search(z.T, candidates, svq.steps, svq.lengths, svq._counts().budget)
     error = (z.T - v * svq.steps[classes]).square().sum(0)
     best = optimum(svq, z)
     assert (error >= best * 0.999).float().mean() > 0.97  # the rest: more than four less
