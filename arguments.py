@@ -160,6 +160,9 @@ def _add_quantizer(add: Callable) -> None:
     add("--ema-stages", number(int, 1, 64), 1, ARCHITECTURE,
         help="ema: stages; above 1 a residual VQ")
     add("--ema-decay", number(float, 0, 1), 0.99, help="ema: decay of the codebook")
+    add("--pairs", bool, False, ARCHITECTURE,
+        help="two neighbouring positions are quantized as one, by a quantizer whose flags say its "
+        "channels, stages and bits for both together")
     add("--svq-bits", number(int, 8, 60), 22, ARCHITECTURE, help="svq: bits of a position")
     add("--svq-dim", number(int, 1, 16384), None, ARCHITECTURE,
         help="svq: channels; default: 12 + 2/5 of the bits")
@@ -327,6 +330,11 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.img_size % args.downsample:
         parser.error(f"--img-size {args.img_size} is no multiple of --downsample {args.downsample}")
+    if args.pairs and args.img_size % (2 * args.downsample):
+        parser.error(
+            f"--pairs needs an --img-size that is a multiple of {2 * args.downsample}, twice the "
+            f"--downsample, not {args.img_size}"
+        )
     if args.lr_decay_style == "exponential" and args.lr_decay_ratio == 0:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
     if args.ema_decay == 1:

@@ -290,11 +290,12 @@ class VQVAE(nn.Module):
             raise ValueError(
                 f"images must be floats in [0, 1], not {images.dtype}: give images.float() / 255"
             )
-        if images.shape[2] % self.f or images.shape[3] % self.f:
-            height, width = images.shape[2:]
-            raise ValueError(
-                f"images of {height}x{width} do not fit: both sides must be multiples of {self.f}"
-            )
+        (height, width), group = images.shape[2:], self.quantizer.group
+        if height % self.f or width % (self.f * group):
+            wanted = f"both sides must be multiples of {self.f}"
+            if group > 1:
+                wanted = f"the width must be a multiple of {self.f * group}, the height of {self.f}"
+            raise ValueError(f"images of {height}x{width} do not fit: {wanted}")
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Codec:
     Args:
         checkpoint: `last.pt`, `best.pt`, or the output of `compress.py fit`.
         device: where the network runs, in float32 (no TF32).
-        tile: side, in pixels, of what the network gets at once; rounded up to a multiple of f.
+        tile: side, in pixels, of what the network gets at once; rounded up to whole positions.
 
     `stages` is how many a file can hold, `bits` the rate per position without image statistics,
     `fingerprint` 8 bytes of the architecture and all that decoding depends on, `entropy_model` that
@@ -59,7 +59,8 @@ class Codec:
         self.stages = min(quantizer.stages, 255)
         # Per stage; each is stored as a half float.
         self.side_values = round(quantizer.side_bits / 16 / quantizer.stages)
-        self.tile = -(-max(1, tile) // self.model.f)  # in positions
+        # In positions, of which the quantizer may take some together.
+        self.tile = _up_to(max(1, tile), self.model.f * quantizer.group) // self.model.f
         self.fingerprint = fingerprint(self.model, self.checkpoint["args"])
         self.entropy_model: entropy.EntropyModel | None = None
         if ENTROPY_MODEL in self.checkpoint:
@@ -182,7 +183,8 @@ class Codec:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Latent positions (h, w) of an image."""
-        return -(-height // self.model.f), -(-width // self.model.f)
+        f, group = self.model.f, self.model.quantizer.group
+        return _up_to(height, f) // f, _up_to(width, f * group) // f
 
     def length(self, header: bitstream.Header) -> int:
         """Bytes of the file that a header begins."""
@@ -259,10 +261,10 @@ class Codec:
         start = time.perf_counter()
         (height, width), model, f = image.shape[:2], self.model, self.model.f
         bitstream.check_size(width, height)
-        if height % f or width % f:
-            # numpy reflects as often as is needed, and repeats the edge of a single pixel.
-            image = np.pad(image, [(0, -height % f), (0, -width % f), (0, 0)], mode="reflect")
         shape = self.grid(height, width)
+        missing = [(0, shape[0] * f - height), (0, shape[1] * f - width), (0, 0)]
+        # numpy reflects as often as is needed, and repeats the edge of a single pixel.
+        image = np.pad(image, missing, mode="reflect")
         latent = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
         for core, outer, inner in tiles(shape, self.tile, reach(model.encoder)):
             # Copies, here and below: torch shares the memory, and warns if it is read-only.
@@ -292,14 +294,22 @@ class Codec:
         if not model.quantizer.stage_axis:
             indices = indices[..., 0]
         shape = indices.shape[:2]
+        codes = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
+        for core, _, _ in tiles(shape, self.tile, 0):
+            tokens = torch.from_numpy(indices[core].copy()).to(self.device)[None]
+            codes[(..., *core)] = model.quantizer.indices_to_codes(tokens, *side)
         image = np.empty((shape[0] * f, shape[1] * f, 3), np.uint8)
         for core, outer, inner in tiles(shape, self.tile, reach(model.decoder)):
-            tokens = torch.from_numpy(indices[outer].copy()).to(self.device)[None]
-            pixels = model.decode(tokens, *side)[0].clamp(0, 1).mul(255).round()
+            pixels = model.to_images(codes[(..., *outer)])[0].clamp(0, 1).mul(255).round()
             pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
         return image[: size[0], : size[1]]
+
+
+def _up_to(size: int, multiple: int) -> int:
+    """The least multiple that is not less than `size`."""
+    return -(-size // multiple) * multiple
 
 
 def _arrays(rows) -> entropy.Rows:

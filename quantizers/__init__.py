@@ -9,6 +9,7 @@ from .ema import VectorQuantizeEMA
 from .fsq import FSQ
 from .geometric import GeometricRFSQ
 from .lfq import LFQ
+from .pairs import Pairs
 from .rfsq import RFSQ
 from .svq import SVQ
 
@@ -33,7 +34,8 @@ def build_quantizer(args: Namespace) -> Quantizer:
         raise ValueError(
             f"quantizer {args.quantizer!r} is unknown: choose from {', '.join(QUANTIZERS)}"
         )
-    return QUANTIZERS[args.quantizer].from_args(args)
+    quantizer = QUANTIZERS[args.quantizer].from_args(args)
+    return Pairs(quantizer) if args.pairs else quantizer
 
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "RFSQ",
     "SVQ",
     "GeometricRFSQ",
+    "Pairs",
     "Quantized",
     "Quantizer",
     "VectorQuantizeEMA",

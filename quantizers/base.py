@@ -112,6 +112,8 @@ class Quantizer(nn.Module):
         codebook_sizes: number of codes of each stage (one entry for a single-stage quantizer).
         stage_axis: whether `indices` ends with an axis of stages.
         side_bits: bits of side information per image, beyond the indices (0 unless stated).
+        group: neighbours on the last axis that are quantized together, of which its length must be
+            a multiple (1 but for `Pairs`).
         name: a short name for folders and tables, such as `rfsq-2x2048-layernorm`.
         flags: the flags of the command line that the quantizer reads: their names in the parsed
             arguments, each with the constructor argument that takes its value.
@@ -141,6 +143,7 @@ class Quantizer(nn.Module):
     name: str
     stage_axis: bool = False
     side_bits: float = 0.0
+    group: int = 1
 
     @classmethod
     def from_args(cls, args: Namespace) -> Quantizer:

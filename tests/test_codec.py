@@ -31,6 +31,7 @@ CONFIGURATIONS = {
     "fsq": ["--quantizer=fsq", "--levels", "7", "5", "5", "3"],
     "lfq": ["--quantizer=lfq"],
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
+    "pairs": ["--quantizer=svq", "--pairs", "--svq-bits=20", "--svq-stages=4", "--svq-dim=12"],
     "svq": ["--quantizer=svq", "--svq-bits=22", "--svq-stages=2", "--svq-dim=6"],
     "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
     "dct": ["--network=dct", "--downsample=8", "--res-blocks=1", "--rfsq-strategy=geometric"],
@@ -63,13 +64,14 @@ def of_model(codec: Codec, image: np.ndarray, stages: int) -> tuple[np.ndarray, 
     """The model's own reconstruction, written out: (uint8 image, indices)."""
     height, width = image.shape[:2]
     f = codec.model.f
+    across = 2 * f if codec.model.quantizer.name.endswith("pairs") else f
     # Reflection about the last pixel, as often as is needed.
     rows, columns = (
         [
             i if i < n else 0 if n == 1 else abs((i - n + 1) % (2 * n - 2) - (n - 1))
             for i in range(m)
         ]
-        for n, m in ((height, -(-height // f) * f), (width, -(-width // f) * f))
+        for n, m in ((height, -(-height // f) * f), (width, -(-width // across) * across))
     )
     padded = torch.from_numpy(image[rows][:, columns].copy()).permute(2, 0, 1)
     tokens = codec.model.encode(padded[None].float() / 255)
@@ -102,8 +104,11 @@ def test_bytes_are_the_formula(name, folder):
     codec = Codec(folder / f"{name}.pt")
     quantizer = codec.model.quantizer
     height, width = 50, 91
-    positions = math.ceil(height / codec.model.f) * math.ceil(width / codec.model.f)
-    bits = {"two": 22, "four": 40, "none": 22, "image": 22, "lfq": 12, "f8": 40}.get(name)
+    columns = math.ceil(width / codec.model.f)
+    positions = math.ceil(height / codec.model.f) * (columns + columns % 2 * (name == "pairs"))
+    bits = {"two": 22, "four": 40, "none": 22, "image": 22, "lfq": 12, "f8": 40, "pairs": 10}.get(
+        name
+    )
     payload = math.ceil((bits or quantizer.bits) * positions / 8)
     side = quantizer.side_bits / 8
     assert side == (32 if name == "image" else 0)  # 2 stages, mean and std, 4 channels, 2 bytes

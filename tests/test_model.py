@@ -39,6 +39,7 @@ CONFIGURATIONS = {
     "lfq": ["--quantizer", "lfq"],
     "ema": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8"],
     "ema-2": ["--quantizer", "ema", "--n-embed", "64", "--embed-dim", "8", "--ema-stages", "2"],
+    "pairs": ["--quantizer=svq", "--pairs", "--svq-bits=20", "--svq-stages=4", "--svq-dim=12"],
     "svq": ["--quantizer", "svq", "--svq-bits", "18", "--svq-stages", "3", "--svq-classes", "4"],
     "dct": ["--network", "dct", "--rfsq-strategy", "geometric", "--levels", "16", "8", "5", "3"],
 }
@@ -154,7 +155,9 @@ def test_forward(name):
     assert reconstruction.shape == images.shape
     stages = (model.quantizer.stages,) if model.quantizer.stage_axis else ()
     assert indices.shape == (2, 8, 6, *stages)
-    assert loss.shape == () and (loss.item() != 0) == (name in ("lfq", "ema", "ema-2", "svq"))
+    assert loss.shape == () and (loss.item() != 0) == (
+        name in ("lfq", "ema", "ema-2", "svq", "pairs")
+    )
     (reconstruction.square().mean() + loss).backward()
     for key, parameter in model.named_parameters():
         # The residual network of "dct" starts as zero, so that only its last layer moves at first.

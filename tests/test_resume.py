@@ -43,7 +43,7 @@ QUANTIZERS = {
     "layernorm": ["--rfsq-strategy=layernorm"],
     "scale": ["--rfsq-strategy=scale"],
     "lfq": ["--quantizer=lfq"],
-    "svq": ["--quantizer=svq", "--svq-bits=16", "--svq-stages=2"],
+    "svq": ["--quantizer=svq", "--pairs", "--svq-bits=24", "--svq-stages=2", "--svq-dim=16"],
     "ema": ["--quantizer=ema", "--n-embed=16", "--embed-dim=4", "--ema-stages=2"],
 }
 OTHERS = {

@@ -1,0 +1,82 @@
+"""Two neighbouring positions as one, for any quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Quantized, Quantizer
+
+
+class Pairs(Quantizer):
+    """A quantizer of 2 C channels for pairs of neighbouring positions of C channels each.
+
+    Positions 2i and 2i+1 on the last axis are quantized as one vector, their sum and difference
+    (the orthonormal Haar transform)::
+
+        (z_2i + z_2i+1) / sqrt 2,   (z_2i - z_2i+1) / sqrt 2
+
+    Neighbours are alike, so that the differences need few of the bits that they share; and where
+    one is busier than the other, it gets more of them. The rate stays fixed: the bits of the
+    quantizer for two positions. Its stages 2k and 2k+1 are stage k here, the even one at the left
+    position and the odd one at the right.
+
+    Args:
+        quantizer: of an even number of channels, with an even number of stages, of which 2k and
+            2k+1 have equal codebook sizes.
+
+    Raises:
+        ValueError: for another quantizer, or a last axis of odd length.
+
+    Example:
+        >>> pairs = Pairs(SVQ(bits=44, dim=32, stages=4))          # 2 x 2048 a position
+        >>> quantized, indices, loss = pairs(torch.randn(2, 16, 32, 32))   # (2, 32, 32, 2)
+    """
+
+    group = 2
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        left, right = quantizer.codebook_sizes[::2], quantizer.codebook_sizes[1::2]
+        if quantizer.dim % 2 or left != right or quantizer.side_bits:
+            raise ValueError(
+                "pairs need a quantizer of an even number of channels and stages, 2 and 2 of equal "
+                f"size, not {quantizer.dim} channels and codebooks of {quantizer.codebook_sizes}"
+            )
+        self.quantizer = quantizer
+        self.dim = quantizer.dim // 2
+        self.codebook_sizes = left
+        self.stage_axis = len(left) > 1
+        self.name = f"{quantizer.name}-pairs"
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Quantize `z` (B, dim, *positions); the last position axis has an even length."""
+        self._check_even(z, z.shape[2:])
+        left, right = z.unflatten(-1, (-1, 2)).unbind(-1)
+        joined = torch.cat([left + right, left - right], 1) * 0.5**0.5
+        out = Quantized(*self.quantizer(joined))
+        indices = out.indices.unflatten(-1, (-1, 2)).mT.flatten(-3, -2)  # (B, *positions, stages)
+        rest = () if out.loss is None else (out.loss,)
+        return _split(out.codes), indices if self.stage_axis else indices[..., 0], *rest
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
+        indices = self._check_indices(indices)
+        if not self.stage_axis:
+            indices = indices[..., None]
+        self._check_even(indices, indices.shape[1:-1])
+        pairs = indices.unflatten(-2, (-1, 2)).mT.flatten(-2)
+        return _split(self.quantizer.indices_to_codes(pairs))
+
+    def _check_even(self, given: Tensor, positions: torch.Size) -> None:
+        if not positions or positions[-1] % 2:
+            raise ValueError(
+                f"{self.name} quantizes pairs on the last axis, whose length must be even, but the "
+                f"input is {tuple(given.shape)}"
+            )
+
+
+def _split(codes: Tensor) -> Tensor:
+    """Sums and differences (B, 2 C, ..., W / 2) -> neighbours (B, C, ..., W)."""
+    total, difference = codes.chunk(2, 1)
+    return torch.stack([total + difference, total - difference], -1).flatten(-2) * 0.5**0.5
