@@ -154,6 +154,10 @@ class Quantizer(nn.Module):
         """
         return cls(**{name: getattr(args, flag) for flag, name in cls.flags.items()})
 
+    def read_flags(self) -> list[str]:
+        """The flags of the command line that this quantizer reads."""
+        return list(self.flags)
+
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """Quantize `z` (B, dim, *positions): see the class for what is returned.
 

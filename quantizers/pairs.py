@@ -49,6 +49,10 @@ class Pairs(Quantizer):
         self.stage_axis = len(left) > 1
         self.name = f"{quantizer.name}-pairs"
 
+    def read_flags(self) -> list[str]:
+        """The flags of the command line that this quantizer reads."""
+        return ["pairs", *self.quantizer.read_flags()]
+
     def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
         """Quantize `z` (B, dim, *positions); the last position axis has an even length."""
         self._check_even(z, z.shape[2:])

@@ -43,9 +43,10 @@ class SVQ(Quantizer):
     lexicographic order, the channel of the greatest variance first. It is cut into `stages` tokens,
     the most significant first, so that the first tokens alone are a coarse vector.
 
-    Encoding looks for the nearest vector of all classes: in each, rounding where it is within the
-    budget, else the least (z - quantized)^2 + multiplier * length, the multiplier by bisection;
-    what is left of the budget then goes to the channels that gain most.
+    Encoding looks for the nearest vector of the four classes whose steps suit the scale of z: in
+    each, rounding where it is within the budget, else the least (z - quantized)^2 + multiplier *
+    length, the multiplier by bisection; what is left of the budget then goes to the channels that
+    gain most.
 
     Steps and code lengths follow running averages in training, the same in all processes. They are
     constants after training: code lengths are stored as integers and steps with 12 bits, so that no

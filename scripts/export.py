@@ -22,11 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
-from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser, architecture_flags
+from arguments import (
+    DEFAULTS_OF_MODEL,
+    LOAD_HELP,
+    Parser,
+    architecture_flags,
+    flags_of_group,
+)
 from checkpoint import CONFIG, RESULTS, WEIGHTS, save_export, write_whole
 from model import VQVAE, load_model
 
 CARD = "README.md"
+FOLDERS = ("--train-data-path", "--val-data-path", "--save", "--resume")
 
 
 def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
@@ -39,6 +46,17 @@ def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
         return None
     whole = isinstance(results, dict) and results.keys() >= RESULTS and results["steps"] == step
     return (results, table) if whole else None
+
+
+def without_folders(command: str) -> str:
+    """A command of train.py without what is of no use on another machine."""
+    words, kept = iter(command.split(" ")), []
+    for word in words:
+        if word in FOLDERS:
+            next(words, None)
+        elif word != "--overwrite":
+            kept.append(word)
+    return " ".join(kept)
 
 
 def model_card(
@@ -70,7 +88,7 @@ def model_card(
         parts.append("Not measured.")
     else:
         values, table = results
-        command = values["environment"].get("command", "unknown")
+        command = without_folders(values["environment"].get("command", "unknown"))
         parts += [f"```\n{table.strip()}\n```", f"Trained with\n\n```\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -104,7 +122,8 @@ def export(flags: Namespace) -> Path:
     out = Path(flags.out)
     make_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)
-    given = {flag: value for flag, value in architecture.items() if value is not None}
+    unread = {*flags_of_group("quantizer")} - {"quantizer", *model.quantizer.read_flags()}
+    given = {k: v for k, v in architecture.items() if v is not None and k not in unread}
     card = model_card(model, name, given, step, results_of(flags.load, step))
     write_whole(out / CARD, lambda file: file.write(card.encode()))
     size = (out / WEIGHTS).stat().st_size

@@ -76,7 +76,7 @@ def make_row(name: str, args: Namespace) -> Row:
     except ValueError:  # a quantizer that this version does not know: any flag may matter
         used, own = flags_of_group("quantizer"), name
     else:
-        used = getattr(type(quantizer), "flags", flags_of_group("quantizer"))
+        used = quantizer.read_flags()
         own = quantizer.name.removesuffix("-image")
         args = Namespace(**{**vars(args), "levels": getattr(quantizer, "levels", args.levels)})
     flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}

@@ -108,8 +108,11 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\ntags:") and "# small\n" in card and "Not measured." in card
     assert "| bits per position | 22 |" in card and "| `--channel` | 16 |" in card
+    assert "--rfsq-stages" in card and "--svq-bits" not in card  # flags of its own quantizer
     make_checkpoint(tmp_path / "last.pt", *SMALL)
-    results = dict.fromkeys(export.RESULTS) | {"environment": {"command": "python train.py --x"}}
+    results = dict.fromkeys(export.RESULTS) | {
+        "environment": {"command": "python train.py --save /a/b --x --overwrite"}
+    }
     (tmp_path / "results.txt").write_text("PSNR 31.4\n")
     for steps, measured in ((2, True), (3, False)):
         (tmp_path / "results.json").write_text(json.dumps({**results, "steps": steps}))
