@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .counting import Lengths, opaque
 
-HALVINGS, BRACKET = 4, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
-FILLS = 2  # steps in which a rest of the budget is spent
-CHUNK = 2048  # vectors at a time on a CPU, so that they stay in its cache
+HALVINGS, BRACKET = 3, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
+FILLS = 5  # steps in which a rest of the budget is spent
+CHUNK = 4096  # vectors at a time on a CPU, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
 
