@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import traced
 from .counting import Lengths, opaque
 
 HALVINGS, BRACKET = 3, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
 FILLS = 5  # steps in which a rest of the budget is spent
-CHUNK = 4096  # vectors at a time on a CPU, so that they stay in its cache
+CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
 
@@ -39,19 +40,44 @@ def search(
         lengths: int64 (classes, dim, 4), see `Lengths`.
         budget: (classes,), the greatest length of a vector.
     """
+    vectors = vectors.nan_to_num(0.0)
+    tables = lengths.float()[..., None]  # (classes, dim, 4, 1)
+    by_class = vectors.device.type == "cpu" and not traced()
+    found = _search_by_class if by_class else _search_all
+    return found(vectors, candidates, steps, tables, budget)
+
+
+def _search_all(
+    vectors: Tensor, candidates: Tensor, steps: Tensor, tables: Tensor, budget: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`search` with every vector in every class: no size depends on values, and no GPU waits."""
+    least = torch.full_like(vectors[0], torch.inf)
+    classes, integers = torch.zeros_like(least, dtype=torch.int64), torch.zeros_like(vectors)
+    for j, step in enumerate(steps):
+        size = vectors.abs().clamp(max=LARGEST * step) / step
+        v = _nearest(size, Lengths(*tables[j].unbind(1)), budget[j])
+        error = (size - v).square().sum(0) * step.square()
+        better = (candidates == j).any(0) & (error < least)
+        least, classes = torch.where(better, error, least), torch.where(better, j, classes)
+        integers = torch.where(better, v.copysign(vectors), integers)
+    return classes, integers.long()
+
+
+def _search_by_class(
+    vectors: Tensor, candidates: Tensor, steps: Tensor, tables: Tensor, budget: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`search` with each vector in its candidates alone."""
     # All pairs of a vector and a candidate, by class: (pairs, dim).
     number, count = candidates.shape
     members = [(candidates.flatten() == j).nonzero()[:, 0] for j in range(len(steps))]
     order = torch.cat(members)
-    rows = vectors.t().nan_to_num(0.0).contiguous()[order % count]
+    rows = vectors.t().contiguous()[order % count]
     integers, error = torch.empty_like(rows), torch.empty_like(rows[:, 0])
-    tables = lengths.float()[..., None]  # (classes, dim, 4, 1)
     sizes = [len(pairs) for pairs in members]
     for j, (part, out, cost) in enumerate(
         zip(rows.split(sizes), integers.split(sizes), error.split(sizes), strict=True)
     ):
-        chunk = CHUNK if rows.device.type == "cpu" else max(1, len(part))
-        for x, v, e in zip(*(t.split(chunk) for t in (part, out, cost)), strict=True):
+        for x, v, e in zip(*(t.split(CHUNK) for t in (part, out, cost)), strict=True):
             size = x.t().abs().clamp_(max=LARGEST * steps[j]).div_(steps[j])  # (dim, N)
             nearest = _nearest(size, Lengths(*tables[j].unbind(1)), budget[j])
             torch.mul(size.sub_(nearest).square_().sum(0), steps[j].square(), out=e)
