@@ -54,12 +54,10 @@ def _search_all(
     least = torch.full_like(vectors[0], torch.inf)
     classes, integers = torch.zeros_like(least, dtype=torch.int64), torch.zeros_like(vectors)
     for j, step in enumerate(steps):
-        size = vectors.abs().clamp(max=LARGEST * step) / step
-        v = _nearest(size, Lengths(*tables[j].unbind(1)), budget[j])
-        error = (size - v).square().sum(0) * step.square()
+        error, v = _in_class(vectors, step, tables[j], budget[j])
         better = (candidates == j).any(0) & (error < least)
         least, classes = torch.where(better, error, least), torch.where(better, j, classes)
-        integers = torch.where(better, v.copysign(vectors), integers)
+        integers = torch.where(better, v, integers)
     return classes, integers.long()
 
 
@@ -78,14 +76,22 @@ def _search_by_class(
         zip(rows.split(sizes), integers.split(sizes), error.split(sizes), strict=True)
     ):
         for x, v, e in zip(*(t.split(CHUNK) for t in (part, out, cost)), strict=True):
-            size = x.t().abs().clamp_(max=LARGEST * steps[j]).div_(steps[j])  # (dim, N)
-            nearest = _nearest(size, Lengths(*tables[j].unbind(1)), budget[j])
-            torch.mul(size.sub_(nearest).square_().sum(0), steps[j].square(), out=e)
-            v.copy_(nearest.t().copysign(x))
+            error_of_part, nearest = _in_class(x.t(), steps[j], tables[j], budget[j])
+            e.copy_(error_of_part)
+            v.copy_(nearest.t())
     place = order.argsort().view(number, count)
     best = error[place].argmin(0, keepdim=True)
     integers = integers[place.gather(0, best)[0]].t().long()
     return candidates.gather(0, best)[0], integers.contiguous()
+
+
+def _in_class(
+    vectors: Tensor, step: Tensor, table: Tensor, budget: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error (N,) and integers (dim, N) for vectors (dim, N) in one class."""
+    size = vectors.abs().clamp(max=LARGEST * step) / step
+    v = _nearest(size, Lengths(*table.unbind(1)), budget)
+    return (size - v).square().sum(0) * step.square(), v.copysign(vectors)
 
 
 def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
