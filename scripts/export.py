@@ -14,6 +14,7 @@ entropy model of `compress.py fit` stay in the checkpoint.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -50,13 +51,14 @@ def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
 
 def without_folders(command: str) -> str:
     """A command of train.py without what is of no use on another machine."""
-    words, kept = iter(command.split(" ")), []
+    words, kept = iter(shlex.split(command)), []
     for word in words:
-        if word in FOLDERS:
-            next(words, None)
-        elif word != "--overwrite":
+        flag, joined, _ = word.partition("=")
+        if flag not in (*FOLDERS, "--overwrite"):
             kept.append(word)
-    return " ".join(kept)
+        elif flag in FOLDERS and not joined:
+            next(words, None)
+    return shlex.join(kept)
 
 
 def model_card(

@@ -111,7 +111,7 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     assert "--rfsq-stages" in card and "--svq-bits" not in card  # flags of its own quantizer
     make_checkpoint(tmp_path / "last.pt", *SMALL)
     results = dict.fromkeys(export.RESULTS) | {
-        "environment": {"command": "python train.py --save /a/b --x --overwrite"}
+        "environment": {"command": "python train.py --save '/a b' --x --overwrite --resume=/c"}
     }
     (tmp_path / "results.txt").write_text("PSNR 31.4\n")
     for steps, measured in ((2, True), (3, False)):
@@ -119,7 +119,7 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
         out = tmp_path / f"{steps}"
         export.main(["--load", str(tmp_path / "last.pt"), "--out", str(out)])
         text = (out / "README.md").read_text()
-        assert ("PSNR 31.4" in text) == ("python train.py --x" in text) == measured
+        assert ("PSNR 31.4" in text) == ("python train.py --x\n" in text) == measured
         assert ("Not measured." in text) != measured
 
 
