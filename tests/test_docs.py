@@ -51,7 +51,9 @@ def refuse_download(*args, **kwargs):
 def clone(tmp_path_factory):
     """A copy of the project, with a few images and one finished run, named as in the guides."""
     folder = tmp_path_factory.mktemp("clone") / "rfsq"
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "data", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        *(".git", ".venv", "runs", "data", "images", "__pycache__", ".*_cache")
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
