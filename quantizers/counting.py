@@ -23,7 +23,8 @@ SATURATED = 2**61
 def opaque(fake: Callable) -> Callable:
     """Decorator: one operator in torch.compile, which would take minutes for its many loops.
 
-    No gradient passes.
+    No gradient passes. The function is told by its last argument, `compiled`, that it is such an
+    operator: it may then call the compiled form of what it repeats (see `compiled_form`).
 
     Exported and transformed (torch.func), it is what it consists of. `fake` takes the same
     arguments, tensors without values, and returns tensors of the shapes and dtypes of the result.
@@ -38,11 +39,29 @@ def opaque(fake: Callable) -> Callable:
         def call(*args):
             compiling = torch.compiler.is_compiling() and not exporting()
             with torch.no_grad():
-                return (operator if compiling else function)(*args)
+                return operator(*args, True) if compiling else function(*args)
 
         return call
 
     return decorate
+
+
+@functools.cache
+def compiled_form(function: Callable) -> Callable:
+    """`function` compiled for any sizes, or as it is where there is no compiler for it."""
+    fast = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException:
+            # The model around may be compiled by a backend that needs no compiler of C++.
+            fast = function
+            return function(*args)
+
+    return call
 
 
 class Lengths(NamedTuple):
@@ -59,7 +78,7 @@ class Lengths(NamedTuple):
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Length of the integers v with these |v|, of the dtype of both."""
-        whole = ((magnitude - 1) / self.run).floor().to(magnitude.dtype)
+        whole = torch.div(magnitude - 1, self.run, rounding_mode="trunc")
         return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
 
 
@@ -77,6 +96,10 @@ class Counts(NamedTuple):
     within: Tensor
     strided: Tensor
     budget: Tensor
+
+    def of(self, channel: int) -> tuple[Tensor, Tensor]:
+        """Both tables (classes, T) of one channel: `within` of the channels after it, `strided`."""
+        return self.within[:, channel + 1], self.strided[:, channel]
 
 
 def count(lengths: Tensor, size: int, room: int) -> Counts:
@@ -111,7 +134,7 @@ def unrank(counts: Counts, lengths: Tensor, classes: Tensor, number: Tensor) -> 
     number = torch.minimum(number, total[classes] - 1)
     integers = []
     for c in range(lengths.shape[1]):
-        channel = _Channel(counts, lengths, classes, c, left)
+        channel = _Channel(*counts.of(c), lengths[:, c], classes, left)
         below, zeros = channel.one_side, channel.zeros()
         negative, positive = number < below, number >= below + zeros
         # Either side is counted from the smallest |v| on.
@@ -127,11 +150,17 @@ def unrank(counts: Counts, lengths: Tensor, classes: Tensor, number: Tensor) -> 
 
 
 class _Channel:
-    """Vectors (N,) from channel `c` on, of `classes` (N,), with `left` (N,) of their budgets."""
+    """Vectors (N,) from one channel on, of `classes` (N,), with `left` (N,) of their budgets.
 
-    def __init__(self, counts: Counts, lengths: Tensor, classes: Tensor, c: int, left: Tensor):
-        self.within, self.strided = counts.within[:, c + 1], counts.strided[:, c]
-        self.lengths, self.classes = Lengths(*lengths[:, c].t()[:, classes]), classes
+    `within` and `strided` are the tables of the channel, as from `Counts.of`, and `lengths` its
+    code lengths (classes, 4).
+    """
+
+    def __init__(
+        self, within: Tensor, strided: Tensor, lengths: Tensor, classes: Tensor, left: Tensor
+    ):
+        self.within, self.strided = within, strided
+        self.lengths, self.classes = Lengths(*lengths.t()[:, classes]), classes
         self.left = left
         self.one_side = self.runs(0)  # how many have v_c > 0
 
@@ -168,14 +197,16 @@ class _Channel:
         return whole * self.lengths.run + rest // each + 1, rest % each, each
 
 
-def _fake_count(lengths, size, room):
+def _fake_count(lengths, size, room, compiled):
     classes, dim, _ = lengths.shape
     shapes = (classes, dim + 1, size), (classes, dim, size), (classes,)
     return tuple(lengths.new_empty(shape) for shape in shapes)
 
 
 @opaque(_fake_count)
-def _count(lengths: Tensor, size: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
+def _count(
+    lengths: Tensor, size: int, room: int, compiled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     t = torch.arange(size, device=lengths.device)
     step = lengths[..., 2:3]
     # Sums along t, t - step, ... are differences of one running sum in the order of t mod step.
@@ -210,7 +241,7 @@ def _count(lengths: Tensor, size: int, room: int) -> tuple[Tensor, Tensor, Tenso
     return within, strided, budget
 
 
-def _fake_rank(within, strided, budget, lengths, classes, integers):
+def _fake_rank(within, strided, budget, lengths, classes, integers, compiled):
     return torch.empty_like(classes)
 
 
@@ -222,14 +253,27 @@ def _rank(
     lengths: Tensor,
     classes: Tensor,
     integers: Tensor,
+    compiled: bool = False,
 ) -> Tensor:
     counts, left = Counts(within, strided, budget), budget[classes]
     number = torch.zeros_like(classes)
+    add_channel = compiled_form(_rank_channel) if compiled else _rank_channel
     for c, value in enumerate(integers):
-        channel, magnitude = _Channel(counts, lengths, classes, c, left), value.abs()
-        smaller = channel.up_to(magnitude - (value > 0).long())
-        # Those with a smaller v_c come first: of the negative v_c, the ones with a greater |v_c|.
-        before = channel.one_side + torch.where(value > 0, channel.zeros() + smaller, 0)
-        number = number + torch.where(value < 0, before - smaller, before)
-        left = left - channel.lengths.of(magnitude)
+        before, left = add_channel(*counts.of(c), lengths[:, c], classes, left, value)
+        number = number + before
     return number
+
+
+def _rank_channel(
+    within: Tensor, strided: Tensor, lengths: Tensor, classes: Tensor, left: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many vectors come first by their v_c, and what v_c = `value` (N,) leaves of the budget.
+
+    The others are the arguments of `_Channel`.
+    """
+    channel, magnitude = _Channel(within, strided, lengths, classes, left), value.abs()
+    smaller = channel.up_to(magnitude - (value > 0).long())
+    # Those with a smaller v_c come first: of the negative v_c, the ones with a greater |v_c|.
+    before = channel.one_side + torch.where(value > 0, channel.zeros() + smaller, 0)
+    number = torch.where(value < 0, before - smaller, before)
+    return number, left - channel.lengths.of(magnitude)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .base import traced
-from .counting import Lengths, opaque
+from .counting import Lengths, compiled_form, opaque
 
 HALVINGS, BRACKET = 3, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
 FILLS = 5  # steps in which a rest of the budget is spent
@@ -14,7 +16,7 @@ CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
 
-def _fake_search(vectors, candidates, steps, lengths, budget):
+def _fake_search(vectors, candidates, steps, lengths, budget, compiled):
     classes = budget.new_empty(vectors.shape[1])
     return classes, vectors.new_empty(vectors.shape, dtype=torch.int64)
 
@@ -26,6 +28,7 @@ def search(
     steps: Tensor,
     lengths: Tensor,
     budget: Tensor,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Class (N,) and integers (dim, N) of the code that is nearest to each of `vectors` (dim, N).
 
@@ -39,22 +42,29 @@ def search(
         steps: (classes,), of a class.
         lengths: int64 (classes, dim, 4), see `Lengths`.
         budget: (classes,), the greatest length of a vector.
+        compiled: search a class by compiled code (see `opaque`).
     """
     vectors = vectors.nan_to_num(0.0)
     tables = lengths.float()[..., None]  # (classes, dim, 4, 1)
     by_class = vectors.device.type == "cpu" and not traced()
-    found = _search_by_class if by_class else _search_all
-    return found(vectors, candidates, steps, tables, budget)
+    every = _search_by_class if by_class else _search_all
+    in_class = compiled_form(_in_class) if compiled else _in_class
+    return every(vectors, candidates, steps, tables, budget, in_class)
 
 
 def _search_all(
-    vectors: Tensor, candidates: Tensor, steps: Tensor, tables: Tensor, budget: Tensor
+    vectors: Tensor,
+    candidates: Tensor,
+    steps: Tensor,
+    tables: Tensor,
+    budget: Tensor,
+    in_class: Callable,
 ) -> tuple[Tensor, Tensor]:
     """`search` with every vector in every class: no size depends on values, and no GPU waits."""
     least = torch.full_like(vectors[0], torch.inf)
     classes, integers = torch.zeros_like(least, dtype=torch.int64), torch.zeros_like(vectors)
     for j, step in enumerate(steps):
-        error, v = _in_class(vectors, step, tables[j], budget[j])
+        error, v = in_class(vectors, step, tables[j], budget[j])
         better = (candidates == j).any(0) & (error < least)
         least, classes = torch.where(better, error, least), torch.where(better, j, classes)
         integers = torch.where(better, v, integers)
@@ -62,7 +72,12 @@ def _search_all(
 
 
 def _search_by_class(
-    vectors: Tensor, candidates: Tensor, steps: Tensor, tables: Tensor, budget: Tensor
+    vectors: Tensor,
+    candidates: Tensor,
+    steps: Tensor,
+    tables: Tensor,
+    budget: Tensor,
+    in_class: Callable,
 ) -> tuple[Tensor, Tensor]:
     """`search` with each vector in its candidates alone."""
     # All pairs of a vector and a candidate, by class: (pairs, dim).
@@ -76,7 +91,9 @@ def _search_by_class(
         zip(rows.split(sizes), integers.split(sizes), error.split(sizes), strict=True)
     ):
         for x, v, e in zip(*(t.split(CHUNK) for t in (part, out, cost)), strict=True):
-            error_of_part, nearest = _in_class(x.t(), steps[j], tables[j], budget[j])
+            if not len(x):
+                continue
+            error_of_part, nearest = in_class(x.t(), steps[j], tables[j], budget[j])
             e.copy_(error_of_part)
             v.copy_(nearest.t())
     place = order.argsort().view(number, count)
@@ -112,7 +129,7 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
         return v.round_().mul_(above)
 
     def fits(v: Tensor) -> Tensor:
-        return slope.t() @ v + jump.t() @ v.clamp(max=1) <= limit
+        return (slope * v + jump * v.clamp(max=1)).sum(0, keepdim=True) <= limit
 
     low = torch.full_like(size[:1], BRACKET[0])
     high = torch.full_like(low, BRACKET[1])

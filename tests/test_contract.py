@@ -13,7 +13,15 @@ import torch
 from cases import CASES, CHAINS, RESIDUAL, TRACKING, latent, run, same_bits, trained
 
 from arguments import get_args
-from quantizers import QUANTIZERS, GeometricRFSQ, Quantized, Quantizer, build_quantizer
+from quantizers import (
+    QUANTIZERS,
+    GeometricRFSQ,
+    Quantized,
+    Quantizer,
+    build_quantizer,
+    counting,
+    svq_search,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -433,9 +441,12 @@ COMPILED = [(name, True) for name in CASES] + [(name, False) for name in TRACKIN
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "training"), COMPILED)
-def test_compiled_equals_eager(name, training):
+def test_compiled_equals_eager(name, training, monkeypatch):
     """One graph without a break; values, gradients and statistics."""
     torch._dynamo.reset()
+    # What operators compile on their own takes a while; test_svq.py has a test of it.
+    for inside in (counting, svq_search):
+        monkeypatch.setattr(inside, "compiled_form", lambda function: function)
     eager = trained(name).train(training)
     module = copy.deepcopy(eager)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)

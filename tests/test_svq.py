@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import latent
 
-from quantizers import FSQ, SVQ, GeometricRFSQ, svq_search
+from quantizers import FSQ, SVQ, GeometricRFSQ, counting, svq_search
 from quantizers.counting import SATURATED, Lengths, count, rank, unrank
 from quantizers.svq_search import search
 
@@ -76,6 +76,28 @@ def test_counts_ranks_and_their_inverse_are_those_of_an_enumeration(seed):
         # What no vector has stands for the last one.
         beyond = unrank(counts, lengths, classes[:1], numbers[-1:] + 7)
         assert torch.equal(beyond, vectors[:, -1:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_operators_find_the_same():
+    """What a compiled model runs, by inductor, for sizes that differ."""
+    torch._dynamo.reset()
+    svq = fitted(SVQ(22, dim=12))
+    operator = torch.compile(svq, backend="aot_eager", fullgraph=True)
+    for n in (700, 30):
+        z = laplacian_mixture(12, n).T[None]
+        assert all(map(torch.equal, operator(z)[:2], svq(z)[:2]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_compiler_is_there_for_runs_as_it_is():
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    magnitude, lengths = torch.arange(5), Lengths(*random_lengths(1, 1)[0, 0])
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        length = counting.compiled_form(Lengths.of)(lengths, magnitude)
+    assert torch.equal(length, lengths.of(magnitude))
 
 
 @pytest.mark.parametrize("bits", [8, 31, 60])
