@@ -4,7 +4,8 @@
     python scripts/benchmark.py --only quantizers --compile --json benchmark.json
 
 quantizers  ours against vector-quantize-pytorch (pip install '.[benchmark]'): forward and backward
-            in training mode, float32, equal shapes and settings
+            in training mode, float32, equal shapes and settings; SVQ against our residual VQ-EMA
+            of equal bits, each with the channels that it is best with
 step        the training step of train.py against the same model in plain float32 PyTorch
 loader      packed images against the folder that they were made from
 limits      what the machine can do: a large copy, a matrix product, a convolution
@@ -46,7 +47,7 @@ from checkpoint import write_json
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, some, train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
-from quantizers import FSQ, LFQ, RFSQ, SVQ, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, VectorQuantizeEMA
 from timing import CUDA, DEVICE, spread, timer
 from train import TrainingStep
 
@@ -54,7 +55,14 @@ PACKAGE, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"
 SECTIONS = ("quantizers", "step", "loader", "limits")
 LOADER_BATCH, LOADER_SECONDS = 32, 0.5  # images of a batch; time of a turn
 
-# Of each quantizer: ours; class and arguments of theirs, or None; arguments of its forward.
+
+def pairs_22bit() -> Pairs:
+    """The quantizer of scripts/beyond/svq_22bit.sh."""
+    return Pairs(SVQ(44, 32, stages=4))
+
+
+# Of each quantizer: ours; class and arguments of theirs, one of ours, or None; arguments of the
+# forward of theirs.
 SCALARS = [(partial(FSQ, [8, 8, 8, 8]), ("FSQ", {"levels": [8, 8, 8, 8]}), {})]
 for stages, levels in ((2, [8, 8, 8, 4]), (4, [4, 4, 4, 4, 4])):
     residual = {"levels": levels, "num_quantizers": stages, "is_channel_first": True}
@@ -67,11 +75,9 @@ TOKENS = [
     (partial(LFQ, 12, **LOSS), ("LFQ", {"dim": 12, **LOSS}), {"inv_temperature": 1.0}),
     (partial(LFQ, 18, **LOSS), None, {}),
     (partial(VectorQuantizeEMA, 4096, 256), ("VectorQuantize", VQ), {}),
-    # Equal bits, and the channels that each is best with.
-    (partial(SVQ, 22, stages=2), None, {}),
-    (partial(VectorQuantizeEMA, 2048, 16, stages=2), None, {}),
-    (partial(SVQ, 40, stages=4), None, {}),
-    (partial(VectorQuantizeEMA, 1024, 24, stages=4), None, {}),
+    (partial(SVQ, 22, stages=2), partial(VectorQuantizeEMA, 2048, 16, stages=2), {}),
+    (pairs_22bit, partial(VectorQuantizeEMA, 2048, 16, stages=2), {}),
+    (partial(SVQ, 40, 28, stages=4), partial(VectorQuantizeEMA, 1024, 24, stages=4), {}),
 ]
 
 
@@ -120,6 +126,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     text, batches = "batches of z; LFQ and EMA take the smallest", [8, 128] if CUDA else [8]
     add("--z-batch", count, batches, nargs="+", metavar="B", help=text)
     add("--latent", count, 32, help="positions a side of z")
+    add("--match", str, "", metavar="TEXT", help="those with this in their name; default: all")
     add = parser.group("step")
     text = "ours; plain PyTorch is float32"
     add("--precision", ("bf16", "fp32"), "bf16" if CUDA else "fp32", help=text)
@@ -133,6 +140,9 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not {*args.only} <= {*SECTIONS}:
         parser.error(f"--only {','.join(args.only)} is not among {everything}")
+    names = [ours().name for ours, *_ in SCALARS + TOKENS]
+    if not any(args.match in name for name in names):
+        parser.error(f"--match {args.match} is in none of the names: {', '.join(names)}")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
     return args
 
@@ -147,24 +157,32 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     work = [(case, batch) for batch in args.z_batch for case in SCALARS]
     work += [(case, min(args.z_batch)) for case in TOKENS]
     work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
+    work = [x for x in work if args.match in x[0][0]().name]
     rows = []
     for (ours, theirs, options), batch, mode in util.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
-        ours = ours().to(DEVICE)
-        z = torch.randn(batch, ours.dim, args.latent, args.latent, device=DEVICE)
+        ours, positions = ours().to(DEVICE), (args.latent, args.latent)
+        z = torch.randn(batch, ours.dim, *positions, device=DEVICE)
         row = {"quantizer": ours.name, "z": "x".join(map(str, z.shape)), "ours": mode}
         calls = {"": timing.forward_backward(ours, z, mode)}
-        if package and theirs:
-            name, arguments = theirs
-            theirs, row["theirs"] = getattr(package, name)(**arguments).to(DEVICE), mode
-            calls["theirs "] = timing.forward_backward(copy.deepcopy(theirs), z, mode, **options)
+        if callable(theirs):
+            theirs = theirs().to(DEVICE)
+            row["against"], z_theirs = theirs.name, z.new_empty(batch, theirs.dim, *positions)
+            z_theirs.normal_()
+        elif package and theirs:
+            row["against"], z_theirs = theirs[0], z
+            theirs = getattr(package, theirs[0])(**theirs[1]).to(DEVICE)
+        if "against" in row:
+            row["theirs"] = mode
+            twin = copy.deepcopy(theirs)
+            calls["theirs "] = timing.forward_backward(twin, z_theirs, mode, **options)
             try:
                 calls["theirs "]()
             except Exception as error:  # the compiler can raise nearly anything
                 if mode == "eager":
                     raise
                 row["theirs"] = f"eager ({type(error).__name__})"
-                calls["theirs "] = timing.forward_backward(theirs, z, "eager", **options)
+                calls["theirs "] = timing.forward_backward(theirs, z_theirs, "eager", **options)
         times = timing.turns(calls.values(), args.repeats)
         for (who, call), seconds in zip(calls.items(), times, strict=True):
             row[f"{who}ms"] = spread(1e3 * x for x in seconds)
@@ -175,6 +193,8 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         rows.append(row)
     title = f"quantizers, forward + backward; copies: our time over a copy of z; {note}"
     result = {"times": timing.table(title, rows)}
+    if args.match not in "lfq-12":
+        return result
     z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
     title = "entropies of lfq-12, nats; theirs takes log p < 1e-5 as log 1e-5"
     return result | {"entropies": timing.table(title, entropies(package, z))}

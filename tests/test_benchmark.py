@@ -76,9 +76,10 @@ def test_every_section_and_the_json(monkeypatch, tmp_path, capsys):
         check(part["rows"])
         assert part["title"] in text, name
     times = result["quantizers"]["times"]["rows"]
-    alone = ["lfq-18", "svq-22bit", "ema-2x2048", "svq-40bit", "ema-4x1024"]
-    assert [row["quantizer"] for row in times if "ratio" not in row] == alone
-    assert len(times) == 14
+    assert [row["quantizer"] for row in times if "ratio" not in row] == ["lfq-18"]
+    rivals = [row["against"] for row in times if row["quantizer"].startswith("svq")]
+    assert rivals == ["ema-2x2048", "ema-2x2048", "ema-4x1024"]
+    assert len(times) == 13
     for row in result["quantizers"]["entropies"]["rows"]:
         assert row["ours off by"] < 1e-6 and row["theirs off by"] < 1e-6
     parts = {row["part"]: row["share"] for row in result["step"]["parts"]["rows"]}
@@ -93,7 +94,15 @@ def test_without_their_package_the_rest_runs(monkeypatch, capsys):
     result = benchmark.main([*TINY, "--only=quantizers"])
     assert "pip install '.[benchmark]'" in capsys.readouterr().out
     check(result["quantizers"]["times"]["rows"])
-    assert not any("ratio" in row for row in result["quantizers"]["times"]["rows"])
+    compared = [r["quantizer"] for r in result["quantizers"]["times"]["rows"] if "ratio" in r]
+    assert compared == ["svq-22bit", "svq-44bit-pairs", "svq-40bit"]  # against our own
+
+
+def test_some_quantizers_alone(capsys):
+    result = benchmark.main([*TINY, "--only=quantizers", "--match=4x1024"])["quantizers"]
+    names = [row["quantizer"] for row in result["times"]["rows"]]
+    assert len(names) == 3 and all("4x1024" in name for name in names)
+    assert "entropies" not in result
     assert "step" not in result and "loader" not in result
 
 
@@ -130,6 +139,7 @@ def test_peak_memory_is_that_of_the_tensors():
     [
         ("--only=quantisers", "quantisers"),
         ("--repeats=0", "repeats"),
+        ("--match=vq2", "vq2"),
         ("--img-size=18", "18"),
         ("--originals=nowhere", "nowhere"),
         ("--json=nowhere/all.json", "nowhere/all.json"),
