@@ -49,6 +49,8 @@ def opaque(fake: Callable) -> Callable:
 @functools.cache
 def compiled_form(function: Callable) -> Callable:
     """`function` compiled for any sizes, or as it is where there is no compiler for it."""
+    from torch._dynamo.exc import TorchDynamoException  # not at the top: it takes seconds
+
     fast = torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
@@ -56,7 +58,7 @@ def compiled_form(function: Callable) -> Callable:
         nonlocal fast
         try:
             return fast(*args)
-        except torch._dynamo.exc.TorchDynamoException:
+        except TorchDynamoException:
             # The model around may be compiled by a backend that needs no compiler of C++.
             fast = function
             return function(*args)

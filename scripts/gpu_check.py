@@ -1,0 +1,274 @@
+"""Everything that needs a GPU to be measured, the most important first, in one command.
+
+    python scripts/gpu_check.py --minutes 9 --train-data-path DIR --val-data-path DIR
+    python scripts/gpu_check.py --toy                # tries the command itself, on any machine
+
+The same command again goes on: a part whose PART.json in the folder --out has no error is not run
+again, and a part that does not fit the minutes that are left waits for the next call. Each file is
+written the moment its part ends.
+
+tests        tests/test_cuda.py: equal indices on CPU and GPU, no wait for the GPU in a step
+step         images/s of the training step at batch 128 and 512, its parts, the rates of the card
+quantizers   each against vector-quantize-pytorch (pip install '.[benchmark]'), eager and compiled
+train        images/s of train.py itself, from packed images
+curves       300 steps in bf16 compiled and in float32 eager: their loss, and a picture of both
+torchrun     one process of NCCL (several need as many GPUs)
+2x2048       RFSQ-2x2048-LN, for half of the minutes that are left, and its evaluation
+4x1024       RFSQ-4x1024-LN, for the minutes that are left, and its evaluation
+
+At the end a table of all parts is printed. Exit code 1 if one of them failed or was not run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import timing
+import util
+from arguments import LPIPS_NETS, Parser, number
+from checkpoint import write_json
+from timing import DEVICE
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("tests", "step", "train", "quantizers", "curves", "torchrun", "2x2048", "4x1024")
+GOALS = {"H200": 4500, "H100": 3500}  # images/s of the training step
+SPARE = 20  # seconds of the minutes that no part may count on
+TOY = ["--channel=16", "--img-size=32"]
+FULL = ["--channel=256", "--img-size=128"]
+
+
+class Check:
+    """The parts, as calls of the other scripts, within the minutes of `args`."""
+
+    def __init__(self, args: Namespace):
+        self.args, self.out = args, Path(args.out)
+        self.ends = time.monotonic() + 60 * args.minutes
+        self.model = TOY if args.toy else FULL
+        self.data = [f"--train-data-path={args.train_data_path}"]
+        self.data += [f"--val-data-path={args.val_data_path}", f"--lpips-net={args.lpips_net}"]
+        if args.toy:
+            self.data += ["--lpips-net=none", "--perceptual-weight=0", "--num-workers=0"]
+
+    def left(self) -> float:
+        """Seconds that a part may take now."""
+        return self.ends - time.monotonic() - SPARE
+
+    def call(self, *command: str) -> str:
+        """Standard output of a script, which is stopped when the minutes are over.
+
+        Raises:
+            RuntimeError: it failed; the last line of what it said.
+            TimeoutError: it was stopped.
+        """
+        words = [sys.executable, *command]
+        try:
+            done = subprocess.run(
+                words, cwd=ROOT, capture_output=True, text=True, timeout=max(1, self.left())
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"stopped after {self.args.minutes:g} minutes in all") from None
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+            raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
+        return done.stdout
+
+    def train(self, name: str, *flags: str) -> dict:
+        """Results of train.py in the run folder `name`, with images/s after its first log line."""
+        folder = self.out / name
+        saved = [f"--save={folder.resolve()}", "--overwrite", f"--name={name}", "--seed=0"]
+        self.call("train.py", *self.model, *self.data, *saved, *flags)
+        rates = [row["images_per_s"] for row in self.log(name)]
+        results = json.loads((folder / "results.json").read_text())
+        keys = ("steps", "images_seen", "train_images", "images", "l1", "psnr", "ssim", "lpips")
+        row = {"run": name, "images/s": statistics.median(rates[1:] or rates)}
+        return row | {key: results[key] for key in keys if results.get(key) is not None}
+
+    def log(self, name: str) -> list[dict]:
+        """The log lines of training in the run folder `name`."""
+        lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+
+    def benchmark(self, name: str, *flags: str) -> dict:
+        """What scripts/benchmark.py measured."""
+        file = (self.out / f"benchmark-{name}.json").resolve()
+        self.call("scripts/benchmark.py", f"--json={file}", *flags)
+        return json.loads(file.read_text())
+
+    # -------------------------------------------------------------------------------------
+    # Parts
+    # -------------------------------------------------------------------------------------
+    def tests(self) -> list[dict]:
+        report = (self.out / "tests.xml").resolve()
+        flags = ["-q", "-p", "no:cacheprovider", "-m", "cuda", f"--junit-xml={report}"]
+        self.call("-m", "pytest", "tests/test_cuda.py", *flags)
+        suite = next(ElementTree.parse(report).iter("testsuite")).attrib
+        return [{key: int(suite[key]) for key in ("tests", "failures", "errors", "skipped")}]
+
+    def step(self) -> list[dict]:
+        rows = []
+        for batch in (4,) if self.args.toy else (128, 512):
+            flags = [*self.model, f"--batch-size={batch}"]
+            toy, full = ("--repeats=1", "--lpips-net=none"), ("--precision=bf16", "--compile")
+            flags += toy if self.args.toy else [*full, "--lpips-net=vgg"]
+            measured = self.benchmark(f"step-{batch}", "--only=step", *flags)
+            ours, *others = measured["step"]["times"]["rows"]
+            plain = next(row for row in others if row["step"] == "plain, fp32")
+            row = {"batch": batch, "images/s": ours["images/s"]["median"]}
+            goals = [goal for name, goal in GOALS.items() if name in self.device()]
+            row |= {"goal": goals[0]} if goals else {}
+            row |= {"ratio to plain float32": plain["ratio"]["median"]}
+            row |= {key: ours[key] for key in ("of the limit", "peak MiB")}
+            parts = measured["step"]["parts"]["rows"]
+            rows.append(row | {f"share of {part['part']}": part["share"] for part in parts})
+        return rows
+
+    def quantizers(self) -> list[dict]:
+        flags = ["--repeats=1", "--latent=4", "--match=svq"] if self.args.toy else ["--compile"]
+        batch = "2" if self.args.toy else "128"
+        rows = self.benchmark("quantizers", "--only=quantizers", "--z-batch", batch, *flags)
+        keep = ("quantizer", "ours", "against", "theirs", "ms", "copies", "ratio")
+        rows = rows["quantizers"]["times"]["rows"]
+        return [{key: row[key] for key in keep if key in row} for row in rows]
+
+    def train_rate(self) -> list[dict]:
+        steps = ("--train-iters=6", "--log-interval=2", "--batch-size=4")
+        if not self.args.toy:
+            steps = ("--train-iters=400", "--log-interval=50", "--batch-size=128", "--profile=10")
+        return [self.train("train", *steps)]
+
+    def curves(self) -> list[dict]:
+        steps = ["--train-iters=300", "--log-interval=10", "--batch-size=128"]
+        if self.args.toy:
+            steps = ["--train-iters=6", "--log-interval=2", "--batch-size=4"]
+        fast = [] if self.args.toy else ["--precision=bf16", "--compile"]
+        exact = ["--precision=fp32", "--no-compile"]
+        kinds = {"bf16-compiled": fast, "float32-eager": exact}
+        rows = [self.train(name, *steps, *flags) for name, flags in kinds.items()]
+        losses = [[row["loss"] for row in self.log(name)] for name in kinds]
+        apart = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
+        rows[0] |= {"loss apart, mean": sum(apart) / len(apart), "most": max(apart)}
+        folders = [str((self.out / name).resolve()) for name in kinds]
+        self.call("scripts/plot.py", *folders, f"--out={(self.out / 'curves.png').resolve()}")
+        return rows
+
+    def torchrun(self) -> list[dict]:
+        folder = (self.out / "torchrun").resolve()
+        flags = ["--train-iters=4", "--batch-size=4", "--log-interval=2", f"--save={folder}"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+        self.call(*launch, "train.py", *self.model, *self.data, *flags, "--overwrite")
+        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        psnr = json.loads((folder / "results.json").read_text())["psnr"]
+        return [{"backend": backend, "processes": 1, "psnr": psnr}]
+
+    def long(self, name: str, share: float, *flags: str) -> list[dict]:
+        """A run for a share of the time that is left, by the images/s of the part `train`."""
+        batch = 4 if self.args.toy else 128
+        rate = self.read("train")["rows"][0]["images/s"]
+        # A tenth and a minute for start, compilation and evaluation.
+        steps = int((0.9 * share * self.left() - 60) * rate / batch)
+        steps = 6 if self.args.toy else steps
+        if steps < 6:
+            raise TimeoutError("no time is left for it")
+        common = [f"--train-iters={steps}", f"--batch-size={batch}", "--max-train-epochs=100000"]
+        return [self.train(name, *common, "--lr=0.002", *flags)]
+
+    def parts(self) -> dict[str, tuple[float, Callable[[], list[dict]]]]:
+        """By name: the seconds that a part needs on a card of 2023, and what it does."""
+        stages = {"2x2048": (0.5, 2), "4x1024": (1.0, 4)}
+        longer = {
+            name: (90.0, lambda name=name, s=s, k=k: self.long(name, s, f"--rfsq-stages={k}"))
+            for name, (s, k) in stages.items()
+        }
+        return {
+            "tests": (60.0, self.tests),
+            "step": (120.0, self.step),
+            "train": (60.0, self.train_rate),
+            "quantizers": (120.0, self.quantizers),
+            "curves": (90.0, self.curves),
+            "torchrun": (40.0, self.torchrun),
+            **longer,
+        }
+
+    # -------------------------------------------------------------------------------------
+    # Their files
+    # -------------------------------------------------------------------------------------
+    def device(self) -> str:
+        return util.environment(DEVICE)["device"]
+
+    def read(self, part: str) -> dict:
+        """The file of a part, empty if there is none."""
+        file = self.out / f"{part}.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def run(self) -> dict[str, dict]:
+        """Run what is missing; the file of each part by its name."""
+        for name, (seconds, part) in self.parts().items():
+            if name not in self.args.only or self.read(name).get("state") == "done":
+                continue
+            if not self.args.toy and self.left() < seconds:
+                print(f"{name}: waits for the next call, it needs {seconds:.0f} seconds")
+                continue
+            print(f"{name} ...", flush=True)
+            start = time.monotonic()
+            record = {"part": name, "environment": util.environment(DEVICE), "toy": self.args.toy}
+            try:
+                record |= {"state": "done", "rows": part()}
+            except (RuntimeError, TimeoutError, OSError, LookupError, ValueError) as error:
+                record |= {"state": "failed", "error": util.one_line(error)}
+            record["seconds"] = time.monotonic() - start
+            write_json(self.out / f"{name}.json", record)
+            print(f"{name}: {record['state']}, {record['seconds']:.0f} s {record.get('error', '')}")
+        return {name: self.read(name) for name in self.args.only}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the parts and print their tables; exit code 1 if one is not done.
+
+    Raises:
+        ValueError: for bad input, before anything is run.
+    """
+    args = get_flags(argv)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    check = Check(args)
+    print(f"{check.device()}, torch {torch.__version__}, {args.minutes:g} minutes, into {args.out}")
+    records = check.run()
+    for name, record in records.items():
+        state = record.get("error") or record.get("state", "not run")
+        timing.table(f"{name}: {state}", record.get("rows", [{"": "-"}]))
+    if any(record.get("state") != "done" for record in records.values()):
+        sys.exit(1)
+
+
+def get_flags(argv: Sequence[str] | None) -> Namespace:
+    """The flags of the command line, or of the list `argv`."""
+    parser = Parser(prog="gpu_check.py", description=__doc__.split("\n")[0])
+    add = parser.group("flags")
+    add("--minutes", number(float, 1, 600), 9.0, help="of this call; start it again for the rest")
+    add("--out", str, "gpu_check", metavar="DIR", help="where the results go")
+    text = "images, as for train.py; packed ones measure the step and not the decoding of files"
+    add("--train-data-path", str, "synthetic", metavar="DIR", help=text)
+    add("--val-data-path", str, "synthetic", metavar="DIR", help="likewise")
+    text = "of the training runs; the part `step` takes vgg, with random weights if it must"
+    add("--lpips-net", LPIPS_NETS, "vgg", help=text)
+    add("--only", PARTS, PARTS, nargs="+", metavar="PART", help="the parts to be run")
+    add("--toy", bool, False, help="tiny sizes, to try the command itself without a GPU")
+    args = parser.parse_args(argv)
+    if not args.toy and DEVICE.type != "cuda":
+        parser.error("there is no GPU here: --toy tries the command itself without one")
+    return args
+
+
+if __name__ == "__main__":
+    util.run_script(main)

@@ -1,0 +1,81 @@
+"""What only a GPU can show. Skipped where there is none; scripts/gpu_check.py runs this file."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, TRACKING, latent, run, trained
+
+import train
+from meter import Meter
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+TINY = ["--channel=16", "--img-size=32", "--batch-size=8", "--train-iters=12", "--log-interval=12"]
+DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic", "--lpips-net=none"]
+every = pytest.mark.parametrize("name", CASES)
+
+
+@every
+def test_indices_are_those_of_the_cpu(name):
+    """A value on the edge of two codes may fall to either side: one in ten thousand at most."""
+    module = trained(name)
+    z = torch.cat([latent(module)] * 20)
+    _, wanted, _ = run(module, z)
+    _, indices, _ = run(copy.deepcopy(module).cuda(), z.cuda())
+    assert (indices.cpu() != wanted).float().mean() <= 1e-4
+
+
+@every
+def test_decoding_gives_the_same_bits(name):
+    module = trained(name).cuda()
+    quantized, indices, _ = run(module, latent(module).cuda())
+    assert torch.equal(module.indices_to_codes(indices), quantized)
+
+
+@every
+def test_codes_are_those_of_the_cpu(name):
+    module = trained(name)
+    _, indices, _ = run(module, latent(module))
+    codes = copy.deepcopy(module).cuda().indices_to_codes(indices.cuda())
+    torch.testing.assert_close(codes.cpu(), module.indices_to_codes(indices))
+
+
+@pytest.mark.parametrize("name", TRACKING)
+def test_statistics_move_as_on_the_cpu(name):
+    module = trained(name).train()
+    twin = copy.deepcopy(module).cuda()
+    z = latent(module)
+    run(module, z)
+    run(twin, z.cuda())
+    for key, value in module.state_dict().items():
+        found = twin.state_dict()[key].cpu().to(value.dtype)
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quantizer=svq"], ["--quantizer=lfq"]], ids=str)
+def test_no_step_waits_for_the_gpu(flags, tmp_path, monkeypatch):
+    """From the third step to the log line, nothing may wait; in bf16, compiled as one graph."""
+    count, update, log = [0], Meter.update, train.Training.log
+
+    def strict_update(self, *args):
+        update(self, *args)
+        count[0] += 1
+        if count[0] == 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def relaxed_log(self, *args):
+        torch.cuda.set_sync_debug_mode("default")
+        log(self, *args)
+
+    monkeypatch.setattr(Meter, "update", strict_update)
+    monkeypatch.setattr(train.Training, "log", relaxed_log)
+    try:
+        train.main([*TINY, *DATA, *flags, f"--save={tmp_path / 'run'}", "--num-workers=0"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count[0] == 12

@@ -1,0 +1,80 @@
+"""scripts/gpu_check.py at toy size: its parts, what it leaves on disk, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import util
+from scripts import gpu_check
+
+
+def toy(out, *flags):
+    gpu_check.main(["--toy", f"--out={out}", *flags])
+
+
+def record(out, part):
+    return json.loads((out / f"{part}.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_part_is_run_once_and_written_with_its_environment(tmp_path, capsys, monkeypatch):
+    toy(tmp_path, "--only", "train")
+    found = record(tmp_path, "train")
+    assert found["state"] == "done" and found["toy"] and found["environment"]["torch"]
+    row = found["rows"][0]
+    assert row["steps"] == 6 and row["images_seen"] == 24 and row["images/s"] > 0
+    assert f"{row['psnr']:.4g}" in capsys.readouterr().out
+    # A second call only prints.
+    monkeypatch.setattr(gpu_check.Check, "call", None)
+    toy(tmp_path, "--only", "train")
+    assert "train: done" in capsys.readouterr().out
+
+
+def test_the_tests_part_counts_what_was_skipped(tmp_path):
+    toy(tmp_path, "--only", "tests")
+    row = record(tmp_path, "tests")["rows"][0]
+    assert row["tests"] > 50 and row["failures"] == row["errors"] == 0
+
+
+def test_a_part_that_fails_is_written_and_run_again(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def call(self, *command):
+        calls.append(command)
+        raise RuntimeError("exit code 1: out of memory")
+
+    monkeypatch.setattr(gpu_check.Check, "call", call)
+    for count in (1, 2):
+        with pytest.raises(SystemExit) as caught:
+            toy(tmp_path, "--only", "quantizers", "torchrun")
+        assert caught.value.code == 1 and len(calls) == 2 * count
+    assert "out of memory" in record(tmp_path, "torchrun")["error"]
+    assert "quantizers: exit code 1: out of memory" in capsys.readouterr().out
+
+
+def test_a_script_that_fails_or_takes_too_long(tmp_path):
+    check = gpu_check.Check(gpu_check.get_flags(["--toy", f"--out={tmp_path}"]))
+    assert check.call("-c", "print(1)") == "1\n"
+    with pytest.raises(RuntimeError, match="exit code 2: nowhere is missing"):
+        check.call("-c", "import sys; print('nowhere is missing', file=sys.stderr); sys.exit(2)")
+    check.ends = 0
+    with pytest.raises(TimeoutError, match="stopped after 9 minutes"):
+        check.call("-c", "import time; time.sleep(60)")
+
+
+def test_parts_have_the_names_of_the_flag(tmp_path):
+    args = gpu_check.get_flags(["--toy", f"--out={tmp_path}"])
+    assert tuple(gpu_check.Check(args).parts()) == gpu_check.PARTS
+    for part in gpu_check.PARTS:
+        assert f"\n{part} " in (gpu_check.__doc__ or "")
+
+
+@pytest.mark.parametrize("flags", [[], ["--only=tests"]], ids=str)
+def test_without_a_gpu_it_says_so(flags, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "DEVICE", torch.device("cpu"))
+    with pytest.raises(SystemExit) as caught:
+        util.run_script(lambda: gpu_check.main(flags))
+    assert caught.value.code == 2 and "--toy" in capsys.readouterr().err
