@@ -1,10 +1,9 @@
-"""Files written whole and read safely: JSON, results, checkpoints, exports, random states."""
+"""Files written whole and read safely: JSON, checkpoints, exports, random states."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import random
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
 CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
 MAX_CONFIG = 2**20  # bytes
 TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
-RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}  # in results.json
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -74,48 +72,6 @@ def write_json(path: Path, value) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-def find_runs(names: Iterable[str], file: str) -> list[Path]:
-    """The files named `file` in run folders, folders of them and patterns, each of them once.
-
-    Raises:
-        ValueError: a name without such a file.
-    """
-    found: dict[Path, Path] = {}
-    for name in names:
-        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
-        files = [each for p in paths for each in ([p] if p.is_file() else p.rglob(file))]
-        files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
-        if not files:
-            raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
-        found |= {each.resolve(): each for each in sorted(files)}
-    return list(found.values())
-
-
-def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
-    """The `results.json` files that `find_runs` finds.
-
-    Returns:
-        The results, each with its file as `path`, and one line for each file that is damaged or
-        not written by train.py.
-
-    Raises:
-        ValueError: a name without results.
-    """
-    results, faults = [], []
-    for path in find_runs(names, "results.json"):
-        try:
-            run = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            faults.append(f"{path} is damaged ({str(error).splitlines()[0]}): remove it")
-            continue
-        missing = sorted(RESULTS - set(run)) if isinstance(run, dict) else sorted(RESULTS)
-        if missing:
-            faults.append(f"{path} lacks {', '.join(missing)}: give what train.py has written")
-        else:
-            results.append({**run, "path": path})
-    return results, faults
 
 
 class NotFinite(ValueError):

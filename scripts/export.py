@@ -14,7 +14,6 @@ entropy model of `compress.py fit` stay in the checkpoint.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -30,11 +29,11 @@ from arguments import (
     architecture_flags,
     flags_of_group,
 )
-from checkpoint import CONFIG, RESULTS, WEIGHTS, save_export, write_whole
+from checkpoint import CONFIG, WEIGHTS, save_export, write_whole
 from model import VQVAE, load_model
+from results import RESULTS, without_folders
 
 CARD = "README.md"
-FOLDERS = ("--train-data-path", "--val-data-path", "--save", "--resume")
 
 
 def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
@@ -47,18 +46,6 @@ def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
         return None
     whole = isinstance(results, dict) and results.keys() >= RESULTS and results["steps"] == step
     return (results, table) if whole else None
-
-
-def without_folders(command: str) -> str:
-    """A command of train.py without what is of no use on another machine."""
-    words, kept = iter(shlex.split(command)), []
-    for word in words:
-        flag, joined, _ = word.partition("=")
-        if flag not in (*FOLDERS, "--overwrite"):
-            kept.append(word)
-        elif flag in FOLDERS and not joined:
-            next(words, None)
-    return shlex.join(kept)
 
 
 def model_card(

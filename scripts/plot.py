@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser
-from checkpoint import find_runs, write_whole
+from checkpoint import write_whole
+from results import find_runs
 from run import RunFolder
 
 PANELS = {  # (kind of the record, its number): title of the panel

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
-from checkpoint import read_results, write_whole
+from checkpoint import write_whole
 from quantizers import build_quantizer
 from quantizers.rfsq import STRATEGIES
+from results import read_results
 
 # The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.
 PAPER = {
@@ -106,14 +107,13 @@ def setting(run: dict, args: Namespace) -> dict:
 def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     """(setting, rows) of each table; rows by bits and quantizer, runs by seed.
 
-    A run without `--name` has that of the paper's configuration of its kind, else the quantizer's.
+    A run without `--name` has that of the configuration of its kind, else the quantizer's.
 
     Raises:
         ValueError: a configuration has two runs of one seed in one setting.
     """
-    paper = configurations("paper")
-    known = {**paper, **configurations("beyond")}
-    by_kind = {row.kind: name for name, row in paper.items()}
+    known = {**configurations("beyond"), **configurations("paper")}
+    by_kind = {row.kind: name for name, row in known.items()}
     tables: dict[str, tuple[dict, dict[str, Row]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         row = make_row(run["name"], args_of(run))

@@ -1,0 +1,75 @@
+"""scripts/keep_results.py, and the tables of RESULTS.md from the files in results/."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_report import make_run
+
+from scripts import keep_results, report
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = sorted((ROOT / "results").glob("*.json"))
+
+
+def keep(out, *runs):
+    return keep_results.main([*map(str, runs), "--out", str(out)])
+
+
+def test_kept_results_make_the_same_table(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"run{seed}", ["--quantizer=svq"], seed) for seed in (0, 1)]
+    files = keep(tmp_path / "results", *runs)
+    assert [file.name for file in files] == [
+        f"svq-22bit-f4-conv-1000-s{seed}.json" for seed in (0, 1)
+    ]
+    tables = [
+        report.main([str(place)]) for place in (tmp_path / "run*", tmp_path / "results/*.json")
+    ]
+    rows = [[line for line in table.splitlines() if line.startswith("| ")] for table in tables]
+    assert rows[0] == rows[1] and len(rows[0]) > 4
+
+
+def test_no_folder_of_the_machine_is_kept(tmp_path):
+    flags = ["--train-data-path=/home/me/train", "--load", "/home/me/a.pt", "--name=RFSQ, mine"]
+    run = make_run(tmp_path / "run", flags)
+    command = "python train.py --train-data-path /home/me/train --save=/home/me/x --lr 0.1"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results["environment"]["command"] = command
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    (file,) = keep(tmp_path / "results", run)
+    assert file.name == "rfsq-mine-1000-s0.json"
+    kept = json.loads(file.read_text())
+    assert "/home" not in file.read_text() and kept["args"]["train_data_path"] == "train"
+    assert kept["environment"]["command"] == "python train.py --lr 0.1"
+    assert kept["psnr"] == results["psnr"] and kept.keys() == results.keys()
+
+
+def test_two_runs_of_one_name_or_a_damaged_one_leave_nothing(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(
+        ValueError, match=r"a/results.json and .*b/results.json are both rfsq-2x2048"
+    ):
+        keep(tmp_path / "results", *runs)
+    (tmp_path / "b" / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        keep(tmp_path / "results", *runs)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_files_of_the_repository_are_whole(file):
+    run = json.loads(file.read_text())
+    assert run["images"] == 490 and re.fullmatch("[0-9a-f]{40}", run["environment"]["commit"])
+    assert not re.search(r'"/|[ =]/', file.read_text())  # no folder
+
+
+def test_tables_of_results_are_those_of_the_files():
+    """Each row that the report makes of results/ is in RESULTS.md, digit for digit."""
+    text = (ROOT / "RESULTS.md").read_text()
+    assert KEPT
+    for line in report.main([str(file) for file in KEPT]).splitlines():
+        if re.match(r"\| .* \| \d+ \| \d+\.\d\d \|", line):
+            assert line in text, line
