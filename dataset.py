@@ -10,150 +10,27 @@
 Datasets return bytes: a quarter of the traffic of float32 between workers, host and GPU.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import archive
+from images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image, some
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
 from util import StopSignals, from_all, printable, rank, stop_with_parent
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 LOADER_TIMEOUT = 600  # seconds without a batch after which a loading process is given up
-
-
-class UnreadableImage(ValueError):
-    """A file that is named like an image and cannot be decoded as one.
-
-    Takes one string: a DataLoader raises a worker's error again as `type(text of its traceback)`.
-    """
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency is laid over white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("grey levels outside 0..65535; save it with 8 or 16 bits")
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.Image:
-    """An image file as RGB: upright, its first frame, transparency over white.
-
-    With `data`, a file that is open, that is read and `path` only names it.
-
-    Raises:
-        UnreadableImage: one line that names the file; also for more than 89,478,485 pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
-            warnings.simplefilter("ignore")
-            if data is None and not os.path.isfile(path):  # opening a pipe would wait for ever
-                raise ValueError("it is not a regular file")
-            with Image.open(data or path) as file:
-                if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-                    size, most = f"{file.width}x{file.height}", Image.MAX_IMAGE_PIXELS
-                    raise ValueError(f"{size} pixels are more than Pillow's limit of {most:,}")
-                file.load()  # outside the next block, which would hide its errors
-                with contextlib.suppress(Exception):  # damage to EXIF is no damage to the pixels
-                    ImageOps.exif_transpose(file, in_place=True)
-                return _to_rgb(file)
-    except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(
-            f"cannot read image {printable(path)}: {reason}; remove it or repair it"
-        ) from error
-
-
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bilinear, antialiased), then the centre square, as torchvision does."""
-    (width, height), most = image.size, 64 * min(image.size)
-    if max(image.size) > most:  # a strip: do not enlarge, at any cost, what is cut off
-        left, top = max(0, width - most) // 2, max(0, height - most) // 2
-        image = image.crop((left, top, left + min(width, most), top + min(height, most)))
-    width, height = (int(size * side / min(image.size)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
-
-
-def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | None]:
-    """Paths below a folder, to any depth, of the files with these suffixes, in order; one other.
-
-    Links are followed, hidden files and folders are skipped.
-
-    Raises:
-        ValueError: for a folder that cannot be listed.
-    """
-
-    def fail(error: OSError) -> None:
-        raise ValueError(f"cannot list folder '{error.filename}': {error.strerror}") from error
-
-    paths, seen = [], set()
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        below = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        paths += [(below + name).removeprefix("./") for name in files if name[0] != "."]
-    wanted = sorted(path for path in paths if path.lower().endswith(tuple(suffixes)))
-    return wanted, min(set(paths).difference(wanted), default=None)
-
-
-def find(inputs: Sequence[str], suffixes: Sequence[str]) -> list[tuple[Path, Path]]:
-    """(file, its path below the folder that was given) of every input, in order.
-
-    Inputs are files, with any suffix, and folders, which `list_files` searches.
-
-    Raises:
-        ValueError: an input does not exist, or a folder holds no such file.
-    """
-    found = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            below, _ = list_files(path, suffixes)
-            if not below:
-                raise ValueError(f"folder {path} holds no file named {' '.join(suffixes)}")
-            found += [(path / file, Path(file)) for file in below]
-        elif path.is_file():
-            found.append((path, Path(path.name)))
-        else:
-            raise ValueError(f"{path} does not exist: give files or folders")
-    return found
-
-
-def some(items: Sequence, limit: int | None) -> list:
-    """At most `limit` of the items, evenly over all of them; all for None."""
-    count = min(limit or len(items), len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 class Images(Dataset):

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import util
 from checkpoint import NotFinite
-from dataset import IMAGENET_STD
 from fid import FrechetDistance
+from images import IMAGENET_STD
 from loss.perceptual import Perceptual
 from model import in_evaluation_mode
 from similarity import l1, psnr, ssim

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arguments import architecture_flags, args_of
 from checkpoint import load_checkpoint
-from dataset import IMAGENET_MEAN, IMAGENET_STD
+from images import IMAGENET_MEAN, IMAGENET_STD
 from quantizers import Quantized, build_quantizer
 
 DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dataset import IMAGENET_STD
+from images import IMAGENET_STD
 from loss.perceptual import Perceptual, lpips_network
 from pretrained import WeightsMissing
 

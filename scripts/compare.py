@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from checkpoint import write_whole
-from dataset import some
 from evaluation import prepare
+from images import some
 from model import VQVAE
 from similarity import psnr, ssim
 

@@ -31,7 +31,7 @@ from arguments import LOAD_HELP, Parser, number
 from checkpoint import save_checkpoint, write_json, write_whole
 from codec import bitstream
 from codec.codec import Codec, is_grey, psnr
-from dataset import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
+from images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
 SUFFIX = ".rfsq"
 

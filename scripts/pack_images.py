@@ -34,7 +34,8 @@ import packed
 import util
 from arguments import Parser, number
 from checkpoint import TEMPORARY, write_json
-from dataset import Images, UnreadableImage, image_files
+from dataset import Images, image_files
+from images import UnreadableImage
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 

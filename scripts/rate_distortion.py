@@ -29,7 +29,7 @@ from checkpoint import write_json, write_whole
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec, is_grey, psnr
-from dataset import IMAGE_SUFFIXES, find, fit, read_image, some
+from images import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from similarity import PSNR_CAP, SSIM_WINDOW, ssim
 

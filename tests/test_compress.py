@@ -16,7 +16,7 @@ from PIL import Image, features
 
 import util
 from codec.codec import Codec, psnr
-from dataset import IMAGE_SUFFIXES, read_image
+from images import IMAGE_SUFFIXES, read_image
 from scripts import compress
 from synthetic import SyntheticDataset
 

@@ -17,15 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as reference
 
 import dataset
-from dataset import (
-    ImageFolderDataset,
-    StreamSampler,
-    UnreadableImage,
-    build_dataset,
-    read_image,
-    train_loader,
-    val_loader,
-)
+from dataset import ImageFolderDataset, StreamSampler, build_dataset, train_loader, val_loader
+from images import UnreadableImage, read_image
 from synthetic import SyntheticDataset
 from util import one_line
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "results", "quantizers", "similarity", "board"},
     {"util"},
-    {"packed", "meter", "tokens", "archive", "pretrained"},
+    {"packed", "meter", "tokens", "archive", "pretrained", "images"},
     {"dataset"},
     {"arguments"},
     {"loss", "fid"},

@@ -12,8 +12,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import metric
 import util
-from dataset import IMAGENET_STD
 from fid import FrechetDistance
+from images import IMAGENET_STD
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results
 from similarity import PSNR_CAP, l1, psnr, ssim

@@ -12,7 +12,7 @@ import torch
 
 from arguments import architecture_flags, current_flags, get_args, get_parser, may_change_flags
 from checkpoint import load_checkpoint, save_checkpoint, write_whole
-from dataset import IMAGENET_MEAN, IMAGENET_STD
+from images import IMAGENET_MEAN, IMAGENET_STD
 from model import (
     NETWORKS,
     VQVAE,

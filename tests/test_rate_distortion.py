@@ -18,7 +18,7 @@ from arguments import get_args
 from checkpoint import save_checkpoint
 from codec import baselines
 from codec.baselines import BASELINES, avif_header, jpeg_header, webp_header
-from dataset import read_image
+from images import read_image
 from model import VQVAE
 from scripts import compress
 from scripts import rate_distortion as rd

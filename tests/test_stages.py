@@ -14,8 +14,8 @@ from PIL import Image
 
 import loss.perceptual
 import util
-from dataset import IMAGENET_MEAN, IMAGENET_STD
 from evaluation import evaluate_stages, prepare
+from images import IMAGENET_MEAN, IMAGENET_STD
 from model import load_model
 from scripts import compare, evaluate, stages
 from similarity import psnr, ssim
