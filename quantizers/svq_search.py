@@ -47,42 +47,36 @@ def search(
     vectors = vectors.nan_to_num(0.0)
     tables = lengths.float()[..., None]  # (classes, dim, 4, 1)
     by_class = vectors.device.type == "cpu" and not traced()
+    form = compiled_form(_in_class) if compiled else _in_class
+
+    def in_class(some: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        return form(some, steps[j], tables[j], budget[j])
+
     every = _search_by_class if by_class else _search_all
-    in_class = compiled_form(_in_class) if compiled else _in_class
-    return every(vectors, candidates, steps, tables, budget, in_class)
+    return every(vectors, candidates, len(steps), in_class)
 
 
 def _search_all(
-    vectors: Tensor,
-    candidates: Tensor,
-    steps: Tensor,
-    tables: Tensor,
-    budget: Tensor,
-    in_class: Callable,
+    vectors: Tensor, candidates: Tensor, classes: int, in_class: Callable
 ) -> tuple[Tensor, Tensor]:
     """`search` with every vector in every class: no size depends on values, and no GPU waits."""
     least = torch.full_like(vectors[0], torch.inf)
-    classes, integers = torch.zeros_like(least, dtype=torch.int64), torch.zeros_like(vectors)
-    for j, step in enumerate(steps):
-        error, v = in_class(vectors, step, tables[j], budget[j])
+    best, integers = torch.zeros_like(least, dtype=torch.int64), torch.zeros_like(vectors)
+    for j in range(classes):
+        error, v = in_class(vectors, j)
         better = (candidates == j).any(0) & (error < least)
-        least, classes = torch.where(better, error, least), torch.where(better, j, classes)
+        least, best = torch.where(better, error, least), torch.where(better, j, best)
         integers = torch.where(better, v, integers)
-    return classes, integers.long()
+    return best, integers.long()
 
 
 def _search_by_class(
-    vectors: Tensor,
-    candidates: Tensor,
-    steps: Tensor,
-    tables: Tensor,
-    budget: Tensor,
-    in_class: Callable,
+    vectors: Tensor, candidates: Tensor, classes: int, in_class: Callable
 ) -> tuple[Tensor, Tensor]:
     """`search` with each vector in its candidates alone."""
     # All pairs of a vector and a candidate, by class: (pairs, dim).
     number, count = candidates.shape
-    members = [(candidates.flatten() == j).nonzero()[:, 0] for j in range(len(steps))]
+    members = [(candidates.flatten() == j).nonzero()[:, 0] for j in range(classes)]
     order = torch.cat(members)
     rows = vectors.t().contiguous()[order % count]
     integers, error = torch.empty_like(rows), torch.empty_like(rows[:, 0])
@@ -93,7 +87,7 @@ def _search_by_class(
         for x, v, e in zip(*(t.split(CHUNK) for t in (part, out, cost)), strict=True):
             if not len(x):
                 continue
-            error_of_part, nearest = in_class(x.t(), steps[j], tables[j], budget[j])
+            error_of_part, nearest = in_class(x.t(), j)
             e.copy_(error_of_part)
             v.copy_(nearest.t())
     place = order.argsort().view(number, count)
