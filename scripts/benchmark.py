@@ -155,10 +155,12 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     except ImportError:
         package, note = None, f"theirs is missing: {INSTALL}"
     util.set_float32_precision("ieee")
-    work = [(case, batch) for batch in args.z_batch for case in SCALARS]
-    work += [(case, min(args.z_batch)) for case in TOKENS]
+    scalars, tokens = (
+        [case for case in cases if args.match in case[0]().name] for cases in (SCALARS, TOKENS)
+    )
+    work = [(case, batch) for batch in args.z_batch for case in scalars]
+    work += [(case, min(args.z_batch)) for case in tokens]
     work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
-    work = [x for x in work if args.match in x[0][0]().name]
     rows = []
     for (ours, theirs, options), batch, mode in util.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
@@ -168,8 +170,8 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         calls = {"": timing.forward_backward(ours, z, mode)}
         if callable(theirs):
             theirs = theirs().to(DEVICE)
-            row["against"], z_theirs = theirs.name, z.new_empty(batch, theirs.dim, *positions)
-            z_theirs.normal_()
+            z_theirs = torch.randn(batch, theirs.dim, *positions, device=DEVICE)
+            row["against"] = theirs.name
         elif package and theirs:
             row["against"], z_theirs = theirs[0], z
             theirs = getattr(package, theirs[0])(**theirs[1]).to(DEVICE)

@@ -77,8 +77,8 @@ def test_every_section_and_the_json(monkeypatch, tmp_path, capsys):
         assert part["title"] in text, name
     times = result["quantizers"]["times"]["rows"]
     assert [row["quantizer"] for row in times if "ratio" not in row] == ["lfq-18"]
-    rivals = [row["against"] for row in times if row["quantizer"].startswith("svq")]
-    assert rivals == ["ema-2x2048", "ema-2x2048", "ema-4x1024"]
+    against = [row["against"] for row in times if row["quantizer"].startswith("svq")]
+    assert against == ["ema-2x2048", "ema-2x2048", "ema-4x1024"]
     assert len(times) == 13
     for row in result["quantizers"]["entropies"]["rows"]:
         assert row["ours off by"] < 1e-6 and row["theirs off by"] < 1e-6
