@@ -8,14 +8,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-RESULTS = {
-    "paper",
-    "floors",
-    "steps",
-    "images_seen",
-    "environment",
-    "args",
-}  # in every results.json
+# In every results.json.
+RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}
 FOLDERS = ("--train-data-path", "--val-data-path", "--save", "--resume")
 
 
@@ -80,10 +74,10 @@ def portable(run: dict) -> dict:
     """
     data = {key: Path(run[key]).name for key in ("train_data", "val_data") if key in run}
     args = dict(run["args"])
-    for flag in (flag.removeprefix("--").replace("-", "_") for flag in (*FOLDERS, "--load")):
-        if args.get(flag):
-            args[flag] = Path(args[flag]).name
-    where = run["environment"]
-    where = where | {"command": without_folders(where["command"])}
+    for flag in (*FOLDERS, "--load"):
+        key = flag.removeprefix("--").replace("-", "_")
+        if args.get(key):
+            args[key] = Path(args[key]).name
+    command = without_folders(run["environment"]["command"])
     kept = {key: value for key, value in run.items() if key != "path"}
-    return kept | data | {"environment": where, "args": args}
+    return {**kept, **data, "args": args, "environment": {**run["environment"], "command": command}}
