@@ -3,14 +3,14 @@
     python scripts/gpu_check.py --minutes 9 --train-data-path DIR --val-data-path DIR
     python scripts/gpu_check.py --toy                # tries the command itself, on any machine
 
-The same command again goes on: a part whose PART.json in the folder --out has no error is not run
-again, and a part that does not fit the minutes that are left waits for the next call. Each file is
-written the moment its part ends.
+The same command again goes on: a part that is done, by its PART.json in the folder --out, on this
+device and at this size, is not run again, and one that does not fit the minutes that are left waits
+for the next call. Each file is written the moment its part ends.
 
 tests        tests/test_cuda.py: equal indices on CPU and GPU, no wait for the GPU in a step
 step         images/s of the training step at batch 128 and 512, its parts, the rates of the card
-quantizers   each against vector-quantize-pytorch (pip install '.[benchmark]'), eager and compiled
 train        images/s of train.py itself, from packed images
+quantizers   each against vector-quantize-pytorch (pip install '.[benchmark]'), eager and compiled
 curves       300 steps in bf16 compiled and in float32 eager: their loss, and a picture of both
 torchrun     one process of NCCL (several need as many GPUs)
 2x2048       RFSQ-2x2048-LN, for half of the minutes that are left, and its evaluation
@@ -29,6 +29,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +40,7 @@ import timing
 import util
 from arguments import LPIPS_NETS, Parser, number
 from checkpoint import write_json
+from run import RunFolder
 from timing import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,9 @@ class Check:
     def __init__(self, args: Namespace):
         self.args, self.out = args, Path(args.out)
         self.ends = time.monotonic() + 60 * args.minutes
+        self.environment = util.environment(DEVICE)
         self.model = TOY if args.toy else FULL
+        self.batch = 4 if args.toy else 128
         self.data = [f"--train-data-path={args.train_data_path}"]
         self.data += [f"--val-data-path={args.val_data_path}", f"--lpips-net={args.lpips_net}"]
         if args.toy:
@@ -97,8 +101,13 @@ class Check:
 
     def log(self, name: str) -> list[dict]:
         """The log lines of training in the run folder `name`."""
-        lines = (self.out / name / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+        return [row for row in RunFolder(self.out / name).read_log() if row["kind"] == "train"]
+
+    def steps(self, count: int, log_interval: int) -> list[str]:
+        """Flags of a run of so many steps, or of six at toy size."""
+        count, log_interval = (6, 2) if self.args.toy else (count, log_interval)
+        steps = [f"--train-iters={count}", f"--log-interval={log_interval}"]
+        return [*steps, f"--batch-size={self.batch}"]
 
     def benchmark(self, name: str, *flags: str) -> dict:
         """What scripts/benchmark.py measured."""
@@ -126,7 +135,7 @@ class Check:
             ours, *others = measured["step"]["times"]["rows"]
             plain = next(row for row in others if row["step"] == "plain, fp32")
             row = {"batch": batch, "images/s": ours["images/s"]["median"]}
-            goals = [goal for name, goal in GOALS.items() if name in self.device()]
+            goals = [goal for name, goal in GOALS.items() if name in self.environment["device"]]
             row |= {"goal": goals[0]} if goals else {}
             row |= {"ratio to plain float32": plain["ratio"]["median"]}
             row |= {key: ours[key] for key in ("of the limit", "peak MiB")}
@@ -143,19 +152,14 @@ class Check:
         return [{key: row[key] for key in keep if key in row} for row in rows]
 
     def train_rate(self) -> list[dict]:
-        steps = ("--train-iters=6", "--log-interval=2", "--batch-size=4")
-        if not self.args.toy:
-            steps = ("--train-iters=400", "--log-interval=50", "--batch-size=128", "--profile=10")
-        return [self.train("train", *steps)]
+        trace = [] if self.args.toy else ["--profile=10"]
+        return [self.train("train", *self.steps(400, 50), *trace)]
 
     def curves(self) -> list[dict]:
-        steps = ["--train-iters=300", "--log-interval=10", "--batch-size=128"]
-        if self.args.toy:
-            steps = ["--train-iters=6", "--log-interval=2", "--batch-size=4"]
         fast = [] if self.args.toy else ["--precision=bf16", "--compile"]
         exact = ["--precision=fp32", "--no-compile"]
         kinds = {"bf16-compiled": fast, "float32-eager": exact}
-        rows = [self.train(name, *steps, *flags) for name, flags in kinds.items()]
+        rows = [self.train(name, *self.steps(300, 10), *flags) for name, flags in kinds.items()]
         losses = [[row["loss"] for row in self.log(name)] for name in kinds]
         apart = [abs(a / b - 1) for a, b in zip(*losses, strict=True)]
         rows[0] |= {"loss apart, mean": sum(apart) / len(apart), "most": max(apart)}
@@ -174,23 +178,16 @@ class Check:
 
     def long(self, name: str, share: float, *flags: str) -> list[dict]:
         """A run for a share of the time that is left, by the images/s of the part `train`."""
-        batch = 4 if self.args.toy else 128
         rate = self.read("train")["rows"][0]["images/s"]
         # A tenth and a minute for start, compilation and evaluation.
-        steps = int((0.9 * share * self.left() - 60) * rate / batch)
-        steps = 6 if self.args.toy else steps
-        if steps < 6:
+        steps = int((0.9 * share * self.left() - 60) * rate / self.batch)
+        if steps < 6 and not self.args.toy:
             raise TimeoutError("no time is left for it")
-        common = [f"--train-iters={steps}", f"--batch-size={batch}", "--max-train-epochs=100000"]
-        return [self.train(name, *common, "--lr=0.002", *flags)]
+        common = [*self.steps(steps, 50), "--max-train-epochs=100000", "--lr=0.002"]
+        return [self.train(name, *common, *flags)]
 
     def parts(self) -> dict[str, tuple[float, Callable[[], list[dict]]]]:
         """By name: the seconds that a part needs on a card of 2023, and what it does."""
-        stages = {"2x2048": (0.5, 2), "4x1024": (1.0, 4)}
-        longer = {
-            name: (90.0, lambda name=name, s=s, k=k: self.long(name, s, f"--rfsq-stages={k}"))
-            for name, (s, k) in stages.items()
-        }
         return {
             "tests": (60.0, self.tests),
             "step": (120.0, self.step),
@@ -198,31 +195,35 @@ class Check:
             "quantizers": (120.0, self.quantizers),
             "curves": (90.0, self.curves),
             "torchrun": (40.0, self.torchrun),
-            **longer,
+            "2x2048": (90.0, partial(self.long, "2x2048", 0.5, "--rfsq-stages=2")),
+            "4x1024": (90.0, partial(self.long, "4x1024", 1.0, "--rfsq-stages=4")),
         }
 
     # -------------------------------------------------------------------------------------
     # Their files
     # -------------------------------------------------------------------------------------
-    def device(self) -> str:
-        return util.environment(DEVICE)["device"]
-
     def read(self, part: str) -> dict:
         """The file of a part, empty if there is none."""
         file = self.out / f"{part}.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
+    def done(self, part: str) -> bool:
+        """Whether a part is done here: not at toy size in place of this, nor on another device."""
+        record = self.read(part)
+        here = record.get("environment", {}).get("device") == self.environment["device"]
+        return record.get("state") == "done" and record["toy"] == self.args.toy and here
+
     def run(self) -> dict[str, dict]:
         """Run what is missing; the file of each part by its name."""
         for name, (seconds, part) in self.parts().items():
-            if name not in self.args.only or self.read(name).get("state") == "done":
+            if name not in self.args.only or self.done(name):
                 continue
             if not self.args.toy and self.left() < seconds:
                 print(f"{name}: waits for the next call, it needs {seconds:.0f} seconds")
                 continue
             print(f"{name} ...", flush=True)
             start = time.monotonic()
-            record = {"part": name, "environment": util.environment(DEVICE), "toy": self.args.toy}
+            record = {"part": name, "environment": self.environment, "toy": self.args.toy}
             try:
                 record |= {"state": "done", "rows": part()}
             except (RuntimeError, TimeoutError, OSError, LookupError, ValueError) as error:
@@ -242,12 +243,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_flags(argv)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     check = Check(args)
-    print(f"{check.device()}, torch {torch.__version__}, {args.minutes:g} minutes, into {args.out}")
+    device = check.environment["device"]
+    print(f"{device}, torch {torch.__version__}, {args.minutes:g} minutes, into {args.out}")
     records = check.run()
     for name, record in records.items():
         state = record.get("error") or record.get("state", "not run")
         timing.table(f"{name}: {state}", record.get("rows", [{"": "-"}]))
-    if any(record.get("state") != "done" for record in records.values()):
+    if not all(map(check.done, records)):
         sys.exit(1)
 
 

@@ -55,6 +55,20 @@ def test_a_part_that_fails_is_written_and_run_again(tmp_path, monkeypatch, capsy
     assert "quantizers: exit code 1: out of memory" in capsys.readouterr().out
 
 
+def test_what_was_done_at_toy_size_or_elsewhere_is_not_done(tmp_path):
+    args = gpu_check.get_flags(["--toy", f"--out={tmp_path}"])
+    check = gpu_check.Check(args)
+    here = {"state": "done", "toy": True, "environment": check.environment}
+    for changes, done in (
+        ({}, True),
+        ({"toy": False}, False),
+        ({"environment": {"device": "another"}}, False),
+        ({"state": "failed"}, False),
+    ):
+        (tmp_path / "step.json").write_text(json.dumps({**here, **changes}))
+        assert check.done("step") is done
+
+
 def test_a_script_that_fails_or_takes_too_long(tmp_path):
     check = gpu_check.Check(gpu_check.get_flags(["--toy", f"--out={tmp_path}"]))
     assert check.call("-c", "print(1)") == "1\n"
