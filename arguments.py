@@ -170,7 +170,6 @@ def _add_quantizer(add: Callable) -> None:
         help="svq: classes of vectors, each with a step of its own")
     add("--svq-stages", number(int, 1, 60), 1, ARCHITECTURE,
         help="svq: tokens that the bits of a position are cut into")
-    add("--svq-commitment", weight, 5.0, help="svq: weight of the commitment term in its loss")
 
 
 def _add_loss(add: Callable) -> None:

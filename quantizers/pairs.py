@@ -30,7 +30,7 @@ class Pairs(Quantizer):
 
     Example:
         >>> pairs = Pairs(SVQ(bits=44, dim=32, stages=4))          # 2 x 2048 a position
-        >>> quantized, indices, loss = pairs(torch.randn(2, 16, 32, 32))   # (2, 32, 32, 2)
+        >>> quantized, indices = pairs(torch.randn(2, 16, 32, 32))   # (2, 32, 32, 2)
     """
 
     group = 2

@@ -54,15 +54,20 @@ class SVQ(Quantizer):
     variances, by reverse water-filling, and the spread of the vectors' scales, so that z may have
     any scale and any mixture of scales.
 
-    The gradient is straight-through. The loss is `commitment_loss_weight` times the mean of
-    (z - quantized)^2, relative to the mean variance of a channel. It keeps z where the budgets are.
+    The gradient is straight-through, but without its component along the error of the image::
+
+        gradient of z = g - <g, e> / <e, e> e        g that of quantized, e = z - quantized
+
+    Most losses would be lower at z than at quantized, so that g has such a component, which drives
+    z away from its codes, further and further, for nothing. Others hold against it by a commitment
+    term, whose weight depends on how much the decoder makes of z. For single vectors this is the
+    gradient of DiVeQ (Vali et al., arXiv 2509.26469).
 
     Args:
         bits: of a vector, 8 to 60.
         dim: channels of `z`. Default: 12 + 2/5 of the bits.
         classes: K.
         stages: tokens of an index; bits are shared as evenly as possible, the first have more.
-        commitment_loss_weight: as above.
         momentum: weight of a new batch in the running averages. The first 1/momentum batches are
             averaged evenly.
 
@@ -71,7 +76,7 @@ class SVQ(Quantizer):
 
     Example:
         >>> svq = SVQ(bits=22, dim=20, stages=2)                          # 2 x 2048
-        >>> quantized, indices, loss = svq(torch.randn(2, 20, 32, 32))    # indices: (2, 32, 32, 2)
+        >>> quantized, indices = svq(torch.randn(2, 20, 32, 32))          # indices: (2, 32, 32, 2)
     """
 
     flags: ClassVar[dict[str, str]] = {
@@ -79,7 +84,6 @@ class SVQ(Quantizer):
         "svq_dim": "dim",
         "svq_classes": "classes",
         "svq_stages": "stages",
-        "svq_commitment": "commitment_loss_weight",
     }
     running_mean: Tensor
     running_var: Tensor
@@ -96,7 +100,6 @@ class SVQ(Quantizer):
         dim: int | None = None,
         classes: int = 8,
         stages: int = 1,
-        commitment_loss_weight: float = 5.0,
         momentum: float = 0.01,
     ):
         super().__init__()
@@ -117,7 +120,6 @@ class SVQ(Quantizer):
         self.codebook_sizes = [2**n for n in self.token_bits]
         self.stage_axis = stages > 1
         self.name = f"svq-{bits}bit"
-        self.commitment_loss_weight = commitment_loss_weight
         self.momentum = momentum
         self.class_size = 2**bits // classes
         self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
@@ -133,8 +135,8 @@ class SVQ(Quantizer):
         self.register_buffer("lengths", torch.ones(classes, dim, 4, dtype=torch.int64))
         self._design()
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`."""
         if self.training:
             self._track(z)
         counts = self._counts()
@@ -147,9 +149,8 @@ class SVQ(Quantizer):
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
         positions = (len(z), *z.shape[2:])
         codes = self._codes(classes, integers, positions)
-        error = (z - codes).square().mean() / self.running_var.mean()
-        loss = self.commitment_loss_weight * error
-        return straight_through(z, codes), self._tokens(index.view(positions)), loss
+        quantized = straight_through(_without_gradient_along(z - codes, z), codes)
+        return quantized, self._tokens(index.view(positions))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions).
@@ -276,3 +277,11 @@ class SVQ(Quantizer):
         first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
         zero = (-UNITS * (1 - some).log2()).round().minimum(first)
         self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])
+
+
+def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:
+    """A tensor whose gradient becomes that of `z` without its component along `error`, by image."""
+    axes = tuple(range(1, z.ndim))
+    unit = error.detach()
+    unit = unit / unit.square().sum(axes, keepdim=True).sqrt().clamp(min=2**-60)
+    return z - unit * (unit * z).sum(axes, keepdim=True)
