@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import util
-from dataset import build_dataset, val_loader
+from dataset import build_dataset
+from loaders import val_loader
 from loss import Perceptual, lpips_network
 from metric import CodeUsage, ImageMetrics
 from model import VQVAE, in_evaluation_mode, load_model

@@ -24,7 +24,8 @@ from tqdm import tqdm
 import util
 from arguments import get_args
 from checkpoint import NotFinite, random_states, restore_random_states
-from dataset import build_dataset, skipped_images, train_loader, val_loader
+from dataset import build_dataset, skipped_images
+from loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from meter import Meter
 from metric import evaluate, format_results

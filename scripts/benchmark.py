@@ -44,8 +44,9 @@ import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
 from checkpoint import write_json
-from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset, train_loader
+from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
 from images import some
+from loaders import train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, VectorQuantizeEMA

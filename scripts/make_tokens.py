@@ -30,7 +30,8 @@ import tokens
 import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
 from codec.codec import fingerprint
-from dataset import SkipCorrupt, batch_loader, build_dataset
+from dataset import SkipCorrupt, build_dataset
+from loaders import batch_loader
 from meter import Progress
 from model import VQVAE, load_model
 from packed import as_lines

@@ -12,11 +12,14 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 600.0  # seconds
@@ -41,6 +44,31 @@ def ended(pid: int) -> int:
             pytest.fail("a process hangs")
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(state[1])
+
+
+def child(work: Callable[[], None], output: str | Path = os.devnull) -> int:
+    """Run `work` in a forked process, which writes to `output`, and return its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+        # tqdm's lock is shared with forked processes: one killed while it holds it would stop all.
+        tqdm.set_lock(threading.RLock())
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def free_port() -> int:

@@ -19,7 +19,8 @@ from test_pack import CORRUPT, FLAGS, SIZE, contents, fill_source, pack_and_die
 import archive
 import util
 from archive import expand, is_tar, list_archives
-from dataset import ImageFolderDataset, TarDataset, build_dataset, train_loader, val_loader
+from dataset import ImageFolderDataset, TarDataset, build_dataset
+from loaders import train_loader, val_loader
 from scripts import make_tokens, pack_images
 
 SUFFIXES = (".png", ".jpg", ".webp", ".tif")

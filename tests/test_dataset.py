@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as reference
 
 import dataset
-from dataset import ImageFolderDataset, StreamSampler, build_dataset, train_loader, val_loader
+from dataset import ImageFolderDataset, build_dataset
 from images import UnreadableImage, read_image
+from loaders import StreamSampler, train_loader, val_loader
 from synthetic import SyntheticDataset
 from util import one_line
 

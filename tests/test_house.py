@@ -12,7 +12,7 @@ FLOORS = (
     {"scheduler", "synthetic", "checkpoint", "results", "quantizers", "similarity", "board"},
     {"util"},
     {"packed", "meter", "tokens", "archive", "pretrained", "images"},
-    {"dataset"},
+    {"dataset", "loaders"},
     {"arguments"},
     {"loss", "fid"},
     {"model", "metric"},

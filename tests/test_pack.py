@@ -21,7 +21,8 @@ import meter
 import packed as packed_module
 import train
 import util
-from dataset import ImageFolderDataset, build_dataset, train_loader, val_loader
+from dataset import ImageFolderDataset, build_dataset
+from loaders import train_loader, val_loader
 from packed import PackedDataset
 from scripts import pack_images
 from synthetic import SyntheticDataset

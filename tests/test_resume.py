@@ -11,17 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import DEADLINE, children, ended, exists, free_port, wait_for
+from processes import DEADLINE, child, children, ended, exists, free_port, wait_for
 from torchvision.utils import save_image
-from tqdm import tqdm
 
-import dataset
+import loaders
 import train
 import util
 from checkpoint import load_checkpoint, save_checkpoint
@@ -228,29 +226,6 @@ def test_speed_counts_the_time_before_the_interruption(tmp_path, monkeypatch):
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     speeds = {r["step"]: r["images_per_s"] for r in map(json.loads, lines) if "loss" in r}
     assert speeds[9] < 0.1 < speeds[12]  # steps 7 to 9, of which one was before
-
-
-def child(work, output: str | Path = os.devnull) -> int:
-    """Run `work` in a forked process, which writes to `output`, and return its number."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-        # tqdm's lock is shared with forked processes: one killed while it holds it would stop all.
-        tqdm.set_lock(threading.RLock())
-        work()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def fork_group(world: int, work, output: str | Path = os.devnull) -> list[int]:
@@ -730,7 +705,7 @@ def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, 
 
 
 def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dataset.LOADER_TIMEOUT", 3)
+    monkeypatch.setattr("loaders.LOADER_TIMEOUT", 3)
     monkeypatch.setattr(SyntheticDataset, "__getitem__", lambda self, i: time.sleep(3600))
     with pytest.raises(RuntimeError) as caught:
         util.run_script(lambda: run(tmp_path / "run", "--num-workers=1"))
@@ -741,16 +716,16 @@ def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsy
 
 def test_a_signal_to_a_loading_process_that_has_just_started(monkeypatch):
     """A scheduler signals the whole group at any time: the run would end by an error."""
-    start_worker = dataset._start_worker
+    start_worker = loaders._start_worker
 
     def signalled(deferred: torch.Tensor, worker: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         start_worker(deferred, worker)
 
-    monkeypatch.setattr(dataset, "_start_worker", signalled)
+    monkeypatch.setattr(loaders, "_start_worker", signalled)
     with util.StopSignals() as stop:
         stop.defer()
-        batches = dataset.val_loader(SyntheticDataset(8, 0, 4), 2, num_workers=1, stop=stop)
+        batches = loaders.val_loader(SyntheticDataset(8, 0, 4), 2, num_workers=1, stop=stop)
         assert len(list(batches)) == 2
     assert stop.received is None
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()

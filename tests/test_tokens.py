@@ -20,7 +20,8 @@ import dataset
 import tokens
 import util
 from codec.codec import Codec
-from dataset import ImageFolderDataset, build_dataset, val_loader
+from dataset import ImageFolderDataset, build_dataset
+from loaders import val_loader
 from metric import ImageMetrics, evaluate
 from model import load_model
 from scripts import make_tokens, pack_images
