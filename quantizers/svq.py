@@ -149,7 +149,8 @@ class SVQ(Quantizer):
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
         positions = (len(z), *z.shape[2:])
         codes = self._codes(classes, integers, positions)
-        quantized = straight_through(_without_gradient_along(z - codes, z), codes)
+        shown = codes.masked_fill(z.isnan(), math.nan)  # or an index would hide it
+        quantized = straight_through(_without_gradient_along(z - codes, z), shown)
         return quantized, self._tokens(index.view(positions))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def search(
         return form(some, steps[j], tables[j], budget[j])
 
     every = _search_by_class if by_class else _search_all
-    return every(vectors, candidates, len(steps), in_class)
+    classes, integers = every(vectors, candidates, len(steps), in_class)
+    # Zero is in every class, and equally near: not left to rounding.
+    return classes.where(integers.any(0), candidates[0]), integers
 
 
 def _search_all(
