@@ -46,7 +46,7 @@ class SVQ(Quantizer):
     Encoding looks for the nearest vector of the four classes whose steps suit the scale of z: in
     each, rounding where it is within the budget, else the least (z - quantized)^2 + multiplier *
     length, the multiplier by bisection; what is left of the budget then goes to the channels that
-    gain most.
+    gain most for it.
 
     Steps and code lengths follow running averages in training, the same in all processes. They are
     constants after training: code lengths are stored as integers and steps with 12 bits, so that no

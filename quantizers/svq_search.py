@@ -10,8 +10,8 @@ from torch import Tensor
 from .base import traced
 from .counting import Lengths, compiled_form, opaque
 
-HALVINGS, BRACKET = 3, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
-FILLS = 5  # steps in which a rest of the budget is spent
+HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
+FILLS, SHARED = 6, 32  # steps in which a rest of the budget is spent; see there
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
@@ -34,7 +34,7 @@ def search(
 
     In each class: rounding where it is within the budget, else the least squared error + multiplier
     * length, the multiplier by bisection. What is left of the budget goes to the channels that gain
-    most.
+    most for it.
 
     Args:
         vectors: without their mean, in the order of the channels in `lengths`.
@@ -139,12 +139,14 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
     sums = torch.ones(len(v), len(v), device=v.device).tril() @ (table.of(v) - table.zero)
     fit = sums <= limit
     v = v.mul_(fit)
-    # What is left is spent: some times 1 more in the channel that gains most.
+    # What is left is spent: some times 1 more in the channel that gains most for its length, to
+    # which a constant is added, because a rest that is too short for anything is lost.
     left = limit - sums.mul_(fit).amax(0, keepdim=True)
     change = table.step - table.first + table.zero
     for _ in range(FILLS):
         more = torch.addcmul(table.first - table.zero, v.clamp(max=1), change)
-        most, channel = (size - 0.5 - v).mul_(more <= left).max(0, keepdim=True)
+        gain = (size - 0.5 - v).div_(more + SHARED).mul_(more <= left)
+        most, channel = gain.max(0, keepdim=True)
         gains = (most > 0).float()
         v.scatter_add_(0, channel, gains)
         left = left - gains * more.gather(0, channel)
