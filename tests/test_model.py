@@ -156,7 +156,7 @@ def test_forward(name):
     stages = (model.quantizer.stages,) if model.quantizer.stage_axis else ()
     assert indices.shape == (2, 8, 6, *stages)
     assert loss.shape == () and (loss.item() != 0) == (
-        name in ("lfq", "ema", "ema-2", "svq", "pairs")
+        name in ("lfq", "ema", "ema-2")
     )
     (reconstruction.square().mean() + loss).backward()
     for key, parameter in model.named_parameters():
