@@ -155,9 +155,7 @@ def test_forward(name):
     assert reconstruction.shape == images.shape
     stages = (model.quantizer.stages,) if model.quantizer.stage_axis else ()
     assert indices.shape == (2, 8, 6, *stages)
-    assert loss.shape == () and (loss.item() != 0) == (
-        name in ("lfq", "ema", "ema-2")
-    )
+    assert loss.shape == () and (loss.item() != 0) == (name in ("lfq", "ema", "ema-2"))
     (reconstruction.square().mean() + loss).backward()
     for key, parameter in model.named_parameters():
         # The residual network of "dct" starts as zero, so that only its last layer moves at first.
