@@ -149,8 +149,9 @@ class SVQ(Quantizer):
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
         positions = (len(z), *z.shape[2:])
         codes = self._codes(classes, integers, positions)
-        shown = codes.masked_fill(z.isnan(), math.nan)  # or an index would hide it
-        quantized = straight_through(_without_gradient_along(z - codes, z), shown)
+        source = _without_gradient_along(z.detach() - codes, z)
+        # A broken encoder shows, which its indices, valid as any, would hide.
+        quantized = straight_through(source, codes.masked_fill(z.isnan(), math.nan))
         return quantized, self._tokens(index.view(positions))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
@@ -283,6 +284,5 @@ class SVQ(Quantizer):
 def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:
     """A tensor whose gradient becomes that of `z` without its component along `error`, by image."""
     axes = tuple(range(1, z.ndim))
-    unit = error.detach()
-    unit = unit / unit.square().sum(axes, keepdim=True).sqrt().clamp(min=2**-60)
+    unit = error / error.square().sum(axes, keepdim=True).sqrt().clamp(min=2**-60)
     return z - unit * (unit * z).sum(axes, keepdim=True)

@@ -11,7 +11,8 @@ from .base import traced
 from .counting import Lengths, compiled_form, opaque
 
 HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
-FILLS, SHARED = 6, 32  # steps in which a rest of the budget is spent; see there
+FILLS = 6  # steps in which a rest of the budget is spent
+OVERHEAD = 32  # of such a step, as if it were that much longer
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
@@ -140,12 +141,12 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
     fit = sums <= limit
     v = v.mul_(fit)
     # What is left is spent: some times 1 more in the channel that gains most for its length, to
-    # which a constant is added, because a rest that is too short for anything is lost.
+    # which OVERHEAD is added, because a rest that is too short for anything is lost.
     left = limit - sums.mul_(fit).amax(0, keepdim=True)
     change = table.step - table.first + table.zero
     for _ in range(FILLS):
         more = torch.addcmul(table.first - table.zero, v.clamp(max=1), change)
-        gain = (size - 0.5 - v).div_(more + SHARED).mul_(more <= left)
+        gain = (size - 0.5 - v).div_(more + OVERHEAD).mul_(more <= left)
         most, channel = gain.max(0, keepdim=True)
         gains = (most > 0).float()
         v.scatter_add_(0, channel, gains)
