@@ -122,10 +122,13 @@ class RunFolder:
                 if self.board:
                     self.board.close()
 
-    def begin(self, args: Namespace, device: torch.device, step: int, steps: int) -> None:
+    def begin(
+        self, args: Namespace, device: torch.device, source: str | None, step: int, steps: int
+    ) -> None:
         """Record flags and environment, and discard what is newer than `step`, of an old run.
 
-        The new files are written first, so that a full disk leaves the old run as it was.
+        `source` is the checkpoint that the run continues from, None for a new run. The new files
+        are written first, so that a full disk leaves the old run as it was.
         """
         (self.path / "samples").mkdir(exist_ok=True)
         write_json(self.path / "args.json", vars(args))
@@ -136,6 +139,8 @@ class RunFolder:
                 path.unlink()
         for half_written in self.path.glob(f".*{TEMPORARY}"):
             half_written.unlink()
+        if source and STEP_FILE.fullmatch(Path(source).name):
+            self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
         if not step:
             Board.remove(self.path)
             for name in ("last.pt", "best.pt", "results.json", "results.txt"):
@@ -222,10 +227,14 @@ class RunFolder:
 
     def save(self, state: dict, keep: int) -> None:
         """Write step_*.pt, name it last.pt too, then delete all but the newest `keep`."""
-        path = self.path / f"step_{state['step']:07d}.pt"
-        save_checkpoint(path, state)
-        self._link(path, "last.pt")
-        for _, old in self.checkpoints()[:-keep]:
+        save_checkpoint(self.path / f"step_{state['step']:07d}.pt", state)
+        self._name_newest(keep)
+
+    def _name_newest(self, keep: int) -> None:
+        """What `save` does after writing."""
+        found = [path for _, path in self.checkpoints()]
+        self._link(found[-1], "last.pt")
+        for old in found[:-keep]:
             old.unlink()
 
     def discard(self, step: int) -> None:

@@ -133,7 +133,8 @@ class Training:
         self.run = RunFolder(folder)
         stack.enter_context(self.run.explained_errors(args))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
-        util.on_main(lambda: self.run.begin(args, self.device, self.first_step, self.steps))
+        at = (self.resumed_from, self.first_step, self.steps)
+        util.on_main(lambda: self.run.begin(args, self.device, *at))
         self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
         if resumed:
             self.meter.load_state_dict(resumed)
@@ -309,9 +310,10 @@ class Training:
             self._set_training_precision()
             improved, self.best = result["psnr"] > self.best, max(result["psnr"], self.best)
             if self.main_process:
-                self.run.log({"kind": "val", "step": step, **result})
                 if improved:
                     self.run.mark_best(step)
+                # After best.pt: what is logged is not evaluated again after a kill.
+                self.run.log({"kind": "val", "step": step, **result})
                 self.run.draw_samples(self.model, self.val_set, self.device, step)
                 lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
                 tqdm.write(

@@ -30,6 +30,7 @@ from quantizers import RFSQ, VectorQuantizeEMA
 from run import RunFolder
 from scripts import pack_images
 from synthetic import SyntheticDataset
+from train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--img-size=16", "--channel=16", "--batch-size=4", "--perceptual-weight=0", "--lr=0.01"]
@@ -323,6 +324,61 @@ def test_twenty_kills(tmp_path):
     assert_same_run(tmp_path / "whole", folder)
     assert len(list(folder.glob("step_*.pt"))) == 3
     assert not list(folder.glob(".*"))  # what a killed process had half-written
+
+
+@pytest.mark.parametrize("step", [2, 14])
+def test_a_kill_between_a_checkpoint_and_its_name(step, whole, tmp_path, monkeypatch):
+    """After the last one there is no other that would be named last.pt."""
+    flags = ["--save-interval=2", "--keep=3"]
+    folder, link = tmp_path / "run", RunFolder._link
+
+    def die(self: RunFolder, path: Path, name: str) -> None:
+        if path.name == f"step_{step:07d}.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        link(self, path, name)
+
+    def work() -> None:
+        RunFolder._link = die
+        run(folder, *flags)
+
+    assert ended(child(work)) == -signal.SIGKILL
+    assert (folder / f"step_{step:07d}.pt").exists()
+    run(folder, *flags, "--resume=auto")
+    assert load_checkpoint(folder / "last.pt")["step"] == 14
+    assert_same_run(whole(*flags), folder)
+    assert len(list(folder.glob("step_*.pt"))) == 3
+
+
+def test_a_kill_between_a_result_and_the_name_of_the_best(tmp_path, monkeypatch):
+    """Here the model gets worse with every step, so that the first one stays the best."""
+    flags = ["--save-interval=2", "--eval-interval=4"]
+    folder, link = tmp_path / "run", RunFolder._link
+    assess, evaluate = Training.assess, train.evaluate
+    steps = []
+
+    def noted(self: Training, step: int) -> dict:
+        steps.append(step)
+        return assess(self, step)
+
+    def worse(*given, **named) -> dict:
+        return {**evaluate(*given, **named), "psnr": -steps[-1]}
+
+    def die(self: RunFolder, path: Path, name: str) -> None:
+        if name == "best.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        link(self, path, name)
+
+    def work() -> None:
+        RunFolder._link = die
+        run(folder, *flags)
+
+    monkeypatch.setattr(Training, "assess", noted)
+    monkeypatch.setattr(train, "evaluate", worse)
+
+    assert ended(child(work)) == -signal.SIGKILL
+    run(folder, *flags, "--resume=auto")
+    assert list(RunFolder(folder).validated()) == [4, 8, 12, 14]
+    assert load_checkpoint(folder / "best.pt")["step"] == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "executes"])
