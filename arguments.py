@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import scheduler
-from quantizers import QUANTIZERS
+from quantizers import QUANTIZERS, Quantizer
 from quantizers.rfsq import STRATEGIES
 from util import cpu_cores, printable
 
@@ -252,6 +252,11 @@ def flags_of_group(title: str) -> list[str]:
     """The flags of the group with this title."""
     group = next(group for group in get_parser()._action_groups if group.title == title)
     return [action.dest for action in group._group_actions]
+
+
+def unread_flags(quantizer: Quantizer) -> set[str]:
+    """The flags of other quantizers, which make no difference to this one."""
+    return {*flags_of_group("quantizer")} - {"quantizer", *quantizer.read_flags()}
 
 
 def current_flags(saved: dict) -> dict:

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import Dataset
 
 import util
-from arguments import args_of, may_change_flags
+from arguments import args_of, may_change_flags, unread_flags
 from board import Board
 from checkpoint import (
     TEMPORARY,
@@ -40,6 +40,7 @@ from checkpoint import (
     write_json,
     write_whole,
 )
+from quantizers import Quantizer
 
 SAMPLES = 8  # validation images in a picture of samples
 TRAINING_STATE = {  # what `train.py` adds to weights and flags
@@ -298,7 +299,9 @@ class RunFolder:
         write_json(self.path / "results.json", results)
 
 
-def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict | None:
+def find_resumed(
+    args: Namespace, default_name: str, quantizer: Quantizer, train_set: Dataset
+) -> dict | None:
     """What --resume continues: a checkpoint with its `path` and `run` folder added; None: nothing.
 
     Raises:
@@ -333,11 +336,9 @@ def find_resumed(args: Namespace, default_name: str, train_set: Dataset) -> dict
         before = vars(args_of(saved))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
-    may_change = may_change_flags()
+    may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
-        may_change += ("lpips_net",)  # then it is only measured
-    if args.rfsq_strategy != "scale":
-        may_change += ("rfsq_initial_scale",)  # then nothing reads it, and its default was 1 once
+        may_change.add("lpips_net")  # then it is only measured
     differ = [
         f"--{name.replace('_', '-')} {before[name]} there, {value} here"
         for name, value in vars(args).items()

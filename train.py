@@ -105,8 +105,9 @@ class Training:
         self.model = VQVAE(args)
         if args.load:
             load_weights(self.model, args, args.load)
-        name = f"{self.model.quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
-        resumed = util.on_main(lambda: find_resumed(args, name, self.train_set))
+        quantizer = self.model.quantizer
+        name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
+        resumed = util.on_main(lambda: find_resumed(args, name, quantizer, self.train_set))
         self.resumed_from = resumed["path"] if resumed else None
         self.first_step = resumed["step"] if resumed else 0  # how many are done
         if self.first_step > self.steps:

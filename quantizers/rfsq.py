@@ -132,6 +132,11 @@ class RFSQ(ResidualFSQ):
             return GeometricRFSQ.from_args(args)
         return super().from_args(args)
 
+    def read_flags(self) -> list[str]:
+        """The flags of the command line that this quantizer reads."""
+        of = {"rfsq_initial_scale": "scale", "rfsq_statistics": "layernorm"}
+        return [flag for flag in self.flags if of.get(flag, self.strategy) == self.strategy]
+
     def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`, indices (B, *positions, K).
 

@@ -27,7 +27,7 @@ from arguments import (
     LOAD_HELP,
     Parser,
     architecture_flags,
-    flags_of_group,
+    unread_flags,
 )
 from checkpoint import CONFIG, WEIGHTS, save_export, write_whole
 from model import VQVAE, load_model
@@ -111,7 +111,7 @@ def export(flags: Namespace) -> Path:
     out = Path(flags.out)
     make_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)
-    unread = {*flags_of_group("quantizer")} - {"quantizer", *model.quantizer.read_flags()}
+    unread = unread_flags(model.quantizer)
     given = {k: v for k, v in architecture.items() if v is not None and k not in unread}
     card = model_card(model, name, given, step, results_of(flags.load, step))
     write_whole(out / CARD, lambda file: file.write(card.encode()))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import util
 from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
 from checkpoint import write_whole
-from quantizers import build_quantizer
+from quantizers import QUANTIZERS, build_quantizer
 from quantizers.rfsq import STRATEGIES
 from results import read_results
 
@@ -99,8 +99,10 @@ def setting(run: dict, args: Namespace) -> dict:
         "precision": run.get("precision") or args.precision or "fp32",
     }
     apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load"}
-    # A flag that this version does not know is not among `apart`: it may make any difference.
-    flags = {flag: value for flag, value in sorted(vars(args).items()) if flag not in apart}
+    others = tuple(f"{quantizer}_" for quantizer in QUANTIZERS if quantizer != args.quantizer)
+    # A flag that this version does not know may make any difference, if not of another quantizer.
+    kept = [f for f in sorted(vars(args)) if f not in apart and not f.startswith(others)]
+    flags = {flag: getattr(args, flag) for flag in kept}
     return common | {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()}
 
 

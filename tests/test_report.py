@@ -412,6 +412,7 @@ def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
         ({"args": {"perceptual_weight": 0.0}}, "--perceptual-weight (here 0.0)"),
         ({"args": {"load": "a.pt"}}, "--load (here a.pt)"),
         ({"args": {"flag_of_the_future": 3}}, "--flag-of-the-future (here 3)"),
+        ({"args": {"rfsq_flag_of_the_past": 3}}, "--rfsq-flag-of-the-past (here 3)"),
     ],
     ids=str,
 )
@@ -429,10 +430,11 @@ def test_unlike_rows_are_in_separate_tables_that_say_so(change, said, tmp_path):
 def test_flags_without_effect_do_not_separate(tmp_path):
     make_run(tmp_path / "a", args={"num_workers": 7, "save": "x", "log_interval": 9})
     make_run(tmp_path / "b", ["--quantizer=fsq"], args={"rfsq_stages": 4, "embed_dim": 8})
+    make_run(tmp_path / "d", none(2), args={"svq_flag_of_the_past": 5, "rfsq_initial_scale": 1.0})
     make_run(tmp_path / "c", [*script_flags("lfq_4096"), "--entropy-loss-weight=0.5"])
     text = report.main([str(tmp_path)])
     assert text.count("\n## ") == 1
-    assert len(cells(text, "FSQ 12 bits")) == 2
+    assert len(cells(text, "FSQ 12 bits")) == len(cells(text, "RFSQ-2x2048-None")) == 2
     label = "LFQ 12 bits, entropy loss weight 0.5"
     assert cells(text, label)[1][1] == "0.241"
 

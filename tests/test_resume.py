@@ -497,13 +497,15 @@ def test_flags_that_make_another_run_are_refused(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 3)
     with pytest.raises(util.Interrupted):
         run(tmp_path / "run")
-    for flag, value in (("--lr", "0.02"), ("--seed", "1"), ("--channel", "32"), ("--warmup", "0")):
+    others = ["--lr 0.02", "--seed 1", "--channel 32", "--warmup 0", "--rfsq-stage-dropout 0.5"]
+    for flag, value in map(str.split, others):
         with pytest.raises(ValueError, match=rf"{flag} .* there, .* here") as caught:
             run(tmp_path / "run", "--resume=auto", f"{flag}={value}")
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="end the run at step 2"):
         run(tmp_path / "run", "--resume=auto", "--train-iters=2")
     allowed = ["--train-iters=16", "--log-interval=4", "--num-workers=1", "--keep=1"]
+    allowed += ["--ema-decay=0.5", "--rfsq-initial-scale=2"]  # which layernorm does not read
     assert run(tmp_path / "run", "--resume=auto", *allowed)["steps"] == 16
     assert len(list((tmp_path / "run").glob("step_*.pt"))) == 1
 
