@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import scheduler
+from networks import DOWNSAMPLES, NETWORKS
 from quantizers import QUANTIZERS, Quantizer
 from quantizers.rfsq import STRATEGIES
 from util import cpu_cores, printable
@@ -114,12 +115,12 @@ def _add_data(add: Callable) -> None:
 
 
 def _add_model(add: Callable) -> None:
-    add("--network", ("conv", "dct"), "conv", ARCHITECTURE,
+    add("--network", tuple(NETWORKS), "conv", ARCHITECTURE,
         help="conv: strided convolutions, as in the paper; dct: a block transform that starts as a"
              " DCT, and a residual network beside it, all at the latent's resolution")
     add("--channel", number(int, 8, 16384), 256, ARCHITECTURE,
         help="width: of the encoder's last stage (conv), of the residual network (dct)")
-    add("--downsample", (4, 8, 16), 4, ARCHITECTURE, help="downsampling factor f")
+    add("--downsample", tuple(DOWNSAMPLES), 4, ARCHITECTURE, help="downsampling factor f")
     add("--res-blocks", number(int, 0, 256), 0, ARCHITECTURE,
         help="residual blocks at the lowest resolution, in encoder and decoder each")
 

@@ -13,17 +13,8 @@ import torch
 from arguments import architecture_flags, current_flags, get_args, get_parser, may_change_flags
 from checkpoint import load_checkpoint, save_checkpoint, write_whole
 from images import IMAGENET_MEAN, IMAGENET_STD
-from model import (
-    NETWORKS,
-    VQVAE,
-    DCTDecoder,
-    DCTEncoder,
-    Decoder,
-    Encoder,
-    dct_basis,
-    load_model,
-    load_weights,
-)
+from model import VQVAE, load_model, load_weights
+from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA
 from util import peak_memory_mib
 
@@ -94,11 +85,6 @@ def test_channel_is_the_width_of_the_last_stage():
         if isinstance(layer, torch.nn.Conv2d)
     ]
     assert widths == [8, 16, 32, 64, 4]
-
-
-def test_the_flag_names_the_networks():
-    (action,) = (a for a in get_parser()._actions if a.dest == "network")
-    assert action.choices == tuple(NETWORKS) and action.default == "conv"
 
 
 def test_the_dct_basis_is_that_of_photographs_first():
