@@ -66,6 +66,12 @@ def compiled_form(function: Callable) -> Callable:
     return call
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of permutations on the last axis: `order.argsort()`, without sorting."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
 class Lengths(NamedTuple):
     """Code lengths of integers v: `zero` for 0, else first + step * floor((|v| - 1) / run).
 
@@ -215,7 +221,7 @@ def _count(
     order = (t % step * size + t).argsort()
     phase = (t % step).gather(-1, order)
     starts = F.pad(phase[..., 1:] != phase[..., :-1], (1, 0))
-    begin, place = torch.where(starts, t, 0).cummax(-1).values, order.argsort()
+    begin, place = torch.where(starts, t, 0).cummax(-1).values, inverse(order)
 
     def shifted(table: Tensor, by: Tensor) -> Tensor:
         at = t - by[:, None]

@@ -21,6 +21,7 @@ from .base import (
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
 # its cache, on a GPU more.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
+BLOCK = 32  # codes, of which a CPU takes the least error first
 EPS = 1e-5
 
 
@@ -138,11 +139,9 @@ class VectorQuantizeEMA(Quantizer):
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
         # An exported program with a loop over chunks would have a fixed number of tokens.
         chunks = [tokens] if exporting() else tokens.split(max(1, chunk))
-        # |t|^2 is the same for all codes, so it is omitted. `min` is faster than `argmin`.
-        nearest = [
-            torch.addmm(norms, part, codebook.t(), alpha=-2).min(1).indices for part in chunks
-        ]
-        return torch.cat(nearest)
+        # |t|^2 is the same for all codes, so it is omitted.
+        errors = (torch.addmm(norms, part, codebook.t(), alpha=-2) for part in chunks)
+        return torch.cat([_argmin(each) for each in errors])
 
     @torch.no_grad()
     def _update(self, stage: int, tokens: Tensor, index: Tensor) -> None:
@@ -185,3 +184,14 @@ class VectorQuantizeEMA(Quantizer):
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])
         )
         self.counts[stage].copy_(torch.where(dead, mean_count, self.counts[stage]))
+
+
+def _argmin(x: Tensor) -> Tensor:
+    """`x.argmin(1)` of (N, codes), the first of equal ones; on a CPU twice as fast."""
+    if x.device.type != "cpu" or x.shape[1] % BLOCK:
+        return x.min(1).indices  # faster than `argmin`
+    # A least value is found by vector instructions, its place is not.
+    blocks = x.unflatten(1, (-1, BLOCK))
+    block = blocks.amin(2).argmin(1, keepdim=True)
+    within = blocks.take_along_dim(block[..., None], 1).argmin(2)
+    return (block * BLOCK + within)[:, 0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import traced
-from .counting import Lengths, compiled_form, opaque
+from .counting import Lengths, compiled_form, inverse, opaque
 
 HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
 FILLS = 6  # steps in which a rest of the budget is spent
@@ -93,8 +93,8 @@ def _search_by_class(
             error_of_part, nearest = in_class(x.t(), j)
             e.copy_(error_of_part)
             v.copy_(nearest.t())
-    place = order.argsort().view(number, count)
-    best = error[place].argmin(0, keepdim=True)
+    place = inverse(order).view(number, count)
+    best = error[place].min(0, keepdim=True).indices
     integers = integers[place.gather(0, best)[0]].t().long()
     return candidates.gather(0, best)[0], integers.contiguous()
 

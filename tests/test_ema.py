@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from quantizers import VectorQuantizeEMA, ema
+from quantizers.ema import _argmin
 
 DECAY, BETA = 0.9, 0.25
 
@@ -216,3 +218,11 @@ def test_indices_out_of_range(index):
 def test_wrong_number_of_channels_names_both():
     with pytest.raises(ValueError, match=r"256 channels.*has 4"):
         VectorQuantizeEMA()(torch.randn(2, 4, 3))
+
+
+@pytest.mark.parametrize("codes", [64, 100])  # whole blocks, and not
+def test_of_equal_codes_the_first_is_nearest(codes):
+    errors = torch.randint(0, 9, (50, codes)).float() - 4
+    first = [row.index(min(row)) for row in errors.tolist()]
+    assert _argmin(errors).tolist() == first
+    assert _argmin(errors.clone().fill_(math.nan)).max() < codes
