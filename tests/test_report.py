@@ -148,9 +148,9 @@ def test_the_paper_has_six_configurations_and_baselines_of_equal_bits():
 @pytest.mark.parametrize("name", BEYOND)
 def test_configurations_beyond_the_paper(name):
     args = get_args(script_flags(name))
-    kind = "svq" if name.startswith("svq_") else "rfsq"
+    kind = {"svq": "svq", "ema": "ema"}.get(name.split("_")[0], "rfsq")
     assert (args.network, args.quantizer) == ("dct", kind)
-    assert kind == "svq" or args.rfsq_strategy == "geometric"
+    assert kind != "rfsq" or args.rfsq_strategy == "geometric"
     if name.startswith("coded_"):
         bits, f = re.fullmatch(r"coded_(\d+)bit_f(\d)", name).groups()
         assert args.downsample == int(f) and f"at most {bits} bits" in script(name).read_text()
