@@ -21,12 +21,12 @@ from checkpoint import write_whole
 from results import find_runs
 from run import RunFolder
 
-PANELS = {  # (kind of the record, its number): title of the panel
-    ("train", "loss"): "training loss",
-    ("val", "psnr"): "validation PSNR, dB",
-    ("val", "ssim"): "validation SSIM",
-    ("val", "l1"): "validation L1 on [0, 1]",
-    ("val", "lpips"): "validation LPIPS",
+PANELS = {  # a number of the log: kind of its records, title of its panel
+    "loss": ("train", "training loss"),
+    "psnr": ("val", "validation PSNR, dB"),
+    "ssim": ("val", "validation SSIM"),
+    "l1": ("val", "validation L1 on [0, 1]"),
+    "lpips": ("val", "validation LPIPS"),
 }
 SIZE = (5, 4)  # inches of a panel
 
@@ -37,7 +37,7 @@ def curve(records: Sequence[dict], kind: str, key: str) -> list[tuple[int, float
     return [(step, value) for step, value in rows if isinstance(value, int | float)]
 
 
-def read_curves(names: Sequence[str]) -> dict[str, dict[str, list]]:
+def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[str, list]]:
     """{title of a panel: {run: curve}}, without empty ones; runs by the folders that differ.
 
     Raises:
@@ -51,12 +51,14 @@ def read_curves(names: Sequence[str]) -> dict[str, dict[str, list]]:
         if not records:
             print(f"warning: {folder} has no whole line in its metrics.jsonl: left out", flush=True)
         label = os.path.relpath(folder.absolute(), os.path.commonpath(parents))
-        for (kind, key), title in PANELS.items():
+        for key in panels:
+            kind, title = PANELS[key]
             if points := curve(records, kind, key):
                 curves.setdefault(title, {})[label] = points
     if not curves:
         raise ValueError(f"{', '.join(names)}: there is nothing to draw yet: give other runs")
-    return {title: curves[title] for title in PANELS.values() if title in curves}
+    titles = [PANELS[key][1] for key in panels]
+    return {title: curves[title] for title in titles if title in curves}
 
 
 def draw(curves: dict[str, dict[str, list]]):
@@ -72,7 +74,7 @@ def draw(curves: dict[str, dict[str, list]]):
             style = dict(marker="." if len(points) < 50 else None, color=f"C{labels.index(label)}")
             (handles[label],) = axes.plot(x, y, linewidth=1, **style)
         positive = all(y > 0 for points in lines.values() for _, y in points)
-        scale = "log" if title == PANELS["train", "loss"] and positive else "linear"  # LFQ's: both
+        scale = "log" if title == PANELS["loss"][1] and positive else "linear"  # LFQ's: both
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower left")
@@ -85,9 +87,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     text = "run folders, folders of them, metrics.jsonl, globs"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     parser.add_argument("--out", default="curves.png", metavar="PNG", help="the picture")
+    text = "what is drawn, in this order; default: all"
+    parser.add_argument("--panels", nargs="+", choices=tuple(PANELS), help=text)
     flags = parser.parse_args(argv)
     out = util.check_picture(flags.out)
-    curves = read_curves(flags.runs)
+    curves = read_curves(flags.runs, list(dict.fromkeys(flags.panels or PANELS)))
     figure = draw(curves)
     write_whole(out, lambda file: figure.savefig(file, dpi=150, format="png"))
     print(f"{len(curves)} panels: {out}")

@@ -65,6 +65,9 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     make_log(tmp_path / "lfq", [0.5, -0.5], 20.0)  # a logarithm would leave out its second half
     plot.main([str(tmp_path / "lfq"), f"--out={out}"])
     assert figures[1].axes[0].get_yscale() == "linear"
+    plot.main([*names, f"--out={out}", "--panels", "psnr", "loss", "psnr"])
+    titles = [axes.get_title() for axes in figures[2].axes]
+    assert titles == ["validation PSNR, dB", "training loss"]
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
