@@ -188,10 +188,10 @@ class VectorQuantizeEMA(Quantizer):
 
 def _argmin(x: Tensor) -> Tensor:
     """`x.argmin(1)` of (N, codes), the first of equal ones; on a CPU twice as fast."""
-    if x.device.type != "cpu" or x.shape[1] % BLOCK:
+    if x.device.type != "cpu" or x.shape[1] % BLOCK or exporting():
         return x.min(1).indices  # faster than `argmin`
     # A least value is found by vector instructions, its place is not.
     blocks = x.unflatten(1, (-1, BLOCK))
     block = blocks.amin(2).argmin(1, keepdim=True)
-    within = blocks.take_along_dim(block[..., None], 1).argmin(2)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).argmin(2)
     return (block * BLOCK + within)[:, 0]

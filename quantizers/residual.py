@@ -144,7 +144,8 @@ def update_moments(mean: Tensor, var: Tensor, x: Tensor, weight: Tensor) -> tupl
     square = centred.mul_(centred).sum_to_size(mean.shape) * share
     if processes() > 1:
         shift, square = mean_over_processes(torch.stack([shift, square])).unbind()
-    batch_var = torch.addcmul(square, shift, shift, value=-1)
+    # Not below 0 by rounding, as of a constant channel; a NaN stays one.
+    batch_var = torch.addcmul(square, shift, shift, value=-1).clamp(min=0)
     return torch.addcmul(mean, weight, shift), torch.lerp(var, batch_var, weight)
 
 

@@ -137,15 +137,14 @@ class SVQ(Quantizer):
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`."""
-        if self.training:
-            self._track(z)
+        finite = self._track(z) if self.training else None
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
         vectors = vectors[self.order].flatten(1)  # (dim, N)
         candidates = self._candidates(vectors)
         classes, integers = search(vectors, candidates, self.steps, self.lengths, counts.budget)
-        if self.training:
-            self._track_classes(classes, integers)
+        if finite is not None:
+            self._track_classes(classes, integers, finite)
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
         positions = (len(z), *z.shape[2:])
         codes = self._codes(classes, integers, positions)
@@ -203,8 +202,12 @@ class SVQ(Quantizer):
         return count(self.lengths, UNITS * (self.index_bits + SPARE), self.class_size)
 
     @torch.no_grad()
-    def _track(self, z: Tensor) -> None:
-        """Update mean, variance and scales by a batch, then the steps and code lengths."""
+    def _track(self, z: Tensor) -> Tensor:
+        """Update mean, variance and scales by a batch, then the steps and code lengths.
+
+        Returns whether the batch is finite. The training loop skips the step of one that is not,
+        and so does the state.
+        """
         number = self.batches + 1
         weight = number.reciprocal().clamp(min=self.momentum)
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
@@ -212,8 +215,7 @@ class SVQ(Quantizer):
         energy = ((z - mean).square() / var.clamp(min=VAR_EPS)).mean(1)
         scale = energy.clamp(min=2**-20).log2().mul(0.5) - self.log_scale[0]
         shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
-        new = torch.stack([self.log_scale[0] + shift, square - shift.square()])
-        # The training loop skips the step of a batch that is not finite; the state skips it too.
+        new = torch.stack([self.log_scale[0] + shift, (square - shift.square()).clamp(min=0)])
         finite = new.isfinite().all()
         for state, value in (
             (self.running_mean, mean.flatten()),
@@ -223,16 +225,17 @@ class SVQ(Quantizer):
         ):
             state.copy_(torch.where(finite, value, state))
         self._design()
+        return finite
 
     @torch.no_grad()
-    def _track_classes(self, classes: Tensor, integers: Tensor) -> None:
+    def _track_classes(self, classes: Tensor, integers: Tensor, finite: Tensor) -> None:
         """Update the statistics of the classes by the vectors of a batch."""
         magnitude = integers[self.order.argsort()].abs().t().float()  # (N, dim)
         features = torch.cat([torch.ones_like(magnitude[:, :1]), magnitude.sign(), magnitude], 1)
         member = F.one_hot(classes, self.classes).float() / len(classes)
         moments = mean_over_processes(member.t() @ features)
         weight = self.batches.clamp(min=1).reciprocal().clamp(min=self.momentum)
-        self.class_moments.lerp_(moments, weight)
+        self.class_moments.lerp_(moments, weight * finite)
 
     def _candidates(self, vectors: Tensor) -> Tensor:
         """The classes (SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""

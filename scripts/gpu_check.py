@@ -226,7 +226,7 @@ class Check:
             record = {"part": name, "environment": self.environment, "toy": self.args.toy}
             try:
                 record |= {"state": "done", "rows": part()}
-            except (RuntimeError, TimeoutError, OSError, LookupError, ValueError) as error:
+            except (RuntimeError, OSError, LookupError, ValueError, TypeError) as error:
                 record |= {"state": "failed", "error": util.one_line(error)}
             record["seconds"] = time.monotonic() - start
             write_json(self.out / f"{name}.json", record)

@@ -35,6 +35,17 @@ def test_every_registered_quantizer_is_asked():
     assert all(issubclass(kind, Quantizer) for kind in known)
 
 
+@pytest.mark.parametrize("name", TRACKING)
+def test_a_single_vector_leaves_finite_statistics(name):
+    """Its variance is 0, and by rounding it would be a little less."""
+    for seed in range(20):
+        quantizer = CASES[name].build().train()
+        torch.manual_seed(seed)
+        z = torch.randn(1, quantizer.dim, quantizer.group)
+        assert all(quantizer(z)[0].isfinite().all() for _ in range(2))
+        assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
 # ---------------------------------------------------------------------------------------
 # Flags and outputs
 # ---------------------------------------------------------------------------------------

@@ -357,3 +357,17 @@ def test_at_equal_bits_it_is_ahead_of_products_of_levels():
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         SVQ(**changes)
+
+
+def test_a_batch_that_is_not_finite_moves_no_statistics():
+    svq = SVQ(22, 4).train()
+    torch.manual_seed(0)
+    svq(torch.randn(1, 4, 50))
+    before = {key: value.clone() for key, value in svq.state_dict().items()}
+    for bad in (math.nan, math.inf):
+        z = torch.randn(1, 4, 50)
+        z[0, 1, 7] = bad
+        svq(z)
+    # Steps and code lengths follow the classes of the batch before.
+    for key in ("running_mean", "running_var", "log_scale", "batches", "class_moments"):
+        assert torch.equal(svq.state_dict()[key], before[key])
