@@ -17,8 +17,8 @@ Layout, version 1. Integers and half floats are little-endian; bits are packed f
     last 4  CRC-32 (zlib's) of all bytes before
 
 A file is thus 27 bytes (31 if entropy-coded) longer than its statistics and payload. An image has
-P = ceil(height/f) x ceil(width/f) positions, in row-major order, for the model's downsampling
-factor f.
+P = ceil(height/f) x g ceil(width/(g f)) positions, in row-major order, for the model's downsampling
+factor f; g is 2 for a model with pairs of positions, else 1.
 
 Fixed-rate payload: all positions of stage 1, then of stage 2, to k. A stage of N codes takes
 
