@@ -86,7 +86,12 @@ class Lengths(NamedTuple):
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Length of the integers v with these |v|, of the dtype of both."""
-        whole = torch.div(magnitude - 1, self.run, rounding_mode="trunc")
+        if magnitude.is_floating_point():
+            # A division that is not exact, as of compiled code on a GPU, does not reach a whole
+            # number from there.
+            whole = ((magnitude - 0.5) / self.run).floor()
+        else:
+            whole = torch.div(magnitude - 1, self.run, rounding_mode="floor")
         return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
 
 

@@ -10,6 +10,7 @@ from cases import CASES, TRACKING, latent, run, trained
 
 import train
 from meter import Meter
+from quantizers import SVQ
 
 pytestmark = [
     pytest.mark.cuda,
@@ -35,6 +36,16 @@ def test_decoding_gives_the_same_bits(name):
     module = trained(name).cuda()
     quantized, indices, _ = run(module, latent(module).cuda())
     assert torch.equal(module.indices_to_codes(indices), quantized)
+
+
+@pytest.mark.parametrize("bits, dim", [(22, 20), (40, 12)])  # (40, 12): lengths of long runs
+def test_compiled_search_gives_vectors_that_decode(bits, dim):
+    svq = SVQ(bits, dim).cuda().train()
+    z = torch.randn(4, dim, 32, 32, device="cuda") * torch.randn(4, 1, 32, 32, device="cuda").exp()
+    for _ in range(5):
+        svq(z)
+    quantized, indices = torch.compile(svq.eval())(z)
+    torch.testing.assert_close(quantized, svq.indices_to_codes(indices))
 
 
 @every

@@ -371,3 +371,11 @@ def test_a_batch_that_is_not_finite_moves_no_statistics():
     # Steps and code lengths follow the classes of the batch before.
     for key in ("running_mean", "running_var", "log_scale", "batches", "class_moments"):
         assert torch.equal(svq.state_dict()[key], before[key])
+
+
+@pytest.mark.parametrize("run", range(1, 10))
+def test_lengths_are_the_same_in_float32_and_int64(run):
+    magnitude, lengths = torch.arange(3000), Lengths(*torch.tensor([1, 4, 3, run]))
+    wanted = [1, *(4 + 3 * ((m - 1) // run) for m in range(1, 3000))]
+    assert lengths.of(magnitude).tolist() == wanted
+    assert Lengths(*(x.float() for x in lengths)).of(magnitude.float()).tolist() == wanted
