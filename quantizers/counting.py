@@ -86,12 +86,9 @@ class Lengths(NamedTuple):
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Length of the integers v with these |v|, of the dtype of both."""
-        if magnitude.is_floating_point():
-            # A division that is not exact, as of compiled code on a GPU, does not reach a whole
-            # number from there.
-            whole = ((magnitude - 0.5) / self.run).floor()
-        else:
-            whole = torch.div(magnitude - 1, self.run, rounding_mode="floor")
+        # From half a step further, where the quotient is no whole number: in float32, compiled code
+        # on a GPU may divide a little too low.
+        whole = torch.div(2 * magnitude - 1, 2 * self.run, rounding_mode="trunc")
         return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
 
 

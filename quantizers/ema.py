@@ -188,7 +188,7 @@ class VectorQuantizeEMA(Quantizer):
 
 def _argmin(x: Tensor) -> Tensor:
     """`x.argmin(1)` of (N, codes), the first of equal ones; on a CPU twice as fast."""
-    if x.device.type != "cpu" or x.shape[1] % BLOCK or exporting():
+    if x.device.type != "cpu" or x.shape[1] % BLOCK:
         return x.min(1).indices  # faster than `argmin`
     # A least value is found by vector instructions, its place is not.
     blocks = x.unflatten(1, (-1, BLOCK))
