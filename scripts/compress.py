@@ -5,10 +5,10 @@
     python scripts/compress.py fit IMAGE... --load runs/NAME/last.pt --out runs/NAME/coded.pt
 
 Images may have any size; inputs are files and folders. An output has the path of its input below
-the given folder (see `outputs`). `fit` learns an entropy model from training
-images (a linear prediction of each channel, and counts of the codes for each prediction), and
-writes a copy of the checkpoint that contains it, for `encode --entropy-coding`. The layout of a
-file is documented in `codec/bitstream.py`.
+the given folder (see `outputs`). `fit` learns an entropy model from training images (a linear
+prediction of each channel, and counts of the codes for each prediction), and writes a copy of the
+checkpoint that contains it, for `encode --entropy-coding`. The layout of a file is documented in
+`codec/bitstream.py`.
 """
 
 from __future__ import annotations

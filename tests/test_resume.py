@@ -326,14 +326,12 @@ def test_twenty_kills(tmp_path):
     assert not list(folder.glob(".*"))  # what a killed process had half-written
 
 
-@pytest.mark.parametrize("step", [2, 14])
-def test_a_kill_between_a_checkpoint_and_its_name(step, whole, tmp_path, monkeypatch):
-    """After the last one there is no other that would be named last.pt."""
-    flags = ["--save-interval=2", "--keep=3"]
-    folder, link = tmp_path / "run", RunFolder._link
+def run_killed_before_naming(folder: Path, flags: list[str], victim: str) -> None:
+    """A run that dies just before a checkpoint `victim` is named, or any is named `victim`."""
+    link = RunFolder._link
 
     def die(self: RunFolder, path: Path, name: str) -> None:
-        if path.name == f"step_{step:07d}.pt":
+        if victim in (path.name, name):
             os.kill(os.getpid(), signal.SIGKILL)
         link(self, path, name)
 
@@ -342,6 +340,13 @@ def test_a_kill_between_a_checkpoint_and_its_name(step, whole, tmp_path, monkeyp
         run(folder, *flags)
 
     assert ended(child(work)) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [2, 14])
+def test_a_kill_between_a_checkpoint_and_its_name(step, whole, tmp_path):
+    """After the last one there is no other that would be named last.pt."""
+    flags, folder = ["--save-interval=2", "--keep=3"], tmp_path / "run"
+    run_killed_before_naming(folder, flags, f"step_{step:07d}.pt")
     assert (folder / f"step_{step:07d}.pt").exists()
     run(folder, *flags, "--resume=auto")
     assert load_checkpoint(folder / "last.pt")["step"] == 14
@@ -352,9 +357,8 @@ def test_a_kill_between_a_checkpoint_and_its_name(step, whole, tmp_path, monkeyp
 def test_a_kill_between_a_result_and_the_name_of_the_best(tmp_path, monkeypatch):
     """Here the model gets worse with every step, so that the first one stays the best."""
     flags = ["--save-interval=2", "--eval-interval=4"]
-    folder, link = tmp_path / "run", RunFolder._link
+    folder, steps = tmp_path / "run", []
     assess, evaluate = Training.assess, train.evaluate
-    steps = []
 
     def noted(self: Training, step: int) -> dict:
         steps.append(step)
@@ -363,19 +367,9 @@ def test_a_kill_between_a_result_and_the_name_of_the_best(tmp_path, monkeypatch)
     def worse(*given, **named) -> dict:
         return {**evaluate(*given, **named), "psnr": -steps[-1]}
 
-    def die(self: RunFolder, path: Path, name: str) -> None:
-        if name == "best.pt":
-            os.kill(os.getpid(), signal.SIGKILL)
-        link(self, path, name)
-
-    def work() -> None:
-        RunFolder._link = die
-        run(folder, *flags)
-
     monkeypatch.setattr(Training, "assess", noted)
     monkeypatch.setattr(train, "evaluate", worse)
-
-    assert ended(child(work)) == -signal.SIGKILL
+    run_killed_before_naming(folder, flags, "best.pt")
     run(folder, *flags, "--resume=auto")
     assert list(RunFolder(folder).validated()) == [4, 8, 12, 14]
     assert load_checkpoint(folder / "best.pt")["step"] == 4
