@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -47,7 +48,11 @@ def ended(pid: int) -> int:
 
 
 def child(work: Callable[[], None], output: str | Path = os.devnull) -> int:
-    """Run `work` in a forked process, which writes to `output`, and return its number."""
+    """Run `work` in a forked process, which writes to `output`, and return its number.
+
+    `work` must not compile: the threads of a compiler that this process has used are not in the
+    forked one, which would wait for them. `in_fresh_process` is for that.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -69,6 +74,15 @@ def child(work: Callable[[], None], output: str | Path = os.devnull) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def in_fresh_process(work: Callable[[], None]) -> None:
+    """Run `work`, a function of a test file, in a new interpreter; fail with what it printed."""
+    code = f"import conftest, {work.__module__} as file; file.{work.__name__}()"
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import latent
-from processes import child, ended
+from processes import in_fresh_process
 
 from arguments import get_args
 from model import VQVAE
@@ -82,20 +82,18 @@ def test_counts_ranks_and_their_inverse_are_those_of_an_enumeration(seed):
         assert torch.equal(beyond, vectors[:, -1:])
 
 
-def test_compiled_operators_find_the_same(tmp_path):
-    """What a compiled model runs, by inductor, for sizes that differ.
+def compare_compiled_and_eager() -> None:
+    torch.manual_seed(0)
+    svq = fitted(SVQ(22, dim=12))
+    operator = torch.compile(svq, backend="aot_eager", fullgraph=True)
+    for n in (4000, 30):
+        z = laplacian_mixture(12, n).T[None]
+        assert all(map(torch.equal, operator(z)[:2], svq(z)[:2]))
 
-    In a process of its own: one that has used inductor must not fork, as other tests do.
-    """
 
-    def compare() -> None:
-        svq = fitted(SVQ(22, dim=12))
-        operator = torch.compile(svq, backend="aot_eager", fullgraph=True)
-        for n in (4000, 30):
-            z = laplacian_mixture(12, n).T[None]
-            assert all(map(torch.equal, operator(z)[:2], svq(z)[:2]))
-
-    assert ended(child(compare, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+def test_compiled_operators_find_the_same():
+    """What a compiled model runs, by inductor, for sizes that differ."""
+    in_fresh_process(compare_compiled_and_eager)
 
 
 def test_zero_is_in_every_class_and_gets_the_first_that_was_searched():
@@ -105,16 +103,17 @@ def test_zero_is_in_every_class_and_gets_the_first_that_was_searched():
     assert torch.equal(found[0], candidates[0]) and not found[1].any()
 
 
-def test_what_no_compiler_is_there_for_runs_as_it_is(tmp_path):
-    def compare() -> None:
-        from torch._inductor import config
+def compare_without_a_compiler() -> None:
+    from torch._inductor import config
 
-        magnitude, lengths = torch.arange(5), Lengths(*random_lengths(1, 1)[0, 0])
-        with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-            length = counting.compiled_form(Lengths.of)(lengths, magnitude)
-        assert torch.equal(length, lengths.of(magnitude))
+    magnitude, lengths = torch.arange(5), Lengths(*random_lengths(1, 1)[0, 0])
+    with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        length = counting.compiled_form(Lengths.of)(lengths, magnitude)
+    assert torch.equal(length, lengths.of(magnitude))
 
-    assert ended(child(compare, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+
+def test_what_no_compiler_is_there_for_runs_as_it_is():
+    in_fresh_process(compare_without_a_compiler)
 
 
 @pytest.mark.parametrize("bits", [8, 31, 60])
