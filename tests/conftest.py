@@ -15,6 +15,8 @@ settings.load_profile("reproducible")
 # The tensors are small: a second thread costs more than it saves.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Of the compiler too: it compiles in the process that asks, and starts no pool of others.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
