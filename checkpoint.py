@@ -1,77 +1,25 @@
-"""Files written whole and read safely: JSON, checkpoints, exports, random states."""
+"""Checkpoints and exports, written whole and read safely; random states."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import random
 import re
-import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
 
+from files import write_json, write_whole
+
 CHECKPOINT_FORMAT = 1
 EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
 CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
 MAX_CONFIG = 2**20  # bytes
-TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
-
-
-def write_whole(path: Path, write: Callable) -> None:
-    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
-
-    Raises:
-        ValueError: one line, if there is no room or no permission.
-    """
-    path, temporary = Path(path), None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
-        ) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            if temporary:
-                os.unlink(temporary)
-        # Where the disk is full, `torch.save` raises another error while it handles that one.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise ValueError(unwritable(path, cause)) from error
-        raise
-
-
-def is_of_a_file(error: OSError) -> bool:
-    """Whether an error is about a file or a full disk, and not about a connection."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    return error.filename is not None or error.errno in full
-
-
-def unwritable(path: str | Path, error: OSError) -> str:
-    """What to say, and to do, about an error in writing `path`."""
-    return (
-        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
-        "was there before is untouched"
-    )
-
-
-def write_json(path: Path, value) -> None:
-    """Write `value` as readable JSON, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 class NotFinite(ValueError):

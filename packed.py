@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from checkpoint import write_json, write_whole
+from files import write_json, write_whole
 from util import progress
 
 PACK_FORMAT, PACK_VERSION = "rfsq packed images", 1

@@ -15,7 +15,6 @@ All methods run in the main process alone, unless they say otherwise.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -30,12 +29,12 @@ from torch.utils.data import Dataset
 import util
 from arguments import args_of, may_change_flags, unread_flags
 from board import Board
-from checkpoint import (
+from checkpoint import NotFinite, load_checkpoint, save_checkpoint
+from files import (
     TEMPORARY,
-    NotFinite,
     is_of_a_file,
-    load_checkpoint,
-    save_checkpoint,
+    locked,
+    remove_leftovers,
     unwritable,
     write_json,
     write_whole,
@@ -107,16 +106,8 @@ class RunFolder:
         Raises:
             ValueError: another process holds it.
         """
-        with open(self.path / "lock", "w") as file:
-            # A forked process would hold the lock after this one is killed.
-            os.register_at_fork(after_in_child=file.close)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ValueError(
-                    f"another process is training in {self.path}: wait for it, or give another "
-                    "--save"
-                ) from error
+        held = f"another process is training in {self.path}: wait for it, or give another --save"
+        with locked(self.path / "lock", held):
             try:
                 yield
             finally:
@@ -138,8 +129,7 @@ class RunFolder:
         for number, path in self.checkpoints():
             if number > step:
                 path.unlink()
-        for half_written in self.path.glob(f".*{TEMPORARY}"):
-            half_written.unlink()
+        remove_leftovers(self.path)
         if source and STEP_FILE.fullmatch(Path(source).name):
             self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
         if not step:

@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from checkpoint import TEMPORARY, write_json, write_whole
+from files import TEMPORARY, write_json, write_whole
 from packed import as_lines
 
 HEAD = {"format": "rfsq tokens", "version": 1}

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import is_of_a_file
+from files import is_of_a_file
 
 Result = TypeVar("Result")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto

@@ -43,8 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
-from checkpoint import write_json
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
+from files import write_json
 from images import some
 from loaders import train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
-from checkpoint import write_whole
 from evaluation import prepare
+from files import write_whole
 from images import some
 from model import VQVAE
 from similarity import psnr, ssim

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import LOAD_HELP, Parser, number
-from checkpoint import save_checkpoint, write_json, write_whole
+from checkpoint import save_checkpoint
 from codec import bitstream
 from codec.codec import Codec, is_grey, psnr
+from files import write_json, write_whole
 from images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
 SUFFIX = ".rfsq"

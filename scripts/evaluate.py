@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
-from checkpoint import write_json
 from evaluation import prepare
 from fid import inception_distance
+from files import write_json
 from metric import evaluate, format_results
 from model import VQVAE
 

@@ -29,7 +29,8 @@ from arguments import (
     architecture_flags,
     unread_flags,
 )
-from checkpoint import CONFIG, WEIGHTS, save_export, write_whole
+from checkpoint import CONFIG, WEIGHTS, save_export
+from files import write_whole
 from model import VQVAE, load_model
 from results import RESULTS, without_folders
 

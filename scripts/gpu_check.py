@@ -39,7 +39,7 @@ import torch
 import timing
 import util
 from arguments import LPIPS_NETS, Parser, number
-from checkpoint import write_json
+from files import write_json
 from run import RunFolder
 from timing import DEVICE
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, args_of
-from checkpoint import write_json
+from files import write_json
 from results import portable, read_results
 
 

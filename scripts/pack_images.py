@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import packed
 import util
 from arguments import Parser, number
-from checkpoint import TEMPORARY, write_json
 from dataset import Images, image_files
+from files import TEMPORARY, write_json
 from images import UnreadableImage
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser
-from checkpoint import write_whole
+from files import write_whole
 from results import find_runs
 from run import RunFolder
 

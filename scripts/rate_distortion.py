@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import LOAD_HELP, LPIPS_NETS, Parser, add_evaluation_flags, number
-from checkpoint import write_json, write_whole
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec, is_grey, psnr
+from files import write_json, write_whole
 from images import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from similarity import PSNR_CAP, SSIM_WINDOW, ssim

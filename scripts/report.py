@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
-from checkpoint import write_whole
+from files import write_whole
 from quantizers import QUANTIZERS, build_quantizer
 from quantizers.rfsq import STRATEGIES
 from results import read_results

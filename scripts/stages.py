@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
-from checkpoint import write_json, write_whole
 from evaluation import evaluate_stages, prepare
+from files import write_json, write_whole
 
 COLUMNS = {  # column: (heading, decimals)
     "stage": ("stage", 0),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arguments import architecture_flags, current_flags, get_args, get_parser, may_change_flags
-from checkpoint import load_checkpoint, save_checkpoint, write_whole
+from checkpoint import load_checkpoint, save_checkpoint
 from images import IMAGENET_MEAN, IMAGENET_STD
 from model import VQVAE, load_model, load_weights
 from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
@@ -489,32 +489,6 @@ def test_an_unknown_quantizer_names_the_known():
 # ---------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_write_that_fails_leaves_nothing_half(tmp_path, error, existing):
-    path = tmp_path / "last.pt"
-    if existing:
-        path.write_bytes(b"whole")
-
-    def write(file):
-        file.write(b"half")
-        raise error("disk")
-
-    # What the file system refuses is told as bad input: one line that names the file.
-    with pytest.raises(ValueError if error is OSError else error):
-        write_whole(path, write)
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"] * existing
-
-
-def test_a_write_replaces_what_was_there(tmp_path):
-    path = tmp_path / "last.pt"
-    for content in (b"one", b"two"):
-        write_whole(path, lambda file, content=content: file.write(content))
-        assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-        assert path.read_bytes() == content
-    assert path.stat().st_mode & 0o044 == 0o044  # readable by others, as other files are
-
-
 class Executes:
     """Unpickled with trust, it would make the folder."""
 

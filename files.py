@@ -1,0 +1,112 @@
+"""Files written whole or not at all, and places that one process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
+
+
+def write_whole(path: str | Path, write: Callable) -> None:
+    """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
+
+    A symbolic link stays one: the file that it names is written. So do devices and pipes, which
+    are written as they are.
+
+    Raises:
+        ValueError: one line, if there is no room or no permission.
+    """
+    target, temporary = Path(os.path.realpath(path)), None
+    try:
+        if target.exists() and not (target.is_file() or target.is_dir()):
+            with open(target, "wb") as file:
+                write(file)
+            return
+        # A part of the name: with a suffix, a long one may be longer than file systems allow.
+        name = f".{target.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}"
+        temporary = target.with_name(name)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        # Where the disk is full, `torch.save` raises another error while it handles that one.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise ValueError(unwritable(path, cause)) from error
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed in `write_whole` has left in a folder."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        leftover.unlink()
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def is_of_a_file(error: OSError) -> bool:
+    """Whether an error is about a file or a full disk, and not about a connection."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    return error.filename is not None or error.errno in full
+
+
+def unwritable(path: str | Path, error: OSError) -> str:
+    """What to say, and to do, about an error in writing `path`."""
+    return (
+        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
+        "was there before is untouched"
+    )
+
+
+@contextlib.contextmanager
+def locked(path: Path, held: str) -> Iterator[None]:
+    """Hold a folder or a file, until the end of `with` or until this process ends in any way.
+
+    Where the file system has no locks, a warning is printed, and nothing is held.
+
+    Args:
+        path: a folder, or a file, which is made if it is missing.
+        held: the message, if another process holds it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptors = [os.open(path, flags, 0o666)]
+
+    def close() -> None:
+        while descriptors:
+            os.close(descriptors.pop())
+
+    os.register_at_fork(after_in_child=close)  # else a forked process would go on to hold it
+    try:
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            close()
+            raise ValueError(held) from error
+        print(
+            f"warning: the file system of {path} has no locks ({error.strerror}): see to it that "
+            "no second process writes there",
+            flush=True,
+        )
+    try:
+        yield
+    finally:
+        close()
