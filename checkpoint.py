@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -24,6 +25,10 @@ MAX_CONFIG = 2**20  # bytes
 
 class NotFinite(ValueError):
     """A number that is NaN or infinite where it would be kept or reported."""
+
+
+class Damaged(ValueError):
+    """A file does not hold what was written to it: an older checkpoint may take its place."""
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -97,7 +102,8 @@ def load_checkpoint(path: str | Path) -> dict:
         'architecture', the names of the former.
 
     Raises:
-        ValueError: one line, if there is no such file or it is not of this project.
+        Damaged: one line, if it does not hold what was written, or is not of this project.
+        ValueError: one line, if there is no such file, it cannot be read, or is of a newer version.
     """
     path = Path(path)
     if path.is_dir():
@@ -111,7 +117,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except NotFinite as error:
         damage = str(error)
     if damage:
-        raise ValueError(f"{path} is damaged ({damage}): use an older checkpoint, or copy it again")
+        raise Damaged(f"{path} is damaged ({damage}): use an older checkpoint, or copy it again")
     return state
 
 
@@ -124,12 +130,18 @@ def _read_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(state)
     except Exception as error:  # unpickling garbage can raise nearly anything
-        raise ValueError(wrong) from error
+        # Of the disk; EINVAL is a seek to where a damaged file says that something is.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}): try again, or move it away to go on "
+                "without it"
+            ) from error
+        raise Damaged(wrong) from error
     if not isinstance(state, dict) or not {"format", "model", "args"} <= state.keys():
-        raise ValueError(wrong)
+        raise Damaged(wrong)
     weights = state["model"].items() if isinstance(state["model"], dict) else [(None, None)]
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights):
-        raise ValueError(wrong)
+        raise Damaged(wrong)
     if state["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {state['format']}, this version reads "

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 import util
 from arguments import args_of, may_change_flags, unread_flags
 from board import Board
-from checkpoint import NotFinite, load_checkpoint, save_checkpoint
+from checkpoint import Damaged, NotFinite, load_checkpoint, save_checkpoint
 from files import (
     TEMPORARY,
     is_of_a_file,
@@ -115,13 +115,23 @@ class RunFolder:
                     self.board.close()
 
     def begin(
-        self, args: Namespace, device: torch.device, source: str | None, step: int, steps: int
+        self, args: Namespace, device: torch.device, resumed: dict | None, steps: int
     ) -> None:
-        """Record flags and environment, and discard what is newer than `step`, of an old run.
+        """Record flags and environment, and discard of an old run what is newer.
 
-        `source` is the checkpoint that the run continues from, None for a new run. The new files
-        are written first, so that a full disk leaves the old run as it was.
+        `resumed` is what `find_resumed` gave. The new files are written first, so that a full disk
+        leaves the old run as it was.
+
+        Raises:
+            ValueError: there are checkpoints that `find_resumed` has not seen.
         """
+        step = resumed["step"] if resumed else 0
+        seen = resumed["checkpoints"] if resumed else []
+        new = [path for _, path in self.checkpoints() if path.name not in seen]
+        if new and not args.overwrite:
+            raise ValueError(
+                f"another process has saved {new[-1]} just now: give the same command again"
+            )
         (self.path / "samples").mkdir(exist_ok=True)
         write_json(self.path / "args.json", vars(args))
         write_json(self.path / "environment.json", util.environment(device))
@@ -130,7 +140,7 @@ class RunFolder:
             if number > step:
                 path.unlink()
         remove_leftovers(self.path)
-        if source and STEP_FILE.fullmatch(Path(source).name):
+        if resumed and STEP_FILE.fullmatch(Path(resumed["path"]).name):
             self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
         if not step:
             Board.remove(self.path)
@@ -251,18 +261,29 @@ class RunFolder:
         link.unlink(missing_ok=True)  # renaming a file onto itself does nothing
 
     def newest_checkpoint(self) -> tuple[Path, dict] | None:
-        """The newest whole checkpoint; warns about damaged ones. best.pt is the last resort."""
+        """The newest whole checkpoint; warns about damaged ones. best.pt is the last resort.
+
+        Raises:
+            ValueError: all are damaged, or one that is not damaged cannot be read.
+        """
         steps = [path for _, path in reversed(self.checkpoints())]
+        damaged = []
         for path in [*steps, self.path / "last.pt", self.path / "best.pt"]:
             if path.is_file():
                 try:
                     state = load_checkpoint(path)
-                except ValueError as error:
+                except Damaged as error:
+                    damaged.append(path.name)
                     print(f"skipped: {error}", flush=True)
                     continue
                 if path.name == "best.pt":
                     print(f"all newer checkpoints are damaged: continuing from {path}", flush=True)
                 return path, state
+        if damaged:
+            raise ValueError(
+                f"{self.path}: all checkpoints are damaged ({', '.join(damaged)}): give another "
+                "--save, or --overwrite without --resume to begin again"
+            )
         return None
 
     # -----------------------------------------------------------------------------------
@@ -292,7 +313,11 @@ class RunFolder:
 def find_resumed(
     args: Namespace, default_name: str, quantizer: Quantizer, train_set: Dataset
 ) -> dict | None:
-    """What --resume continues: a checkpoint with its `path` and `run` folder added; None: nothing.
+    """What --resume continues; None: nothing.
+
+    Returns:
+        The checkpoint, and its `path`, the folder of its `run`, and the names of the `checkpoints`
+        that are there.
 
     Raises:
         ValueError: there is none, it is damaged, or it belongs to another run.
@@ -301,8 +326,17 @@ def find_resumed(
         return None
     automatic = args.resume == "auto"
     folder = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
-    if folder.is_file():
-        path, saved, folder = folder, load_checkpoint(folder), folder.parent
+    is_file = folder.is_file()
+    path, folder = folder, folder.parent if is_file else folder
+    # Before the newest one is read: one that another process saves from now on is not known.
+    checkpoints = [path.name for _, path in RunFolder(folder).checkpoints()]
+    if is_file:
+        saved = load_checkpoint(path)
+        if not (folder / "args.json").is_file():
+            raise ValueError(
+                f"--resume {path} is not in the folder of a run, which has an args.json: give a "
+                "file of a run, or start a new run from its weights with --load"
+            )
     else:
         found = RunFolder(folder).newest_checkpoint()
         if found is None and automatic:
@@ -346,4 +380,4 @@ def find_resumed(
             f"{path} is of a run on other training images (their {' and '.join(other)} differ): "
             "give the same images, or --allow-other-images to resume it with these"
         )
-    return {**saved, "path": str(path), "run": str(folder)}
+    return {**saved, "path": str(path), "run": str(folder), "checkpoints": checkpoints}

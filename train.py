@@ -134,8 +134,7 @@ class Training:
         self.run = RunFolder(folder)
         stack.enter_context(self.run.explained_errors(args))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
-        at = (self.resumed_from, self.first_step, self.steps)
-        util.on_main(lambda: self.run.begin(args, self.device, *at))
+        util.on_main(lambda: self.run.begin(args, self.device, resumed, self.steps))
         self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
         if resumed:
             self.meter.load_state_dict(resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -534,6 +535,7 @@ def test_hostile_training_states_with_a_valid_checksum_are_one_line(whole, tmp_p
         {"args": {**saved["args"], "lr": "x"}},
         {"model": {**saved["model"], "decoder.layers.0.bias": torch.ones(3)}},
     ]
+    (tmp_path / "args.json").write_text("{}")  # of a run
     for number, change in enumerate(wrong):
         path = tmp_path / f"{number}.pt"
         save_checkpoint(path, {**saved, **change})
@@ -575,6 +577,70 @@ def test_a_refused_resume_loses_no_checkpoint(tmp_path):
     run(folder, older, "--train-iters=7", "--keep=9")
     left = sorted(path.name for path in folder.glob("step_*.pt"))
     assert left == ["step_0000005.pt", "step_0000007.pt"]
+
+
+def set_format(path: Path, number: int) -> None:
+    torch.save({**torch.load(path, weights_only=True), "format": number}, path)
+
+
+@pytest.mark.parametrize("problem", ["all damaged", "newer format", "disk", "memory"])
+def test_nothing_is_deleted_where_no_checkpoint_may_be_taken(tmp_path, monkeypatch, problem):
+    folder = tmp_path / "run"
+    run(folder)
+    if problem == "all damaged":
+        for path in folder.glob("*.pt"):
+            path.write_bytes(b"damaged")
+    elif problem == "newer format":
+        set_format(folder / "step_0000014.pt", 2)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    reason = {
+        "all damaged": r"all checkpoints are damaged \(step_0000014\.pt, .*best\.pt\)",
+        "newer format": r"step_0000014\.pt has checkpoint format 2",
+        "disk": r"step_0000014\.pt cannot be read \(Input/output error\)",
+        "memory": r"step_0000014\.pt cannot be read \(Cannot allocate memory\)",
+    }
+    number = {"disk": errno.EIO, "memory": errno.ENOMEM}.get(problem)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        if number:
+            patched.setattr("zipfile.ZipFile", refuse)
+        with pytest.raises(ValueError, match=reason[problem]):
+            run(folder, "--resume=auto")
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_that_another_process_saves_meanwhile_is_kept(tmp_path, monkeypatch, first):
+    """Between the look for checkpoints and the lock."""
+    folder = tmp_path / "run"
+    run(tmp_path / "other")
+    if not first:
+        with monkeypatch.context() as patched:
+            interrupt_after(patched, 5)
+            with pytest.raises(util.Interrupted):
+                run(folder)
+    new = folder / "step_0000014.pt"
+    before_call(
+        monkeypatch, "RunFolder.locked", 1, lambda: shutil.copy(tmp_path / "other" / new.name, new)
+    )
+    with pytest.raises(ValueError, match=r"another process has saved .*step_0000014\.pt just now"):
+        run(folder, "--resume=auto")
+    assert new.read_bytes() == (tmp_path / "other" / new.name).read_bytes()
+    assert (folder / "step_0000005.pt").exists() is not first
+    run(folder, "--resume=auto")
+
+
+def test_a_checkpoint_alone_makes_no_run_of_its_folder(tmp_path):
+    run(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    shutil.copy(tmp_path / "run" / "step_0000014.pt", tmp_path / "mine" / "last.pt")
+    (tmp_path / "mine" / "step_0000099.pt").write_text("mine")
+    with pytest.raises(ValueError, match="is not in the folder of a run"):
+        run(tmp_path / "any", f"--resume={tmp_path / 'mine' / 'last.pt'}")
+    assert sorted(os.listdir(tmp_path / "mine")) == ["last.pt", "step_0000099.pt"]
 
 
 def before_call(monkeypatch, name: str, number: int, act) -> None:
