@@ -21,12 +21,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from files import TEMPORARY, write_json, write_whole
+from files import locked, write_json, write_whole
 from packed import as_lines
 
 HEAD = {"format": "rfsq tokens", "version": 1}
@@ -50,11 +51,24 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+def held(out: Path) -> AbstractContextManager[None]:
+    """Make the folder, if it is missing, and hold it within `with`: one command writes there.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}): give another --out") from error
+    return locked(out, f"another process is writing to {out}: wait for it, or give another --out")
+
+
 def begin(out: Path, settings: dict) -> dict | None:
     """Make the files of a new run, or check that those of an old one are of the same `settings`.
 
     Args:
-        out: the folder.
+        out: the folder, which is `held`.
         settings: plain types; 'sources', the number of images, and 'arrays', of each name its
             'dtype' and the 'shape' of a row.
 
@@ -64,12 +78,6 @@ def begin(out: Path, settings: dict) -> dict | None:
     Raises:
         ValueError: the folder holds something else, or tokens of other settings.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}): give another --out") from error
-    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while writing
-        leftover.unlink()
     if (out / INDEX).is_file():
         index = _read(out / INDEX, settings)
         _check_sizes(out, index)
@@ -98,18 +106,18 @@ def _read(path: Path, settings: dict) -> dict:
     """An index, or the settings of an unfinished run; ValueError if it is not of `settings`."""
     other = f"give another --out, or remove {path.parent} first"
     try:
-        held = json.loads(path.read_bytes())
-        differ = [key for key in (*HEAD, *settings) if held.get(key) != (HEAD | settings)[key]]
+        found = json.loads(path.read_bytes())
+        differ = [key for key in (*HEAD, *settings) if found.get(key) != (HEAD | settings)[key]]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not of make_tokens.py, or is damaged: {other}") from error
     if differ:
         key = differ[0]
-        was, now = held.get(key), (HEAD | settings)[key]
+        was, now = found.get(key), (HEAD | settings)[key]
         raise ValueError(
             f"{path.parent} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
             f"{now!r:.80}): {other}"
         )
-    return held
+    return found
 
 
 def _check_sizes(out: Path, index: dict) -> None:
@@ -204,9 +212,15 @@ def finish(out: Path, settings: dict, names: Sequence[str] | None) -> dict:
         (names of the numbers in labels.npy, None without) and 'names_sha256'.
 
     Raises:
-        ValueError: no image could be read.
+        ValueError: no image could be read, or some are not done.
     """
-    kept = np.fromfile(out / DONE, np.uint8) == WRITTEN
+    marks = np.fromfile(out / DONE, np.uint8)
+    if not marks.all():  # TO_DO is 0
+        missing = np.count_nonzero(marks == TO_DO)
+        raise ValueError(
+            f"{out}: {missing:,} of {len(marks):,} images are not done: give the same command again"
+        )
+    kept = marks == WRITTEN
     if not kept.any():
         raise ValueError(f"none of the {len(kept):,} images can be read: give another folder")
     for name in settings["arrays"]:

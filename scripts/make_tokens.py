@@ -12,6 +12,7 @@ every script of this folder would find it in place of the standard library's `to
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
 from codec.codec import fingerprint
 from dataset import SkipCorrupt, build_dataset
+from files import remove_leftovers
 from loaders import batch_loader
 from meter import Progress
 from model import VQVAE, load_model
@@ -92,7 +94,8 @@ def encode_rest(
     A batch is the same images whoever makes it, and whether the run was interrupted or not.
     """
     out, size, count = Path(flags.out), flags.batch_size, len(images)
-    left = np.unique(tokens.to_do(out) // size).tolist()
+    # One list for all: a process that reads it later would see what others have done by then.
+    left = util.on_main(lambda: np.unique(tokens.to_do(out) // size).tolist())
     if not left:  # an interrupted run may have given the arrays their names already
         return 0.0
     mine = left[util.rank() :: util.world_size()]
@@ -134,6 +137,7 @@ def check_room(out: Path, settings: dict) -> None:
 def begin(out: Path, settings: dict) -> dict | None:
     """`tokens.begin`, and a check that there is room for what it leaves to do."""
     index = tokens.begin(out, settings)
+    remove_leftovers(out)  # of a run that was killed while writing
     if index is None:
         check_room(out, settings)
         done = settings["sources"] - len(tokens.to_do(out))
@@ -166,10 +170,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     settings = settings_of(model, saved, images, size, flags)
     names = images.names() if hasattr(images, "names") else None
     as_lines(names or ())  # refuses names with line breaks before the work
-    index, speed = util.on_main(lambda: begin(out, settings)), 0.0
-    if index is None:
-        speed = encode_rest(model.to(device), images, settings, device, flags)
-        index = util.on_main(lambda: tokens.finish(out, settings, names))
+    with contextlib.ExitStack() as stack:
+        util.on_main(lambda: stack.enter_context(tokens.held(out)))
+        index, speed = util.on_main(lambda: begin(out, settings)), 0.0
+        if index is None:
+            speed = encode_rest(model.to(device), images, settings, device, flags)
+            index = util.on_main(lambda: tokens.finish(out, settings, names))
     if util.rank() == 0:
         rows, classes = index["arrays"]["tokens.npy"], index["classes"]
         print(

@@ -34,7 +34,7 @@ import packed
 import util
 from arguments import Parser, number
 from dataset import Images, image_files
-from files import TEMPORARY, write_json
+from files import locked, remove_leftovers, write_json
 from images import UnreadableImage
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
@@ -71,13 +71,9 @@ def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dic
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
     Raises:
-        ValueError: `out` is inside `source` or holds other data, or a name holds a line break.
+        ValueError: `out` holds other data, or a name holds a line break.
     """
     source = " ".join(sources[:3])  # for messages
-    if out.resolve().is_relative_to(Path(sources[0]).resolve()):
-        raise ValueError(f"OUT '{out}' is inside SRC '{source}': give a folder outside of it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT '{out}' is a file: give a new folder")
     listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     held = [name for name in (PACK_INDEX, PACK_UNFINISHED) if (out / name).is_file()]
     if held and packed.is_packed(out):
@@ -137,13 +133,25 @@ def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> 
             other data.
     """
     images = image_files(sources, img_size)
+    if out.resolve().is_relative_to(Path(sources[0]).resolve()):
+        raise ValueError(f"OUT '{out}' is inside SRC '{sources[0]}': give a folder outside of it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"OUT '{out}' is a file: give a new folder")
     names = images.names()
-    index = begin(sources, out, img_size, names)
+    packed.as_lines(names)  # refuses names with line breaks before a folder is made
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, f"another process is packing into '{out}': wait for it"):
+        return pack_held(images, sources, out, begin(sources, out, img_size, names), num_workers)
+
+
+def pack_held(
+    images: Images, sources: Sequence[str], out: Path, index: dict, num_workers: int
+) -> dict:
+    """`pack`, when `out` is held by this process and is known to be ours."""
     if (out / PACK_INDEX).is_file():
         return index
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while writing
-        leftover.unlink()
+    remove_leftovers(out)  # of a run that was killed while writing
+    img_size, names = index["img_size"], images.names()
     done, total = index["sources_done"], index["sources"]
     need, free = (total - done) * 3 * img_size**2, shutil.disk_usage(out).free
     if need > free:

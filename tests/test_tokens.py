@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_checkpoint
 from PIL import Image
+from processes import wait_for
 
 import dataset
 import tokens
@@ -174,6 +176,63 @@ def test_two_processes_do_what_one_does(images, checkpoints, made, tmp_path, cap
     said = capfd.readouterr().out
     assert said.count("is complete: 10 images, uint16 tokens of 4x4x2, 3 classes") == 1
     assert "images/s" in said and "1 images skipped, listed in" in said
+
+
+def _share_the_rest(rank: int, data: Path, checkpoint: Path, out: Path) -> None:
+    """Process 1 begins when process 0 has done its part: what is left is less by then."""
+    place = f"file://{out.parent}/init"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    real = make_tokens.batch_loader
+
+    def loader(*arguments, **options):
+        if rank == 1:
+            wait_for(lambda: (out.parent / "first").exists())
+        yield from real(*arguments, **options)
+
+    class Writer(tokens.TokenWriter):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            (out.parent / "first").touch()
+
+    make_tokens.batch_loader, tokens.TokenWriter = loader, Writer
+    to_do = tokens.to_do
+    tokens.to_do = lambda out: to_do(out) if rank == 0 else pytest.fail("a list of its own")
+    assert make(data, checkpoint, out, "--flip")["count"] == 10
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("left", [[0, 3, 7], [4], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
+def test_two_processes_finish_what_was_interrupted(images, checkpoints, made, tmp_path, left):
+    """With one batch left, process 1 has nothing to do."""
+    out, checkpoint = tmp_path / "out", checkpoints / "layernorm.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "finish", lambda *_: sys.exit("interrupted"))
+        with pytest.raises(SystemExit):
+            make(images, checkpoint, out, "--flip")
+    marks = np.fromfile(out / tokens.DONE, np.uint8)
+    marks[left] = tokens.TO_DO
+    marks.tofile(out / tokens.DONE)
+    index = json.loads((made / tokens.INDEX).read_text())
+    with pytest.raises(ValueError, match=f"{len(left)} of 11 images are not done"):
+        tokens.finish(out, index, None)
+    arguments = (images, checkpoint, out)
+    torch.multiprocessing.start_processes(_share_the_rest, arguments, nprocs=2, start_method="fork")
+    assert contents(out) == contents(made)
+
+
+def test_one_command_at_a_time(images, checkpoints, tmp_path):
+    checkpoint, out = checkpoints / "layernorm.pt", tmp_path / "out"
+    with tokens.held(out), pytest.raises(ValueError, match="another process is writing"):
+        make(images, checkpoint, out)
+    assert not list(out.iterdir())
+
+
+def test_hidden_files_of_others_stay(images, checkpoints, tmp_path):
+    (tmp_path / ".thesis.rfsq-tmp").write_text("of a run here")
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        make(images, checkpoints / "layernorm.pt", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # ------------------------------------------------------------------ kills
