@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +23,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 
+# Errors of the operating system that say what a file is; all others are of the disk or of memory.
+# EINVAL is a seek to where a damaged file says that something is.
+OF_THE_FILE = (None, errno.EINVAL, errno.ENOENT, errno.ELOOP)
+
+
 class UnreadableImage(ValueError):
-    """A file that is named like an image and cannot be decoded as one.
+    """A file that is named like an image and is none; not one that the disk fails to give.
 
     Takes one string: a DataLoader raises a worker's error again as `type(text of its traceback)`.
     """
@@ -42,6 +50,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `IMAGE_SUFFIXES`: of others, Pillow hands some to programs such as Ghostscript."""
+    known = Image.registered_extensions()
+    return sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known})
+
+
 def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.Image:
     """An image file as RGB: upright, its first frame, transparency over white.
 
@@ -49,14 +64,15 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
 
     Raises:
         UnreadableImage: one line that names the file; also for more than 89,478,485 pixels.
+        ValueError: one line; the disk, or a lack of memory, keeps the file from being read.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns at each reading of the several damaged EXIF blocks in ImageNet.
             warnings.simplefilter("ignore")
-            if data is None and not os.path.isfile(path):  # opening a pipe would wait for ever
-                raise ValueError("it is not a regular file")
-            with Image.open(data or path) as file:
+            if data is None and not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError("it is not a regular file")  # opening a pipe would wait for ever
+            with Image.open(data or path, formats=_formats()) as file:
                 if file.width * file.height > Image.MAX_IMAGE_PIXELS:
                     size, most = f"{file.width}x{file.height}", Image.MAX_IMAGE_PIXELS
                     raise ValueError(f"{size} pixels are more than Pillow's limit of {most:,}")
@@ -65,6 +81,9 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
                     ImageOps.exif_transpose(file, in_place=True)
                 return _to_rgb(file)
     except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in OF_THE_FILE:
+            reason = getattr(error, "strerror", None) or "out of memory"
+            raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
             f"cannot read image {printable(path)}: {reason}; remove it or repair it"

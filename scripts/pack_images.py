@@ -17,7 +17,6 @@ the same name is not packed again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import shutil
 import sys
@@ -58,10 +57,6 @@ class Decoder(Dataset):
             return self.images[index], ""
         except UnreadableImage as error:
             cause, path = error.__cause__, self.images.path(index)
-            # An error of the disk has a number. Pillow's own errors have none, except EINVAL for a
-            # seek to an offset that a damaged file names.
-            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
-                raise ValueError(f"cannot read {path}: {cause.strerror}; {AGAIN}") from error
             reason = " ".join(str(cause).split()) or type(cause).__name__
             black = torch.zeros(3, size, size, dtype=torch.uint8)
             return black, reason.replace(str(path), self.images.name(index))

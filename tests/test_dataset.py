@@ -1,5 +1,6 @@
 """Images in: what the pixels are, what is refused, and which process sees which image when."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -285,6 +286,31 @@ def test_items_are_a_function_of_seed_and_index():
     with pytest.raises(IndexError, match="-1"):
         images[-1]
     assert len(images) == len(list(images)) == 4
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM, None])
+def test_what_the_disk_fails_to_give_is_not_skipped_as_corrupt(tmp_path, monkeypatch, number):
+    Image.fromarray(photo(16, 16)).save(tmp_path / "0.png")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number)) if number else MemoryError
+
+    images = build_dataset(tmp_path, 16, 0, train=False, skip_corrupt=True)
+    for place, name in ((os, "stat"), (Image.Image, "convert")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            with pytest.raises(ValueError, match=r"cannot read .*0\.png: ") as caught:
+                images[0]
+        assert not isinstance(caught.value, UnreadableImage) and not images.skipped()
+    assert images[0] is not None
+
+
+def test_formats_that_run_other_programs_are_refused(tmp_path):
+    """Pillow would give an EPS to Ghostscript, whatever the name of the file."""
+    Image.fromarray(photo(16, 16)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.png")
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        read_image(tmp_path / "x.png")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import packed as packed_module
 import train
 import util
 from dataset import ImageFolderDataset, build_dataset
+from files import locked
 from loaders import train_loader, val_loader
 from packed import PackedDataset
 from scripts import pack_images
@@ -210,17 +211,25 @@ def test_a_kill_within_a_shard_costs_that_shard_alone(source, packed, tmp_path, 
 def test_a_disk_error_ends_the_run_and_skips_nothing(source, packed, tmp_path, monkeypatch):
     out, real = tmp_path / "out", Image.open
 
-    def failing(path):
+    def failing(path, **options):
         if Path(path).name == "07.png":
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return real(path)
+        return real(path, **options)
 
     monkeypatch.setattr(Image, "open", failing)
-    with pytest.raises(ValueError, match=r"cannot read .*07\.png: Input/output error; .*again"):
+    with pytest.raises(ValueError, match=r"cannot read .*07\.png: Input/output error; try again"):
         pack_images.main([str(source), str(out), *FLAGS])
     monkeypatch.setattr(Image, "open", real)
     pack_images.main([str(source), str(out), *FLAGS])
     assert contents(out) == contents(packed)
+
+
+def test_one_command_at_a_time(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, ""), pytest.raises(ValueError, match="another process is packing"):
+        pack_images.main([str(source), str(out), *FLAGS])
+    assert not list(out.iterdir())
 
 
 # ------------------------------------------------------------------ damage
