@@ -119,7 +119,7 @@ def _members(tar: Section) -> Iterator[tuple[str, int, int]]:
             headers.seek(reader.offset)
             if headers.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"it is damaged or cut off at byte {reader.offset:,}")
-    except (tarfile.TarError, OverflowError) as error:
+    except (tarfile.TarError, OverflowError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 

@@ -125,7 +125,9 @@ def _read_checkpoint(path: Path) -> dict:
     wrong = f"{path} is not a checkpoint of this project, or is damaged: give a last.pt or best.pt"
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(e.file_size for e in entries) > path.stat().st_size:
                 raise ValueError("a small file could unpack to a large one")
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(state)

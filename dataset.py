@@ -40,18 +40,21 @@ class Images(Dataset):
             raise ValueError(f"img_size is {img_size}: it must be at least 1")
         # One block of bytes: a million Python strings would be copied into every worker, little by
         # little, as their reference counts are touched.
-        self._names = np.array([os.fsencode(name) for name in names])
+        encoded = [os.fsencode(name) for name in names]
+        self._names = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._ends) - 1
 
     def name(self, index: int) -> str:
         """The path of item `index` below the folder."""
-        return os.fsdecode(self._names[index])
+        index = range(len(self))[index]
+        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def names(self) -> list[str]:
         """The paths of all items below the folder."""
-        return [os.fsdecode(name) for name in self._names.tolist()]
+        return [self.name(index) for index in range(len(self))]
 
     def path(self, index: int) -> Path:
         """The file behind item `index`; in a tar, the tar's path with the name below it."""
@@ -68,8 +71,8 @@ class Images(Dataset):
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the images' names, and of the sizes of up to 10,000 of the files."""
         names, sizes = hashlib.sha256(), hashlib.sha256()
-        for name in self._names.tolist():
-            names.update(name + b"\n")
+        for name in self.names():
+            names.update(os.fsencode(name) + b"\n")
         for index in some(range(len(self)), 10_000):
             sizes.update(b"%d\n" % self.file_size(index))
         return {"names": names.hexdigest(), "sizes": sizes.hexdigest()}

@@ -247,6 +247,10 @@ class PackedDataset(Dataset):
             shard, row = divmod(index % self._count, self._full)
             file, start = self._shard(shard)
             # Not a memory map: reading one beyond the end of a truncated file kills the process.
-            if os.preadv(file.fileno(), [image], start + row * image.nbytes) != image.nbytes:
+            try:
+                read = os.preadv(file.fileno(), [image], start + row * image.nbytes)
+            except OSError as error:
+                raise self._unreadable(self._shards[shard][0], str(error.strerror)) from error
+            if read != image.nbytes:
                 raise self._unreadable(self._shards[shard][0], "it ends too early")
         return torch.from_numpy(batch)

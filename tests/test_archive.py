@@ -267,6 +267,10 @@ def bad_tars(good: bytes) -> dict[str, tuple[bytes, str]]:
         "negative": (patched(good, negative(-512)), "is wrong|cannot read"),
         "negative, a long name": (patched(good, negative(-1024), b"L"), "cannot read"),
         "negative, pax": (patched(good, negative(-1024), b"x"), "cannot read"),
+        "a thousand headers for one file": (
+            1500 * patched(good, b"00000000001\0", b"L")[:1024] + good,
+            "recursion",
+        ),
         "negative, unknown type": (patched(good, negative(-1024), b"Z"), "is wrong|cannot read"),
     }
 

@@ -249,6 +249,16 @@ def test_verify_finds_one_bit(source, copy, capfd):
         pack_images.main([str(copy), "--verify"])
 
 
+def test_a_disk_error_in_a_loading_process_is_one_line(copy, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    images = PackedDataset(copy, SIZE)
+    with pytest.raises(ValueError, match=r"shard-00000\.npy: Input/output error"):
+        list(torch.utils.data.DataLoader(images, num_workers=1))
+
+
 def test_a_shard_that_is_cut_or_missing_is_named_at_once(source, copy):
     shard = copy / "shard-00002.npy"
     size = shard.stat().st_size
