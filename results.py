@@ -10,7 +10,7 @@ from pathlib import Path
 
 # In every results.json.
 RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}
-FOLDERS = ("--train-data-path", "--val-data-path", "--save", "--resume")
+PLACES = ("--train-data-path", "--val-data-path", "--save", "--resume", "--load")  # of a machine
 
 
 def find_runs(names: Iterable[str], file: str) -> list[Path]:
@@ -55,14 +55,15 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     return results, faults
 
 
-def without_folders(command: str) -> str:
+def without_places(command: str) -> str:
     """A command of train.py without what is of no use on another machine."""
-    words, kept = iter(shlex.split(command)), []
+    python, script, *flags = shlex.split(command)
+    words, kept = iter(flags), [python, Path(script).name]
     for word in words:
         flag, joined, _ = word.partition("=")
-        if flag not in (*FOLDERS, "--overwrite"):
+        if flag not in (*PLACES, "--overwrite"):
             kept.append(word)
-        elif flag in FOLDERS and not joined:
+        elif flag in PLACES and not joined:
             next(words, None)
     return shlex.join(kept)
 
@@ -74,10 +75,10 @@ def portable(run: dict) -> dict:
     """
     data = {key: Path(run[key]).name for key in ("train_data", "val_data") if key in run}
     args = dict(run["args"])
-    for flag in (*FOLDERS, "--load"):
+    for flag in PLACES:
         key = flag.removeprefix("--").replace("-", "_")
         if args.get(key):
             args[key] = Path(args[key]).name
-    command = without_folders(run["environment"]["command"])
+    command = without_places(run["environment"]["command"])
     kept = {key: value for key, value in run.items() if key != "path"}
     return {**kept, **data, "args": args, "environment": {**run["environment"], "command": command}}

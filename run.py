@@ -15,6 +15,7 @@ All methods run in the main process alone, unless they say otherwise.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -56,12 +57,13 @@ class RunFolder:
 
     Args:
         path: the folder; made by `create`.
+        step: where the run is, for error messages.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, step: int = 0):
         self.path = Path(path)
         self.log_path = self.path / "metrics.jsonl"
-        self.step = 0  # where the run is, for error messages
+        self.step = step
         self.board: Board | None = None  # with --tensorboard
 
     # -----------------------------------------------------------------------------------
@@ -293,8 +295,8 @@ class RunFolder:
         """A PNG of the first validation images, the originals over their reconstructions."""
         from torchvision.utils import make_grid, save_image  # torchvision takes seconds to import
 
-        first = [images[i] for i in range(min(SAMPLES, len(images)))]
-        originals = torch.stack([image for image in first if image is not None]).float() / 255
+        readable = (image for i in range(len(images)) if (image := images[i]) is not None)
+        originals = torch.stack([*itertools.islice(readable, SAMPLES)]).float() / 255
         tokens = model.encode(originals.to(device))
         decoded = model.decode(*tokens) if isinstance(tokens, tuple) else model.decode(tokens)
         pictures = torch.cat([originals, decoded.float().cpu().clamp(0, 1)])

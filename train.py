@@ -131,7 +131,7 @@ class Training:
         # Run folder
         folder = resumed["run"] if resumed else None
         folder = folder or util.on_main(lambda: str(RunFolder.create(args, name).path))
-        self.run = RunFolder(folder)
+        self.run = RunFolder(folder, self.first_step)
         stack.enter_context(self.run.explained_errors(args))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
         util.on_main(lambda: self.run.begin(args, self.device, resumed, self.steps))

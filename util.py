@@ -10,6 +10,7 @@ import platform
 import random
 import re
 import resource
+import select
 import shlex
 import signal
 import subprocess
@@ -48,6 +49,16 @@ def setup_processes() -> torch.device:
         stop_with_parent(signal.SIGTERM)  # of torchrun
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device(device)
+
+
+def refuse_torchrun() -> None:
+    """For a script that works alone.
+
+    Raises:
+        ValueError: torchrun has started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this script runs in one process: start it without torchrun")
 
 
 def stop_with_parent(number: int) -> None:
@@ -327,6 +338,16 @@ def _explain_dead_worker(kind, error, trace) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
 
 
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; if so, it leads nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in output.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
@@ -340,6 +361,8 @@ def run_script(main: Callable) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, OSError) and not is_of_a_file(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)

@@ -315,8 +315,8 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run a command, and return what `--json` writes; ValueError for bad input."""
     flags = get_parser().parse_args(argv)
-    if util.world_size() > 1:
-        raise ValueError("this script runs in one process: start it without torchrun")
+    util.refuse_torchrun()
+    util.check_outputs(flags.json)
     result = flags.run(flags)
     if flags.json:
         write_json(Path(flags.json), result)

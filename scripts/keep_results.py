@@ -25,7 +25,7 @@ from results import portable, read_results
 def file_name(run: dict, args: Namespace) -> str:
     """NAME-STEPS-sSEED.json: the name that was given, or the quantizer's and the network."""
     name = args.name or f"{run['name']} f{args.downsample} {args.network}"
-    name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+    name = re.sub(r"[^\w.]+|_+", "-", name.lower()).strip("-.")
     return f"{name}-{run['steps']}-s{run['seed']}.json"
 
 

@@ -263,8 +263,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         util.load_figure()
     device = util.setup_processes()
     util.set_float32_precision("ieee")
-    if util.world_size() > 1:
-        raise ValueError("this script runs in one process: start it without torchrun")
+    util.refuse_torchrun()
     files = some([path for path, _ in find([flags.images], IMAGE_SUFFIXES)], flags.limit)
     ours = [Ours(path, device) for path in flags.load]
     problems = {baseline.name: baseline.problem() for baseline in BASELINES}

@@ -366,7 +366,7 @@ def test_bad_input_is_one_line_and_code_2(here, capfd):
 
 
 def test_more_than_one_process_is_refused(here, capfd, monkeypatch):
-    monkeypatch.setattr(util, "world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
     assert "without torchrun" in refused("encode images --load model.pt --out out", capfd)
     assert not Path("out").exists()
 

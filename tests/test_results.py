@@ -35,7 +35,8 @@ def test_kept_results_make_the_same_table(tmp_path, capsys):
 def test_no_folder_of_the_machine_is_kept(tmp_path):
     flags = ["--train-data-path=/home/me/train", "--load", "/home/me/a.pt", "--name=RFSQ, mine"]
     run = make_run(tmp_path / "run", flags)
-    command = "python train.py --train-data-path /home/me/train --save=/home/me/x --lr 0.1"
+    command = "python /home/me/rfsq/train.py --train-data-path /home/me/train --save=/home/me/x"
+    command += " --lr 0.1 --load /home/me/a.pt"
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     results["environment"]["command"] = command
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
@@ -45,6 +46,13 @@ def test_no_folder_of_the_machine_is_kept(tmp_path):
     assert "/home" not in file.read_text() and kept["args"]["train_data_path"] == "train"
     assert kept["environment"]["command"] == "python train.py --lr 0.1"
     assert kept["psnr"] == results["psnr"] and kept.keys() == results.keys()
+
+
+def test_names_in_any_language_stay_apart(tmp_path):
+    names = ("量子化", "квантизация", "a_b")
+    runs = [make_run(tmp_path / f"{i}", [f"--name={name}"]) for i, name in enumerate(names)]
+    files = keep(tmp_path / "results", *runs)
+    assert [file.name.removesuffix("-1000-s0.json") for file in files] == [*names[:2], "a-b"]
 
 
 def test_two_runs_of_one_name_or_a_damaged_one_leave_nothing(tmp_path):

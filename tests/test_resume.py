@@ -887,7 +887,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path):
 # ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skip_corrupt_leaves_out_and_reports(workers, tmp_path, capsys):
-    for split, count, bad in (("train", 9, (2, 3)), ("val", 5, (0,))):
+    for split, count, bad in (("train", 9, (2, 3)), ("val", 10, range(8))):  # none for samples
         (tmp_path / split).mkdir()
         for i in range(count):
             path = tmp_path / split / f"{i}.png"
@@ -899,14 +899,12 @@ def test_skip_corrupt_leaves_out_and_reports(workers, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"cannot read image .*\.png"):
         run(tmp_path / "stops", *data)
     results = run(tmp_path / "skips", *flags, "--skip-corrupt")
-    wanted = [
-        tmp_path / "train" / "2.png",
-        tmp_path / "train" / "3.png",
-        tmp_path / "val" / "0.png",
-    ]
+    wanted = [tmp_path / "train" / f"{i}.png" for i in (2, 3)]
+    wanted += [tmp_path / "val" / f"{i}.png" for i in range(8)]
     assert results["skipped_images"] == [str(path) for path in wanted]
-    assert results["images"] == 4
-    assert "3 images skipped" in capsys.readouterr().out
+    assert results["images"] == 2
+    assert any((tmp_path / "skips" / "samples").iterdir())
+    assert "10 images skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [0, 1])

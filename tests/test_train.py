@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -422,3 +423,14 @@ def test_broken_image_in_a_real_process(photographs, tmp_path):
     assert done.returncode == 2
     assert len(lines) == 1 and lines[0].startswith("train.py: error: cannot read image")
     assert str(folder / "3.png") in lines[0]
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    """As after `| head -1`."""
+    code = "import util; util.run_script(lambda: [print(i, flush=True) for i in range(10**5)])"
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **options) as script:
+        assert script.stdout.readline() == b"0\n"
+        script.stdout.close()
+        assert script.stderr.read() == b""
+    assert script.returncode == 128 + signal.SIGPIPE
