@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .base import Quantizer, check_integer, mean_over_processes, per_channel, straight_through
 from .counting import Counts, count, rank, unrank
-from .residual import VAR_EPS, running_std, update_moments
+from .residual import running_std, update_moments
 from .svq_search import search
 
+MOST = 16  # bits a channel: with more, lengths of 1/8 bit are too coarse
 UNITS = 8  # code lengths are whole numbers of 1/8 bit
 SEARCHED = 4  # classes for each vector
 SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
-SPAN = (-1.5, 2.5)  # of the steps of the classes, in standard deviations of log2 of the scale
+SPAN = (-25 / 14, 39 / 14)  # of the classes' steps, in standard deviations of log2 of the scale
 PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
 LAPLACIAN = 2**0.5 * math.e  # 2^h / std, h the differential entropy in bits
 
@@ -106,6 +107,11 @@ class SVQ(Quantizer):
         if not 8 <= check_integer("bits", bits) <= 60:
             raise ValueError(f"bits must be an integer from 8 to 60, not {bits}")
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
+        if bits > MOST * dim:
+            raise ValueError(
+                f"{bits} bits are too many for {dim} channels: at most {MOST} a channel, so give "
+                f"at least {-(-bits // MOST)}"
+            )
         if check_integer("classes", classes) > 2 ** (bits - 4):
             raise ValueError(
                 f"{classes} classes are too many for {bits} bits: at most {2 ** (bits - 4)}"
@@ -212,8 +218,8 @@ class SVQ(Quantizer):
         weight = number.reciprocal().clamp(min=self.momentum)
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
         mean, var = update_moments(mean, var, z, weight)
-        energy = ((z - mean).square() / var.clamp(min=VAR_EPS)).mean(1)
-        scale = energy.clamp(min=2**-20).log2().mul(0.5) - self.log_scale[0]
+        vectors = (z - mean).transpose(0, 1).flatten(1)
+        scale = _log_scale(vectors, *self._level(var.flatten())) - self.log_scale[0]
         shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
         new = torch.stack([self.log_scale[0] + shift, (square - shift.square()).clamp(min=0)])
         finite = new.isfinite().all()
@@ -239,17 +245,15 @@ class SVQ(Quantizer):
 
     def _candidates(self, vectors: Tensor) -> Tensor:
         """The classes (SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
-        std, level = self._level()
-        # Of channels that are mostly zero, the noise counts.
-        std = (std.square() + level.square() / 12).sqrt().float()[self.order, None]
-        octaves = (vectors / std).square().mean(0).clamp(min=2**-40).log2() / 2
+        std, level = self._level(self.running_var)
+        octaves = _log_scale(vectors, std[self.order], level)
         octaves = octaves - (self.steps / level).float().log2()[:, None]
         number = min(SEARCHED, self.classes)
         return octaves.abs().topk(number, 0, largest=False).indices
 
-    def _level(self) -> tuple[Tensor, Tensor]:
-        """Standard deviations of the channels, and the step for the bits of a class."""
-        std = running_std(self.running_var).double()
+    def _level(self, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard deviations of channels with these variances, and the step for a class's bits."""
+        std = running_std(var).double()
         rate = self.index_bits - math.log2(self.classes)
         entropy = (LAPLACIAN * std).log2().sort(descending=True).values
         # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
@@ -259,10 +263,15 @@ class SVQ(Quantizer):
     @torch.no_grad()
     def _design(self) -> None:
         """Steps, order of channels, and code lengths, from the running statistics."""
-        std, level = self._level()
+        std, level = self._level(self.running_var)
         order = std.argsort(descending=True, stable=True)
         self.order.copy_(order)
-        place = torch.linspace(*SPAN, self.classes, device=std.device, dtype=torch.float64)
+        # The middles of equal parts.
+        low, high = SPAN
+        half = (high - low) / (2 * self.classes)
+        place = torch.linspace(low + half, high - half, self.classes, dtype=torch.float64).to(
+            std.device
+        )
         mean, var = self.log_scale.double()
         steps = (level * (mean + var.sqrt() * place).exp2()).float()
         self.steps.copy_((steps.view(torch.int32) & ~0xFFF).view(torch.float32))
@@ -282,6 +291,18 @@ class SVQ(Quantizer):
         first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
         zero = (-UNITS * (1 - some).log2()).round().minimum(first)
         self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])
+
+
+def _log_scale(vectors: Tensor, std: Tensor, level: Tensor) -> Tensor:
+    """log2 of the RMS of vectors (dim, N), whose channels have the standard deviations `std`.
+
+    A channel counts as far as it is above the noise of quantization with a step of `level`::
+
+        mean of (v_c / std_c)^2, weighted by std_c^2 / (std_c^2 + level^2 / 12)
+    """
+    total = std.square() + level.square() / 12
+    energy = (vectors.square() / total.float()[:, None]).sum(0)
+    return (energy / (std.square() / total).sum().float()).clamp(min=2**-20).log2() / 2
 
 
 def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:

@@ -136,13 +136,19 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     plain = size.round()
     v = torch.where(fits(plain), plain, shrunk(high))
-    # A vector that no multiplier has brought within the budget loses its last channels.
+    # A vector that no multiplier has brought within the budget is cut: the first channel that is
+    # too long gets what is left of it, and the channels after it 0.
     sums = torch.ones(len(v), len(v), device=v.device).tril() @ (table.of(v) - table.zero)
     fit = sums <= limit
-    v = v.mul_(fit)
+    whole, cut = fit[-1:], fit.sum(0).clamp(max=len(v) - 1)
+    left = limit - sums.mul_(fit).amax(0, keepdim=True)
+    zero, first, step, run = (column[cut, 0] for column in table)
+    most = run * (((left - first + zero) / step).floor() + 1).clamp(min=0)
+    last = v.gather(0, cut[None])
+    v = v.mul_(fit).scatter_(0, cut[None], torch.where(whole, last, last.minimum(most)))
     # What is left is spent: some times 1 more in the channel that gains most for its length, to
     # which OVERHEAD is added, because a rest that is too short for anything is lost.
-    left = limit - sums.mul_(fit).amax(0, keepdim=True)
+    left = left * whole
     change = table.step - table.first + table.zero
     for _ in range(FILLS):
         more = torch.addcmul(table.first - table.zero, v.clamp(max=1), change)
