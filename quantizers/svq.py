@@ -12,11 +12,10 @@ from torch import Tensor
 from .base import Quantizer, check_integer, mean_over_processes, per_channel, straight_through
 from .counting import Counts, count, rank, unrank
 from .residual import running_std, update_moments
-from .svq_search import search
+from .svq_search import log_scale, search, suited
 
 MOST = 16  # bits a channel: with more, lengths of 1/8 bit are too coarse
 UNITS = 8  # code lengths are whole numbers of 1/8 bit
-SEARCHED = 4  # classes for each vector
 SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
 SPAN = (-25 / 14, 39 / 14)  # of the classes' steps, in standard deviations of log2 of the scale
 PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
@@ -147,7 +146,8 @@ class SVQ(Quantizer):
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
         vectors = vectors[self.order].flatten(1)  # (dim, N)
-        candidates = self._candidates(vectors)
+        std, level = self._level(self.running_var)
+        candidates = suited(vectors, std[self.order], level, self.steps)
         classes, integers = search(vectors, candidates, self.steps, self.lengths, counts.budget)
         if finite is not None:
             self._track_classes(classes, integers, finite)
@@ -219,7 +219,7 @@ class SVQ(Quantizer):
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
         mean, var = update_moments(mean, var, z, weight)
         vectors = (z - mean).transpose(0, 1).flatten(1)
-        scale = _log_scale(vectors, *self._level(var.flatten())) - self.log_scale[0]
+        scale = log_scale(vectors, *self._level(var.flatten())) - self.log_scale[0]
         shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
         new = torch.stack([self.log_scale[0] + shift, (square - shift.square()).clamp(min=0)])
         finite = new.isfinite().all()
@@ -242,14 +242,6 @@ class SVQ(Quantizer):
         moments = mean_over_processes(member.t() @ features)
         weight = self.batches.clamp(min=1).reciprocal().clamp(min=self.momentum)
         self.class_moments.lerp_(moments, weight * finite)
-
-    def _candidates(self, vectors: Tensor) -> Tensor:
-        """The classes (SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
-        std, level = self._level(self.running_var)
-        octaves = _log_scale(vectors, std[self.order], level)
-        octaves = octaves - (self.steps / level).float().log2()[:, None]
-        number = min(SEARCHED, self.classes)
-        return octaves.abs().topk(number, 0, largest=False).indices
 
     def _level(self, var: Tensor) -> tuple[Tensor, Tensor]:
         """Standard deviations of channels with these variances, and the step for a class's bits."""
@@ -291,18 +283,6 @@ class SVQ(Quantizer):
         first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
         zero = (-UNITS * (1 - some).log2()).round().minimum(first)
         self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])
-
-
-def _log_scale(vectors: Tensor, std: Tensor, level: Tensor) -> Tensor:
-    """log2 of the RMS of vectors (dim, N), whose channels have the standard deviations `std`.
-
-    A channel counts as far as it is above the noise of quantization with a step of `level`::
-
-        mean of (v_c / std_c)^2, weighted by std_c^2 / (std_c^2 + level^2 / 12)
-    """
-    total = std.square() + level.square() / 12
-    energy = (vectors.square() / total.float()[:, None]).sum(0)
-    return (energy / (std.square() / total).sum().float()).clamp(min=2**-20).log2() / 2
 
 
 def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:

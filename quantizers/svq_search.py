@@ -10,11 +10,30 @@ from torch import Tensor
 from .base import traced
 from .counting import Lengths, compiled_form, inverse, opaque
 
+SEARCHED = 4  # classes for each vector
 HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
 FILLS = 6  # steps in which a rest of the budget is spent
 OVERHEAD = 32  # of such a step, as if it were that much longer
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
+
+
+def log_scale(vectors: Tensor, std: Tensor, level: Tensor) -> Tensor:
+    """log2 of the RMS of vectors (dim, N), whose channels have the standard deviations `std`.
+
+    A channel counts as far as it is above the noise of quantization with a step of `level`::
+
+        mean of (v_c / std_c)^2, weighted by std_c^2 / (std_c^2 + level^2 / 12)
+    """
+    total = std.square() + level.square() / 12
+    energy = (vectors.square() / total.float()[:, None]).sum(0)
+    return (energy / (std.square() / total).sum().float()).clamp(min=2**-20).log2() / 2
+
+
+def suited(vectors: Tensor, std: Tensor, level: Tensor, steps: Tensor) -> Tensor:
+    """The classes (at most SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
+    octaves = log_scale(vectors, std, level) - (steps / level).float().log2()[:, None]
+    return octaves.abs().topk(min(SEARCHED, len(steps)), 0, largest=False).indices
 
 
 def _fake_search(vectors, candidates, steps, lengths, budget, compiled):

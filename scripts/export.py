@@ -32,7 +32,7 @@ from arguments import (
 from checkpoint import CONFIG, WEIGHTS, save_export
 from files import write_whole
 from model import VQVAE, load_model
-from results import RESULTS, without_folders
+from results import RESULTS, without_places
 
 CARD = "README.md"
 
@@ -78,7 +78,7 @@ def model_card(
         parts.append("Not measured.")
     else:
         values, table = results
-        command = without_folders(values["environment"].get("command", "unknown"))
+        command = without_places(values["environment"].get("command", "unknown"))
         parts += [f"```\n{table.strip()}\n```", f"Trained with\n\n```\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -15,7 +15,7 @@ from arguments import get_args
 from model import VQVAE
 from quantizers import FSQ, SVQ, GeometricRFSQ, counting, svq_search
 from quantizers.counting import SATURATED, Lengths, count, rank, unrank
-from quantizers.svq_search import search
+from quantizers.svq_search import search, suited
 
 SEEDS = range(12)
 
@@ -186,7 +186,8 @@ def test_the_search_is_close_to_the_optimum(bits, monkeypatch):
     svq = fitted(SVQ(bits, dim=bits // 2))
     z = laplacian_mixture(svq.dim, 400)
     z = (z - svq.running_mean)[:, svq.order]
-    candidates = svq._candidates(z.T)
+    std, level = svq._level(svq.running_var)
+    candidates = suited(z.T, std[svq.order], level, svq.steps)
     assert candidates.shape == (4, 400)
     arguments = (candidates, svq.steps, svq.lengths, svq._counts().budget)
     classes, v = search(z.T, *arguments)
@@ -322,6 +323,48 @@ def test_vectors_far_outside_of_the_budgets_decode_as_they_were_quantized():
     assert torch.equal(svq.indices_to_codes(indices), quantized) and quantized.isfinite().all()
 
 
+def snr(svq, z):
+    """Signal to noise in dB of the quantization of vectors (n, dim)."""
+    quantized = svq(z.T[None])[0][0].T
+    return 10 * float(torch.log10(z.square().sum() / (z - quantized).square().sum()))
+
+
+def test_more_classes_follow_a_mixture_of_scales_better():
+    torch.manual_seed(0)
+    z = laplacian_mixture(12, 4000)
+    found = [snr(fitted(SVQ(24, dim=12, classes=k)), z) for k in (1, 2, 4, 8)]
+    assert found == sorted(found)
+    assert found[-1] - found[0] < 5  # one class is not the finest
+
+
+@pytest.mark.parametrize("weak", [0.0, 1e-6])
+def test_channels_with_nothing_in_them_cost_nothing(weak):
+    """The scale of a vector, and its class, are those of its strong channels."""
+    torch.manual_seed(0)
+    scale = torch.exp(0.6 * torch.randn(31, 2000, 1))
+    strong, nothing = torch.distributions.Laplace(0.0, 1.0).sample((2, 31, 2000, 16))
+    with torch.no_grad():
+        alone, among = SVQ(22, dim=4), SVQ(22, dim=20)
+        for i in range(31):
+            few = scale[i] * strong[i, :, :4]
+            z = torch.cat([few, scale[i] * weak * nothing[i]], 1)
+            alone.train(i < 30), among.train(i < 30)
+            one, other = snr(alone, few), snr(among, z)
+    assert one - other < 1
+
+
+def test_a_vector_beyond_the_budget_is_cut_and_not_lost():
+    torch.manual_seed(0)
+    svq = SVQ(36, dim=4)
+    with torch.no_grad():
+        for _ in range(30):
+            svq(torch.distributions.Laplace(0.0, 1.0).sample((4, 2000))[None])
+    z = torch.tensor([2.4, -2.6, -2.8, -10.6])
+    for factor in (0.5, 0.9, 1, 1.1, 1.3, 1.6):
+        quantized = svq.eval()(factor * z[None, :, None])[0][0, :, 0]
+        assert quantized.norm() > 0.8 * (factor * z).norm()
+
+
 def test_a_batch_that_is_not_finite_changes_nothing_for_good():
     svq = fitted(SVQ(16, dim=4), batches=3)
     state = {key: value.clone() for key, value in svq.state_dict().items()}
@@ -348,6 +391,7 @@ def test_at_equal_bits_it_is_ahead_of_products_of_levels():
         ({"bits": 7}, "bits must be an integer from 8 to 60, not 7"),
         ({"bits": 61}, "not 61"),
         ({"dim": 0}, "dim must be an integer of 1"),
+        ({"bits": 40, "dim": 2}, "40 bits are too many for 2 channels: .* at least 3"),
         ({"bits": 8, "classes": 17}, "17 classes are too many for 8 bits: at most 16"),
         ({"stages": 23}, "22 bits make at most 22 tokens, not 23"),
         ({"momentum": 0.0}, "momentum must be in"),
