@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from util import printable, progress
+from output import printable, progress
 
 SUFFIX = ".tar"
 MAX_HEADER = 2**20  # bytes; of a name, say, that a tar spells out in a block of its own

@@ -15,9 +15,10 @@ from importlib.util import find_spec
 
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
+from output import printable
 from quantizers import QUANTIZERS, Quantizer
 from quantizers.rfsq import STRATEGIES
-from util import cpu_cores, printable
+from util import cpu_cores
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
 DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 import archive
 from images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image, some
+from output import printable
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
-from util import from_all, printable, rank
+from util import from_all, rank
 
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 

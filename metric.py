@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+import output
 import util
 from checkpoint import NotFinite
 from fid import FrechetDistance
@@ -296,13 +297,13 @@ def format_results(result: dict) -> str:
     for row in result["stages"]:
         stages.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     parts = [
-        f"{result['images']} images of {height}x{width}\n" + util.text_table(field),
-        util.text_table(stages),
+        f"{result['images']} images of {height}x{width}\n" + output.text_table(field),
+        output.text_table(stages),
         f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
     ]
     if "paper" in result:
         parts.insert(
-            1, "the paper's units (arXiv 2508.15860), not clamped\n" + util.text_table(paper)
+            1, "the paper's units (arXiv 2508.15860), not clamped\n" + output.text_table(paper)
         )
     if not network:
         parts[-1] += "\nLPIPS is missing: its weights are not available, or --lpips-net is none"

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from files import write_json, write_whole
-from util import progress
+from output import progress
 
 PACK_FORMAT, PACK_VERSION = "rfsq packed images", 1
 PACK_INDEX, PACK_UNFINISHED = "index.json", "unfinished.json"

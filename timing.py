@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
+import output
 import util
 
 CUDA = torch.cuda.is_available()
@@ -102,7 +103,7 @@ def table(title: str, rows: Sequence[dict]) -> dict:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [[text(name, row.get(name, "-")) for name in names] for row in rows]
-    print(f"\n{title}\n{util.text_table(cells)}", flush=True)
+    print(f"\n{title}\n{output.text_table(cells)}", flush=True)
     return {"title": title, "rows": rows}
 
 

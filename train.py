@@ -30,7 +30,8 @@ from loss import TrainingLoss, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
-from run import RunFolder, find_resumed
+from resume import find_resumed
+from run import RunFolder
 from scheduler import learning_rate
 
 MAX_THREADS = 512  # of a checkpoint that another machine wrote

@@ -1,4 +1,4 @@
-"""Processes, devices, seeds, signals, tables and figures, and how a script ends."""
+"""Processes, devices, seeds, signals, and how a script ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -25,9 +25,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from files import is_of_a_file
+from output import printable
 
 Result = TypeVar("Result")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
@@ -192,62 +192,6 @@ def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
 
 
 # ---------------------------------------------------------------------------------------
-# Tables and figures
-# ---------------------------------------------------------------------------------------
-def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in cells)
-
-
-def check_outputs(*paths: str | None) -> None:
-    """Raise, before the work, for a file that could not be written after it; None is skipped.
-
-    Raises:
-        ValueError: the folder of the file does not exist, or the path is a folder.
-    """
-    for path in filter(None, paths):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-
-
-def check_picture(out: str) -> Path:
-    """The path of --out, after the checks that come before the work of drawing it.
-
-    Raises:
-        ValueError: it is no PNG or cannot be written, or matplotlib is not installed.
-    """
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out {path} is no PNG: give a name that ends in .png")
-    check_outputs(out)
-    load_figure()
-    return path
-
-
-def load_figure() -> type:
-    """matplotlib's Figure class: the object-oriented interface needs no display.
-
-    Raises:
-        ValueError: matplotlib, an optional extra, is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "figures need matplotlib: pip install '.[figures]', or leave them out"
-        ) from error
-    return Figure
-
-
-# ---------------------------------------------------------------------------------------
 # How a script ends
 # ---------------------------------------------------------------------------------------
 class Interrupted(Exception):
@@ -297,17 +241,6 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if not self.deferred:
             raise Interrupted(f"stopped by {self.received} before the first step: nothing to save")
-
-
-def progress(items: Sequence, unit: str) -> Iterable:
-    """`items` with a progress bar on standard error, if that is a terminal."""
-    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
-
-
-def printable(text: object) -> str:
-    """A text in one line that every terminal can show: what is not printable is escaped."""
-    characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return "".join(characters)
 
 
 def one_line(error: BaseException) -> str:

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input, before anything is measured.
     """
     args = get_flags(argv)
-    util.check_outputs(args.json)
+    output.check_outputs(args.json)
     if args.originals:
         ImageFolderDataset(args.originals, args.img_size)  # raises its errors before the work
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -163,7 +164,7 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     work += [(case, min(args.z_batch)) for case in tokens]
     work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
     rows = []
-    for (ours, theirs, options), batch, mode in util.progress(work, "quantizer"):
+    for (ours, theirs, options), batch, mode in output.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
         ours, positions = ours().to(DEVICE), (args.latent, args.latent)
         z = torch.randn(batch, ours.dim, *positions, device=DEVICE)
@@ -328,7 +329,7 @@ def loader(args: Namespace) -> dict[str, dict]:
         folder = ImageFolderDataset(originals, args.img_size)
         packed = PackedDataset(out, args.img_size)
         loaders = [("folder", folder, 1), ("packed", packed, 1), ("packed", packed, 4)]
-        repeats = util.progress(range(args.repeats), "turn")
+        repeats = output.progress(range(args.repeats), "turn")
         speeds = [[images_per_second(*loader[1:]) for loader in loaders] for _ in repeats]
     speeds, rows = list(zip(*speeds, strict=True)), []
     for (name, _, workers), speed in zip(loaders, speeds, strict=True):
@@ -348,7 +349,7 @@ def make_originals(args: Namespace, folder: Path) -> None:
             (folder / f"{i:06d}{path.suffix}").symlink_to(path)
     else:
         images = SyntheticDataset(500, seed=0, length=args.loader_images)
-        for i, image in enumerate(util.progress(images, "image")):
+        for i, image in enumerate(output.progress(images, "image")):
             pixels = image[:, :375].permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from evaluation import prepare
@@ -64,7 +65,7 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
             cells.append((f"{name}\n|error| x {amplify:g}", error, blank))
 
     size = (LABEL + CELL * len(originals), (CELL + 0.2) * len(cells))
-    figure = util.load_figure()(figsize=size, dpi=DPI, layout="compressed")
+    figure = output.load_figure()(figsize=size, dpi=DPI, layout="compressed")
     grid = figure.subplots(len(cells), len(originals), squeeze=False)
     for row, (label, images, captions) in zip(grid, cells, strict=True):
         label = "\n".join(textwrap.fill(line, CHARACTERS) for line in label.split("\n"))
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     add("--amplify", type=number(float, 0), default=4.0, help=help_text)
     add_evaluation_flags(parser, "--val-data-path", "--img-size")
     flags = parser.parse_args(argv)
-    out = util.check_picture(flags.out)
+    out = output.check_picture(flags.out)
 
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, lpips_net="none")
     chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import LOAD_HELP, Parser, number
 from checkpoint import save_checkpoint
@@ -98,7 +99,7 @@ def prepare(
     codec = Codec(flags.load, util.setup_processes())
     for out in paths:
         existing(codec, out, flags)  # refuse files of another model before anything is written
-    return codec, util.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
+    return codec, output.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
 
 
 def read_coded(codec: Codec, path: Path) -> bytes:
@@ -199,7 +200,7 @@ def encode(flags: Namespace) -> dict:
             make_folder(out.parent)
             write_whole(out, lambda file, data=data: file.write(data))
         say(
-            f"{util.printable(below)}  {row['width']}x{row['height']}  {len(data):,} bytes  "
+            f"{output.printable(below)}  {row['width']}x{row['height']}  {len(data):,} bytes  "
             f"{row['bpp']:.4f} bpp (payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB"
             f"{saving(row, flags)}{'  kept' if old else ''}"
         )
@@ -260,7 +261,7 @@ def decode(flags: Namespace) -> dict:
         png = Image.fromarray(image[..., 0] if grey else image)
         write_whole(out, lambda file, png=png: png.save(file, "PNG"))
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}
-        say(f"{util.printable(below)}  {row['width']}x{row['height']}  {util.printable(out)}")
+        say(f"{output.printable(below)}  {row['width']}x{row['height']}  {output.printable(out)}")
         rows.append({**row, "bytes": len(data), "output": str(out)})
     return {"files": rows, "seconds": codec.seconds}
 
@@ -271,7 +272,7 @@ def fit(flags: Namespace) -> dict:
     check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
     counts, skipped = codec.counts(), {}
-    for image, _ in readable(util.progress(files, "image"), flags.skip_corrupt, skipped):
+    for image, _ in readable(output.progress(files, "image"), flags.skip_corrupt, skipped):
         counts.add(codec.encode_indices(image)[0])
     make_folder(out.parent)
     save_checkpoint(out, codec.fit(counts))
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Run a command, and return what `--json` writes; ValueError for bad input."""
     flags = get_parser().parse_args(argv)
     util.refuse_torchrun()
-    util.check_outputs(flags.json)
+    output.check_outputs(flags.json)
     result = flags.run(flags)
     if flags.json:
         write_json(Path(flags.json), result)

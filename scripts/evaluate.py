@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from evaluation import prepare
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--fid", action="store_true", help=text)
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
-    util.check_outputs(flags.json)
+    output.check_outputs(flags.json)
 
     loading = flags.batch_size, flags.num_workers
     setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)

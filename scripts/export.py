@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import (
     DEFAULTS_OF_MODEL,
@@ -71,7 +72,7 @@ def model_card(
         '```python\nfrom model import load_model\n\nmodel, args, _ = load_model("FOLDER")\n'
         "indices = model.encode(images)  # float images (B, 3, H, W) in [0, 1]\n"
         "images = model.decode(indices).clamp(0, 1)\n```",
-        util.markdown_table(("", "value"), rows),
+        output.markdown_table(("", "value"), rows),
         "## Results",
     ]
     if results is None:

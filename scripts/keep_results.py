@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import Parser, args_of
 from files import write_json
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     for file, run in zip(files, kept.values(), strict=True):
         write_json(file, portable(run))
-        print(util.printable(str(file)))
+        print(output.printable(str(file)))
     return files
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import Parser
 from files import write_whole
@@ -65,7 +66,7 @@ def draw(curves: dict[str, dict[str, list]]):
     """The picture, a matplotlib Figure: a panel for each title, a colour for each run."""
     labels = list(dict.fromkeys(label for lines in curves.values() for label in lines))
     size = (SIZE[0] * len(curves), SIZE[1] + 0.2 * len(labels))
-    figure = util.load_figure()(figsize=size, layout="constrained")
+    figure = output.load_figure()(figsize=size, layout="constrained")
     handles = {}
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     text = "what is drawn, in this order; default: all"
     parser.add_argument("--panels", nargs="+", choices=tuple(PANELS), help=text)
     flags = parser.parse_args(argv)
-    out = util.check_picture(flags.out)
+    out = output.check_picture(flags.out)
     curves = read_curves(flags.runs, list(dict.fromkeys(flags.panels or PANELS)))
     figure = draw(curves)
     write_whole(out, lambda file: figure.savefig(file, dpi=150, format="png"))

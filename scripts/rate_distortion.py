@@ -23,6 +23,7 @@ from PIL import features
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import LOAD_HELP, LPIPS_NETS, Parser, add_evaluation_flags, number
 from codec import bitstream
@@ -175,7 +176,7 @@ def format_results(result: dict) -> str:
             every = cell(row.get("every_image", {}), "psnr")
             lines.append([name, *(cell(row, key) for key in FORMS), every])
         title = f"## {rate['bpp']:.3f} bpp without headers, {rate['file_bpp']:.3f} as files"
-        parts += [title, util.markdown_table(heading, lines)]
+        parts += [title, output.markdown_table(heading, lines)]
     parts += [f"{name}: {problem}" for name, problem in result["unavailable"].items()]
     return "\n\n".join(parts)
 
@@ -199,7 +200,7 @@ def draw(result: dict, path: Path) -> None:
     titles["lpips"] = f"LPIPS-{result['lpips_net']}, lower is better"
     measured = [row for _, rows, _, _ in lines for row in rows]
     titles = {k: v for k, v in titles.items() if any(row[k] is not None for row in measured)}
-    figure = util.load_figure()(figsize=(6 * len(titles), 6), layout="constrained")
+    figure = output.load_figure()(figsize=(6 * len(titles), 6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         seen = []
         for label, rows, style, files in lines:
@@ -258,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add_evaluation_flags(parser, "--json")
     add("--figure", metavar="PNG", help="draw the curves there (matplotlib)")
     flags = parser.parse_args(argv)
-    util.check_outputs(flags.json, flags.figure)
+    output.check_outputs(flags.json, flags.figure)
     if flags.figure:
-        util.load_figure()
+        output.load_figure()
     device = util.setup_processes()
     util.set_float32_precision("ieee")
     util.refuse_torchrun()
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     baselines = [baseline for baseline in BASELINES if problems[baseline.name] is None]
     perceptual = lpips_network(flags.lpips_net, device, needed=False)
     measured, pixels = [], []
-    for path in util.progress(files, "image"):
+    for path in output.progress(files, "image"):
         image = read_image(path)
         image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
         pixels.append(image.shape[0] * image.shape[1])

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
 from files import write_whole
@@ -119,7 +120,7 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     tables: dict[str, tuple[dict, dict[str, Row]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         row = make_row(run["name"], args_of(run))
-        row.name = util.printable(row.args.name or by_kind.get(row.kind, row.name))
+        row.name = output.printable(row.args.name or by_kind.get(row.kind, row.name))
         common = setting(run, row.args)
         rows = tables.setdefault(json.dumps(common), (common, {}))[1]
         row = rows.setdefault(json.dumps([row.name, row.flags]), row)
@@ -287,7 +288,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     header = ["configuration", "seeds", "bits", "f", "bpp", "parameters", "PSNR dB (peak 1)"]
     parts = [
         *describe(common, others),
-        util.markdown_table([*header, "SSIM", "L1 [0,1]", lpips], table),
+        output.markdown_table([*header, "SSIM", "L1 [0,1]", lpips], table),
         note,
         "In the paper's units, beside its figures (ImageNet's 1.28 M images, 50 epochs, one seed, "
         "LPIPS-vgg):",
@@ -301,12 +302,12 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
         theirs = [f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in figures] if figures else "–––"
         ours = [show([run["paper"] for run in runs], metric) for metric in PAPER_METRICS]
         table.append([label, *(cell for pair in zip(ours, theirs, strict=True) for cell in pair)])
-    parts.append(util.markdown_table(header, table))
+    parts.append(output.markdown_table(header, table))
 
     if table := improvements(rows):
         header = ["improvement (above 0 is better)", "of", "ours", "ours, the paper's units"]
         header += ["the paper's", "seeds better"]
-        parts += ["Paired by seed:", util.markdown_table(header, table)]
+        parts += ["Paired by seed:", output.markdown_table(header, table)]
     parts += ["Where the rows come from (`--seed` and `--save` left out):"]
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
@@ -331,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     found, faults = read_results(flags.runs)
     results = [run for run in found if _has_flags(run, faults)]
     for fault in faults if results else faults[:-1]:
-        print(f"report.py: warning: {util.printable(fault)}", file=sys.stderr)
+        print(f"report.py: warning: {output.printable(fault)}", file=sys.stderr)
     if not results:
         raise ValueError(faults[-1])
     tables = make_tables(results)

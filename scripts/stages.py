@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from evaluation import evaluate_stages, prepare
@@ -44,7 +45,7 @@ def format_stages(rows: Sequence[dict]) -> str:
     for row in rows:
         cells = [(row[name], decimals) for name, (_, decimals) in COLUMNS.items()]
         table.append(["-" if x is None else f"{x:.{decimals}f}" for x, decimals in cells])
-    return util.text_table(table)
+    return output.text_table(table)
 
 
 def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: str) -> None:
@@ -53,7 +54,7 @@ def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: st
     `panels`: title: (label of the x axis, its first value, the values of each checkpoint, of which
     those without values are left out).
     """
-    figure = util.load_figure()(figsize=(5 * len(panels), 4), layout="constrained")
+    figure = output.load_figure()(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         xlabel, first, lines = panel
         for label, y in zip(labels, lines, strict=True):
@@ -98,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
-    util.check_outputs(flags.json)
+    output.check_outputs(flags.json)
     if flags.figures:
-        util.load_figure()
+        output.load_figure()
         if Path(flags.figures).is_file():
             raise ValueError(f"--figures {flags.figures} is a file: give a folder")
 

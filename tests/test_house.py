@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Every room may import from the rooms that stand before it.
 FLOORS = (
-    {"scheduler", "synthetic", "files", "results", "quantizers", "networks", "similarity"},
+    {
+        "scheduler",
+        "synthetic",
+        "files",
+        "output",
+        "results",
+        "quantizers",
+        "networks",
+        "similarity",
+    },
     {"board", "checkpoint", "util"},
     {"packed", "meter", "tokens", "archive", "pretrained", "images"},
     {"dataset", "loaders"},
@@ -17,6 +26,7 @@ FLOORS = (
     {"loss", "fid"},
     {"model", "metric"},
     {"run", "evaluation", "codec"},
+    {"resume"},
     {"train"},
     {"timing"},
     {"scripts"},

@@ -1,0 +1,73 @@
+"""What scripts print and draw: tables, text that a terminal can show, figures, progress bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; the first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def check_outputs(*paths: str | None) -> None:
+    """Raise, before the work, for a file that could not be written after it; None is skipped.
+
+    Raises:
+        ValueError: the folder of the file does not exist, or the path is a folder.
+    """
+    for path in filter(None, paths):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+
+
+def check_picture(out: str) -> Path:
+    """The path of --out, after the checks that come before the work of drawing it.
+
+    Raises:
+        ValueError: it is no PNG or cannot be written, or matplotlib is not installed.
+    """
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path} is no PNG: give a name that ends in .png")
+    check_outputs(out)
+    load_figure()
+    return path
+
+
+def load_figure() -> type:
+    """matplotlib's Figure class: the object-oriented interface needs no display.
+
+    Raises:
+        ValueError: matplotlib, an optional extra, is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "figures need matplotlib: pip install '.[figures]', or leave them out"
+        ) from error
+    return Figure
+
+
+def progress(items: Sequence, unit: str) -> Iterable:
+    """`items` with a progress bar on standard error, if that is a terminal."""
+    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
+
+
+def printable(text: object) -> str:
+    """A text in one line that every terminal can show: what is not printable is escaped."""
+    characters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(characters)
