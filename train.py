@@ -83,6 +83,7 @@ class Training:
         self.args = args
         self.device = util.setup_processes()
         util.share_cores(args.num_workers)
+        util.set_float32_precision("ieee")  # also in bf16, where the quantizer stays in float32
         util.seed_everything(args.seed)
         self.stop = stack.enter_context(util.StopSignals())
         self.main_process = util.rank() == 0
@@ -150,7 +151,6 @@ class Training:
         gpu = device.type == "cuda"
         self.precision = args.precision or ("bf16" if gpu else "fp32")
         self.compiled = gpu if args.compile is None else args.compile
-        self._set_training_precision()
         self.model.to(device, memory_format=torch.channels_last)
         needed = args.perceptual_weight > 0
         self.perceptual = lpips_network(args.lpips_net, device, needed, side=args.img_size)
@@ -194,9 +194,6 @@ class Training:
             if not 1 <= resumed["threads"] <= MAX_THREADS:
                 raise ValueError(f"{resumed['threads']} threads")
             torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
-
-    def _set_training_precision(self) -> None:
-        util.set_float32_precision("tf32" if self.precision == "bf16" else "ieee")
 
     def announce(self) -> None:
         """Print what is about to be trained."""
@@ -292,7 +289,6 @@ class Training:
     def assess(self, step: int) -> dict:
         """Evaluate, draw the samples and mark the best checkpoint. A collective."""
         with self.meter.paused():
-            util.set_float32_precision("ieee")
             try:
                 result = evaluate(
                     self.model,
@@ -308,7 +304,6 @@ class Training:
             except NotFinite:
                 util.on_main(lambda: self.run.discard(step))
                 raise
-            self._set_training_precision()
             improved, self.best = result["psnr"] > self.best, max(result["psnr"], self.best)
             if self.main_process:
                 if improved:

@@ -106,7 +106,7 @@ class GeometricRFSQ(ResidualFSQ):
         with torch.no_grad():
             for k in range(self.stages):
                 # Cell 0 to L-1 of the L cells of [-1, 1]; 1 itself belongs to the last.
-                digit = ((residual * levels**k + 1) * (levels / 2)).floor_()
+                digit = ((residual * _power(levels, k) + 1) * (levels / 2)).floor_()
                 rounded = digit.clamp_(min=0).minimum(levels - 1).sub_(half_levels)
                 codes = self._denormalise(rounded, k)
                 residual = residual - codes
@@ -133,7 +133,7 @@ class GeometricRFSQ(ResidualFSQ):
         """
         self._check_input(z)
         before = 0 if quantized is None else self._bound(quantized)
-        return (self._bound(z.float()) - before) * self._levels_and_slope(z)[0] ** stage
+        return (self._bound(z.float()) - before) * _power(self._levels_and_slope(z)[0], stage)
 
     def _levels_and_slope(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """L and s of each channel, to broadcast against `like` (B, dim, *positions)."""
@@ -144,7 +144,7 @@ class GeometricRFSQ(ResidualFSQ):
         """The middle, in y, of the cell of a stage, given the integers digit - floor(L/2)."""
         levels, _ = self._levels_and_slope(rounded)
         digit = rounded + self.fsq.grid(rounded).half_levels
-        return ((2 * digit + 1) / levels - 1) / levels**stage
+        return ((2 * digit + 1) / levels - 1) / _power(levels, stage)
 
     def _bound(self, z: Tensor) -> Tensor:
         """y = u/sqrt(1 + u^2), u = s (z - mean)/std."""
@@ -160,3 +160,11 @@ class GeometricRFSQ(ResidualFSQ):
         u = y / ((1 - y) * (1 + y)).sqrt()
         _, slope = self._levels_and_slope(y)
         return u * (running_std(var) / slope) + mean
+
+
+def _power(levels: Tensor, exponent: int) -> Tensor:
+    """levels^exponent by products, which are exact; `pow` is not, on every device."""
+    power = torch.ones_like(levels)
+    for _ in range(exponent):
+        power = power * levels
+    return power

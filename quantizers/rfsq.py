@@ -288,6 +288,7 @@ def image_statistics(residual: Tensor) -> tuple[Tensor, Tensor]:
     # gradient at zero is infinite.
     var = (flat - mean.detach()[..., None]).square().mean(2)
     std = var.clamp(min=LEAST_STD**2).sqrt()
-    rounded = (straight_through(x, x.half().float()) for x in (mean, std))
+    most = torch.finfo(torch.float16).max  # more would be infinite
+    rounded = (straight_through(x, x.clamp(-most, most).half().float()) for x in (mean, std))
     mean, std = (per_channel(x, residual) for x in rounded)
     return mean, std

@@ -281,7 +281,7 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
         if compiled:
             step.compile(fullgraph=True)
         adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=True)
-        return partial(update, step, adam, images, "tf32" if bf16 else "ieee")
+        return partial(update, step, adam, images, "ieee")
 
     def plain(precision: str) -> partial:
         step = PlainStep(copy.deepcopy(start.model), copy.deepcopy(criterion), bf16=False)

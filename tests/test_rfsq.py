@@ -131,6 +131,15 @@ def test_layernorm_in_training_normalises_by_the_first_batch(stages):
     check_against(rfsq, z, [by_moments(stage) for stage in range(stages)])
 
 
+@pytest.mark.parametrize("offset, spread", [(0.0, 1e6), (1e6, 1.0), (-1e6, 1e6)])
+def test_image_statistics_beyond_half_precision_are_its_greatest_numbers(offset, spread):
+    rfsq = RFSQ(2, "layernorm", statistics="image").eval()
+    z = offset + spread * torch.randn(3, 4, 6, 5)
+    quantized, indices, _, statistics = rfsq(z)
+    assert statistics.isfinite().all() and quantized.isfinite().all()
+    assert torch.equal(rfsq.indices_to_codes(indices, statistics), quantized)
+
+
 def test_image_statistics_are_each_images_mean_and_std():
     rfsq = RFSQ(2, "layernorm", statistics="image").eval()
     z = torch.randn(3, 4, 6, 5) * torch.tensor([0.5, 1, 3]).view(3, 1, 1, 1) + 2
