@@ -11,6 +11,7 @@ from .base import traced
 from .counting import Lengths, compiled_form, inverse, opaque
 
 SEARCHED = 4  # classes for each vector
+FINER = 0.35  # octaves by which the best step is below that of the scale, on average
 HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
 FILLS = 6  # steps in which a rest of the budget is spent
 OVERHEAD = 32  # of such a step, as if it were that much longer
@@ -32,7 +33,8 @@ def log_scale(vectors: Tensor, std: Tensor, level: Tensor) -> Tensor:
 
 def suited(vectors: Tensor, std: Tensor, level: Tensor, steps: Tensor) -> Tensor:
     """The classes (at most SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
-    octaves = log_scale(vectors, std, level) - (steps / level).float().log2()[:, None]
+    best = log_scale(vectors, std, level) - FINER
+    octaves = best - (steps / level).float().log2()[:, None]
     return octaves.abs().topk(min(SEARCHED, len(steps)), 0, largest=False).indices
 
 
