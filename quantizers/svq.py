@@ -261,9 +261,8 @@ class SVQ(Quantizer):
         # The middles of equal parts.
         low, high = SPAN
         half = (high - low) / (2 * self.classes)
-        place = torch.linspace(low + half, high - half, self.classes, dtype=torch.float64).to(
-            std.device
-        )
+        options = dict(device=std.device, dtype=torch.float64)
+        place = torch.linspace(low + half, high - half, self.classes, **options)
         mean, var = self.log_scale.double()
         steps = (level * (mean + var.sqrt() * place).exp2()).float()
         self.steps.copy_((steps.view(torch.int32) & ~0xFFF).view(torch.float32))
