@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import random
@@ -14,7 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from files import write_json, write_whole
+from files import is_of_the_disk, reason_of, write_json, write_whole
 
 CHECKPOINT_FORMAT = 1
 EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
@@ -132,10 +131,9 @@ def _read_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(state)
     except Exception as error:  # unpickling garbage can raise nearly anything
-        # Of the disk; EINVAL is a seek to where a damaged file says that something is.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if is_of_the_disk(error):
             raise ValueError(
-                f"{path} cannot be read ({error.strerror}): try again, or move it away to go on "
+                f"{path} cannot be read ({reason_of(error)}): try again, or move it away to go on "
                 "without it"
             ) from error
         raise Damaged(wrong) from error

@@ -66,6 +66,20 @@ def is_of_a_file(error: OSError) -> bool:
     return error.filename is not None or error.errno in full
 
 
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether an error in reading is of the disk, or a lack of memory, and not of what is read.
+
+    EINVAL is a seek to where a damaged file says that something is.
+    """
+    number = getattr(error, "errno", None)
+    return isinstance(error, MemoryError) or number not in (None, errno.EINVAL)
+
+
+def reason_of(error: Exception) -> str:
+    """What the operating system says of an error that `is_of_the_disk`."""
+    return getattr(error, "strerror", None) or "out of memory"
+
+
 def unwritable(path: str | Path, error: OSError) -> str:
     """What to say, and to do, about an error in writing `path`."""
     return (

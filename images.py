@@ -15,17 +15,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from files import is_of_the_disk, reason_of
 from output import printable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
-
-
-# Errors of the operating system that say what a file is; all others are of the disk or of memory.
-# EINVAL is a seek to where a damaged file says that something is.
-OF_THE_FILE = (None, errno.EINVAL, errno.ENOENT, errno.ELOOP)
 
 
 class UnreadableImage(ValueError):
@@ -81,8 +77,9 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
                     ImageOps.exif_transpose(file, in_place=True)
                 return _to_rgb(file)
     except Exception as error:  # on a damaged file, Pillow's decoders raise almost anything
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in OF_THE_FILE:
-            reason = getattr(error, "strerror", None) or "out of memory"
+        nowhere = getattr(error, "errno", None) in (errno.ENOENT, errno.ELOOP)  # as some links
+        if is_of_the_disk(error) and not nowhere:
+            reason = reason_of(error)
             raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(

@@ -583,7 +583,7 @@ def set_format(path: Path, number: int) -> None:
     torch.save({**torch.load(path, weights_only=True), "format": number}, path)
 
 
-@pytest.mark.parametrize("problem", ["all damaged", "newer format", "disk", "memory"])
+@pytest.mark.parametrize("problem", ["all damaged", "newer format", "disk", "memory", "no memory"])
 def test_nothing_is_deleted_where_no_checkpoint_may_be_taken(tmp_path, monkeypatch, problem):
     folder = tmp_path / "run"
     run(folder)
@@ -598,14 +598,15 @@ def test_nothing_is_deleted_where_no_checkpoint_may_be_taken(tmp_path, monkeypat
         "newer format": r"step_0000014\.pt has checkpoint format 2",
         "disk": r"step_0000014\.pt cannot be read \(Input/output error\)",
         "memory": r"step_0000014\.pt cannot be read \(Cannot allocate memory\)",
+        "no memory": r"step_0000014\.pt cannot be read \(out of memory\)",
     }
     number = {"disk": errno.EIO, "memory": errno.ENOMEM}.get(problem)
 
     def refuse(*_, **__):
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number)) if number else MemoryError
 
     with monkeypatch.context() as patched:
-        if number:
+        if number or problem == "no memory":
             patched.setattr("zipfile.ZipFile", refuse)
         with pytest.raises(ValueError, match=reason[problem]):
             run(folder, "--resume=auto")
