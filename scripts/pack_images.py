@@ -62,14 +62,15 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dict:
+def begin(sources: Sequence[str], out: Path, size: int, count: int, listing: str) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
+    `listing` is the SHA-256 of the names of the `count` files.
+
     Raises:
-        ValueError: `out` holds other data, or a name holds a line break.
+        ValueError: `out` holds other data.
     """
     source = " ".join(sources[:3])  # for messages
-    listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     held = [name for name in (PACK_INDEX, PACK_UNFINISHED) if (out / name).is_file()]
     if held and packed.is_packed(out):
         index = read_pack(out, held[0])
@@ -82,14 +83,14 @@ def begin(sources: Sequence[str], out: Path, size: int, names: list[str]) -> dic
         if index["listing_sha256"] != listing:
             raise ValueError(
                 f"'{out}' is packed from {index['sources']:,} files, and '{source}' has "
-                f"{len(names):,} files of other names: {other}"
+                f"{count:,} files of other names: {other}"
             )
         return index
     strange = sorted(p.name for p in out.glob("[!.]*"))  # a killed process leaves hidden files
     if strange:
         raise ValueError(f"OUT '{out}' holds other files ('{strange[0]}'): give a new folder")
     full = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * size * size)))
-    return packed.new_index(size, full, len(names), listing)
+    return packed.new_index(size, full, count, listing)
 
 
 def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
@@ -133,20 +134,22 @@ def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> 
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
     names = images.names()
-    packed.as_lines(names)  # refuses names with line breaks before a folder is made
+    # Refuses names with line breaks, before a folder is made.
+    listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"another process is packing into '{out}': wait for it"):
-        return pack_held(images, sources, out, begin(sources, out, img_size, names), num_workers)
+        index = begin(sources, out, img_size, len(names), listing)
+        if not (out / PACK_INDEX).is_file():
+            complete(images, names, sources[0], out, index, num_workers)
+    return index
 
 
-def pack_held(
-    images: Images, sources: Sequence[str], out: Path, index: dict, num_workers: int
-) -> dict:
-    """`pack`, when `out` is held by this process and is known to be ours."""
-    if (out / PACK_INDEX).is_file():
-        return index
+def complete(
+    images: Images, names: list[str], source: str, out: Path, index: dict, num_workers: int
+) -> None:
+    """Pack what is missing of `out`, which this process holds, and bring `index` up to date."""
     remove_leftovers(out)  # of a run that was killed while writing
-    img_size, names = index["img_size"], images.names()
+    img_size = index["img_size"]
     done, total = index["sources_done"], index["sources"]
     need, free = (total - done) * 3 * img_size**2, shutil.disk_usage(out).free
     if need > free:
@@ -162,11 +165,10 @@ def pack_held(
     if not index["count"]:
         first = index["skipped"][0]
         raise ValueError(
-            f"none of the {total:,} files in '{sources[0]}' is an image, '{first['name']}' for "
+            f"none of the {total:,} files in '{source}' is an image, '{first['name']}' for "
             f"example: {first['reason']}; give a folder with images that can be read"
         )
     packed.finish(out, index, names)
-    return index
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
