@@ -57,8 +57,8 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
 
 def without_places(command: str) -> str:
     """A command of train.py without what is of no use on another machine."""
-    python, script, *flags = shlex.split(command)
-    words, kept = iter(flags), [python, Path(script).name]
+    every = shlex.split(command)
+    kept, words = [Path(word).name for word in every[:2]], iter(every[2:])  # python and the script
     for word in words:
         flag, joined, _ = word.partition("=")
         if flag not in (*PLACES, "--overwrite"):

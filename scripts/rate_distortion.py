@@ -262,9 +262,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     output.check_outputs(flags.json, flags.figure)
     if flags.figure:
         output.load_figure()
+    util.refuse_torchrun()
     device = util.setup_processes()
     util.set_float32_precision("ieee")
-    util.refuse_torchrun()
     files = some([path for path, _ in find([flags.images], IMAGE_SUFFIXES)], flags.limit)
     ours = [Ours(path, device) for path in flags.load]
     problems = {baseline.name: baseline.problem() for baseline in BASELINES}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_report import make_run
 
+from results import without_places
 from scripts import keep_results, report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,10 @@ def test_no_folder_of_the_machine_is_kept(tmp_path):
     assert "/home" not in file.read_text() and kept["args"]["train_data_path"] == "train"
     assert kept["environment"]["command"] == "python train.py --lr 0.1"
     assert kept["psnr"] == results["psnr"] and kept.keys() == results.keys()
+
+
+def test_a_command_that_nobody_has_kept_stays_as_it_is():
+    assert without_places("unknown") == "unknown"
 
 
 def test_names_in_any_language_stay_apart(tmp_path):
