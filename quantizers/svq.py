@@ -261,8 +261,8 @@ class SVQ(Quantizer):
         # The middles of equal parts.
         low, high = SPAN
         half = (high - low) / (2 * self.classes)
-        options = dict(device=std.device, dtype=torch.float64)
-        place = torch.linspace(low + half, high - half, self.classes, **options)
+        ends = (low + half, high - half)
+        place = torch.linspace(*ends, self.classes, device=std.device, dtype=torch.float64)
         mean, var = self.log_scale.double()
         steps = (level * (mean + var.sqrt() * place).exp2()).float()
         self.steps.copy_((steps.view(torch.int32) & ~0xFFF).view(torch.float32))
