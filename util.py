@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import io
@@ -230,6 +231,9 @@ class StopSignals:
     def defer(self) -> None:
         """From now on, note signals instead of raising `Interrupted`."""
         self.deferred.fill_(True)
+        # `__exit__` may be cut short: where a loading process has died, PyTorch raises an error
+        # from a signal handler, anywhere. The others would then ignore the signal that ends them.
+        atexit.register(self.deferred.fill_, False)
 
     def agreed(self, step: int) -> bool:
         """Whether to stop after `step`. A collective: several processes agree every 16 steps."""

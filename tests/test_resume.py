@@ -804,6 +804,20 @@ def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path):
     assert "train.py: error: a loading process died" in out and "Traceback" not in out, out
 
 
+def test_loading_processes_end_where_the_end_of_the_run_is_cut_short(tmp_path):
+    """By the error that PyTorch raises from a signal handler, for a loading process that died."""
+    flags = [*SMALL, *DATA, "--train-iters=2", "--num-workers=1", "--lpips-net=none"]
+    code = (
+        "import sys, train, util\n"
+        "def cut_short(self, *_): raise RuntimeError('DataLoader worker (pid 1) is killed')\n"
+        "util.StopSignals.__exit__ = cut_short\n"
+        "util.run_script(lambda: train.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *flags, f"--save={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 1 and "error: a loading process died" in done.stderr
+
+
 @pytest.mark.parametrize("error", ["EOFError()", "OSError('half a message')", "RuntimeError('0')"])
 @pytest.mark.parametrize("file", ["dataloader.py", "elsewhere.py"])
 def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, capsys):
