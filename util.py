@@ -256,12 +256,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _explain_dead_worker(kind, error, trace) -> None:
-    # PyTorch raises a RuntimeError from a signal handler: anywhere, also in here, but for the next
-    # lines. Before that, receiving from the loading process may fail, with any error.
-    try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    except RuntimeError:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Before PyTorch's own error, receiving from the loading process may fail, with any error.
     dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     files = [Path(frame.filename) for frame in traceback.extract_tb(trace)]
     dead |= any(file.name == "dataloader.py" for file in files) and any(
@@ -296,7 +291,16 @@ def run_script(main: Callable) -> None:
         if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            # PyTorch raises an error of a dead loading process from a signal handler, anywhere: in
+            # these lines at the latest, and not where errors are explained.
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            except RuntimeError:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                raise
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(128 + signal.SIGPIPE)

@@ -818,6 +818,22 @@ def test_loading_processes_end_where_the_end_of_the_run_is_cut_short(tmp_path):
     assert done.returncode == 1 and "error: a loading process died" in done.stderr
 
 
+def test_a_loading_process_that_dies_at_the_end_of_a_script_interrupts_no_explanation():
+    code = (
+        "import os, signal, util\n"
+        "dead = RuntimeError('DataLoader worker (pid 1) is killed')\n"
+        "def handler(*_): raise dead\n"  # as PyTorch's
+        "def main(): signal.signal(signal.SIGCHLD, handler); raise dead\n"
+        "explain = util._explain_dead_worker\n"
+        "def late(*error): os.kill(os.getpid(), signal.SIGCHLD); explain(*error)\n"
+        "util._explain_dead_worker = late\n"
+        "util.run_script(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "error: a loading process died" in done.stderr
+
+
 @pytest.mark.parametrize("error", ["EOFError()", "OSError('half a message')", "RuntimeError('0')"])
 @pytest.mark.parametrize("file", ["dataloader.py", "elsewhere.py"])
 def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, capsys):
