@@ -11,8 +11,8 @@ from .base import traced
 from .counting import Lengths, compiled_form, inverse, opaque
 
 SEARCHED = 4  # classes for each vector
-FINER = 0.35  # octaves by which the best step is below that of the scale, on average
-HALVINGS, BRACKET = 2, (-7.0, 3.0)  # of log2 of the Lagrange multiplier
+FINER = 0.2  # octaves by which the best step is below that of the scale, on average
+HALVINGS, BRACKET = 2, (-6.5, 2.5)  # of log2 of the Lagrange multiplier
 FILLS = 6  # steps in which a rest of the budget is spent
 OVERHEAD = 32  # of such a step, as if it were that much longer
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
