@@ -134,7 +134,10 @@ class VectorQuantizeEMA(Quantizer):
     @torch.no_grad()
     def _nearest(self, stage: int, tokens: Tensor) -> Tensor:
         """Index (N,) of the code nearest to each of `tokens` (N, dim), chunk by chunk."""
-        codebook = self.codebook[stage]
+        # About the mean of the codes, because far from zero |c|^2 - 2 c t would cancel what tells
+        # them apart.
+        centre = self.codebook[stage].mean(0)
+        codebook, tokens = self.codebook[stage] - centre, tokens - centre
         norms = codebook.square().sum(1)
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
         # An exported program with a loop over chunks would have a fixed number of tokens.

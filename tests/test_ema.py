@@ -161,6 +161,16 @@ def test_nearest_code_is_the_nearest():
     assert torch.equal(vq(z)[1].flatten(), wanted)
 
 
+def test_the_nearest_code_far_from_zero():
+    torch.manual_seed(0)
+    vq = VectorQuantizeEMA(256, dim=8).eval()
+    vq.codebook.add_(10_000)
+    z = 10_000 + torch.randn(1, 8, 500)
+    exact = torch.cdist(z[0].t().double(), vq.codebook[0].double())
+    index = vq(z)[1]
+    assert torch.equal(exact.gather(1, index[0][:, None]), exact.amin(1, keepdim=True))
+
+
 @pytest.mark.parametrize("chunk", [1, 640, 10_000])
 def test_chunks_do_not_change_the_result(monkeypatch, chunk):
     vq = VectorQuantizeEMA(64, 4, stages=2).eval()
