@@ -1,4 +1,4 @@
-"""What a run is resumed from: the checkpoint, and whether it is of the same run."""
+"""Resuming: the checkpoint, whether it is of the same run, and its state put back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
+import util
 from arguments import args_of, may_change_flags, unread_flags
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, restore_random_states
 from quantizers import Quantizer
 from run import RunFolder
 
@@ -19,6 +21,8 @@ TRAINING_STATE = {  # what `train.py` adds to weights and flags
     **dict.fromkeys(("interval_sums", "skipped"), torch.Tensor),
     **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
 }
+
+MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
 
 def find_resumed(
@@ -92,3 +96,36 @@ def find_resumed(
             "give the same images, or --allow-other-images to resume it with these"
         )
     return {**saved, "path": str(path), "run": str(folder), "checkpoints": checkpoints}
+
+
+def restore(
+    resumed: dict, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> None:
+    """Put back weights, moments of the optimizer and random states of a checkpoint.
+
+    Raises:
+        ValueError: they are those of another model, or damaged.
+    """
+    try:
+        model.load_state_dict(resumed["model"])
+        moments = resumed["optimizer"]["state"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):
+            own = moments.get(number, {})  # empty before the first step
+            shapes = {name: value.shape for name, value in own.items()}
+            like = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
+            if own and shapes != like:
+                raise ValueError(f"moments of parameter {number} do not fit")
+        # The hyperparameters are those of the flags, which are the same.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        restore_random_states(resumed["random"])
+        if device.type == "cpu":
+            if not 1 <= resumed["threads"] <= MAX_THREADS:
+                raise ValueError(f"{resumed['threads']} threads")
+            torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{resumed['path']} holds the training state of another model, or is damaged "
+            f"({util.one_line(error)}): use an older checkpoint"
+        ) from error

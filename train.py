@@ -23,18 +23,16 @@ from tqdm import tqdm
 
 import util
 from arguments import get_args
-from checkpoint import NotFinite, random_states, restore_random_states
+from checkpoint import NotFinite, random_states
 from dataset import build_dataset, skipped_images
 from loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
-from resume import find_resumed
+from resume import find_resumed, restore
 from run import RunFolder
 from scheduler import learning_rate
-
-MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
 
 class TrainingStep(nn.Module):
@@ -162,38 +160,13 @@ class Training:
             self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
         if resumed:
-            try:
-                self._restore(resumed)
-            except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"{resumed['path']} holds the training state of another model, or is damaged "
-                    f"({util.one_line(error)}): use an older checkpoint"
-                ) from error
+            restore(resumed, self.model, self.optimizer, device)
         self.step: nn.Module = TrainingStep(self.model, criterion, bf16=self.precision == "bf16")
         if self.compiled:
             self.step.compile(fullgraph=True)
         if util.world_size() > 1:
             # The quantizers keep their own statistics equal in all processes.
             self.step = DistributedDataParallel(self.step, broadcast_buffers=False)
-
-    def _restore(self, resumed: dict) -> None:
-        """Put back weights, moments of the optimizer and random states of a checkpoint."""
-        self.model.load_state_dict(resumed["model"])
-        moments = resumed["optimizer"]["state"]
-        for number, parameter in enumerate(self.parameters):
-            own = moments.get(number, {})  # empty before the first step
-            shapes = {name: value.shape for name, value in own.items()}
-            like = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
-            if own and shapes != like:
-                raise ValueError(f"moments of parameter {number} do not fit")
-        # The hyperparameters are those of the flags, which are the same.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        restore_random_states(resumed["random"])
-        if self.device.type == "cpu":
-            if not 1 <= resumed["threads"] <= MAX_THREADS:
-                raise ValueError(f"{resumed['threads']} threads")
-            torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
 
     def announce(self) -> None:
         """Print what is about to be trained."""
