@@ -41,6 +41,7 @@ FORMS = {"bytes": ".0f", "bpp": ".3f", "file_bpp": ".3f"}
 FORMS |= {"psnr": ".2f", "ssim": ".4f", "lpips": ".4f"}
 STYLES = {  # colours of Okabe and Ito; the files are drawn for the solid lines alone
     "JPEG 4:4:4": ("#e69f00", "-"),
+    "JPEG 4:4:4, progressive": ("#e69f00", "-."),
     "JPEG 4:2:0": ("#e69f00", "--"),
     "WebP": ("#56b4e9", "-"),
     "AVIF 4:4:4": ("#009e73", "-"),
