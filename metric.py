@@ -79,6 +79,8 @@ class ImageMetrics:
             values += [self.perceptual(images, reconstruction, True) if self.perceptual else none]
         self.sums[:-1] += torch.stack([value.double() for value in values]).sum(dim=1).cpu()
         self.sums[-1] += len(images)
+        if not reconstruction.isfinite().all():  # clamped, an infinite pixel has a finite error
+            self.sums[:-1] = math.nan
 
     def compute(self) -> dict:
         """Means over the images of all processes (a collective: every process calls it).

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import metric
 import util
+from checkpoint import NotFinite
 from fid import FrechetDistance
 from images import IMAGENET_STD
 from loss import Perceptual
@@ -182,6 +183,15 @@ def test_partial_batch_weighs_its_images():
     metrics.update(flat(0.5, 0.5), flat(0.6, 0.6))
     metrics.update(flat(0.5), flat(0.9))
     assert metrics.compute()["l1"] == pytest.approx(0.2, rel=1e-5)  # the mean of means is 0.25
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reconstruction_that_is_not_finite_has_no_metrics(value):
+    metrics = ImageMetrics(None, paper=False)
+    metrics.update(flat(0.5), flat(0.5))
+    metrics.update(flat(1.0), flat(value))
+    with pytest.raises(NotFinite):
+        metrics.compute()
 
 
 def test_bad_images_are_refused(squeeze):
