@@ -294,17 +294,24 @@ class Codec:
         if not model.quantizer.stage_axis:
             indices = indices[..., 0]
         shape = indices.shape[:2]
-        codes = torch.empty(1, model.quantizer.dim, *shape, device=self.device)
-        for core, _, _ in tiles(shape, self.tile, 0):
-            tokens = torch.from_numpy(indices[core].copy()).to(self.device)[None]
-            codes[(..., *core)] = model.quantizer.indices_to_codes(tokens, *side)
         image = np.empty((shape[0] * f, shape[1] * f, 3), np.uint8)
         for core, outer, inner in tiles(shape, self.tile, reach(model.decoder)):
-            pixels = model.to_images(codes[(..., *outer)])[0].clamp(0, 1).mul(255).round()
+            codes = self._codes(indices, outer, side)
+            pixels = model.to_images(codes)[0].clamp(0, 1).mul(255).round()
             pixels = pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             image[in_pixels(core, f)] = pixels[in_pixels(inner, f)]
         self.seconds["network"] += time.perf_counter() - start
         return image[: size[0], : size[1]]
+
+    def _codes(self, indices: np.ndarray, window: tuple[slice, slice], side: tuple) -> torch.Tensor:
+        """The codes (1, dim, h, w) of a window of the positions: those of a whole image are many."""
+        (rows, columns), quantizer = window, self.model.quantizer
+        # Positions that share a vector are decoded together.
+        first = columns.start // quantizer.group * quantizer.group
+        part = indices[rows, first : _up_to(columns.stop, quantizer.group)]
+        tokens = torch.from_numpy(part.copy()).to(self.device)[None]
+        codes = quantizer.indices_to_codes(tokens, *side)
+        return codes[..., columns.start - first : columns.stop - first]
 
 
 def _up_to(size: int, multiple: int) -> int:

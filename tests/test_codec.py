@@ -187,6 +187,18 @@ def test_tiles_have_no_seam(name, folder):
     assert np.abs(one.astype(int) - many).max() <= 1 and (one != many).mean() < 0.001
 
 
+@pytest.mark.parametrize("name", ["two", "pairs"])
+def test_decoding_looks_up_the_codes_of_a_tile_alone(name, folder, monkeypatch):
+    codec = Codec(folder / f"{name}.pt", tile=32)
+    quantizer, sizes = codec.model.quantizer, []
+    decode = quantizer.indices_to_codes
+    kept = lambda x, *side: sizes.append(max(x.shape[1:3])) or decode(x, *side)  # noqa: E731
+    monkeypatch.setattr(quantizer, "indices_to_codes", kept)
+    codec.decode(codec.encode(picture(130, 190)))
+    most = 32 // codec.model.f + 2 * reach(codec.model.decoder) + 2 * (quantizer.group - 1)
+    assert len(sizes) > 20 and max(sizes) <= most
+
+
 @pytest.mark.parametrize("name", ["two", "f8"])
 def test_the_margin_exceeds_the_reach(name, folder):
     """A pixel, or a code, that lies beyond the margin changes nothing."""
