@@ -49,8 +49,9 @@ def settings_of(model: VQVAE, saved: dict, images: Dataset, size: int, flags: Na
         ValueError: the image size does not fit the model.
     """
     quantizer, side = model.quantizer, size // model.f
-    if size % model.f:
-        raise ValueError(f"--img-size {size} is no multiple of the model's f = {model.f}")
+    multiple = model.f * quantizer.group
+    if size % multiple:
+        raise ValueError(f"--img-size {size} is no multiple of {multiple}, as this model needs")
     shape = [side, side, *([quantizer.stages] if quantizer.stage_axis else [])]
     dtype = tokens.smallest_unsigned(max(quantizer.codebook_sizes) - 1)
     arrays = {"tokens": {"dtype": dtype.name, "shape": shape}}

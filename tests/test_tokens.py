@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_and_code_2(images, checkpoints, made, tmp_path, c
         (tmp_path / "nowhere", "fsq", new, [], "does not exist"),
         (tmp_path / "lines", "fsq", new, [], "holds a line break"),
         (images, "none", new, [], "none.pt does not exist"),
-        (images, "fsq", new, ["--img-size=18"], "no multiple of the model's f = 4"),
+        (images, "fsq", new, ["--img-size=18"], "no multiple of 4, as this model needs"),
         (images, "fsq", made, ["--flip"], "tokens of another fingerprint"),
         (images, "layernorm", made, [], "tokens of another arrays"),
         (images, "layernorm", made, ["--flip", "--img-size=32"], "another image size (16, not 32)"),
