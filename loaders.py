@@ -100,7 +100,8 @@ def _start_worker(deferred: torch.Tensor, worker: int) -> None:
             os._exit(0)  # PyTorch would report a worker that is killed as an error
 
     for number in StopSignals.SIGNALS:
-        signal.signal(number, exit_unless_deferred)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, exit_unless_deferred)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
 
 

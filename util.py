@@ -14,6 +14,7 @@ import resource
 import select
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -200,7 +201,10 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Within `with`, SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (a scheduler's warning) stop the run.
+    """Within `with`, some signals stop the run.
+
+    They are SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is closed; ignored under `nohup`) and
+    SIGUSR1 (a scheduler's warning).
 
     Until `defer` is called, a signal raises `Interrupted` at once. Afterwards it is only noted in
     `received`, so that the run can finish its step and save.
@@ -211,7 +215,7 @@ class StopSignals:
             because the step that is being finished needs them.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -220,7 +224,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            for number in self.SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -243,8 +249,20 @@ class StopSignals:
 
     def _note(self, number: int, _) -> None:
         self.received = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if not self.deferred:
             raise Interrupted(f"stopped by {self.received} before the first step: nothing to save")
+
+
+def _leave_terminal() -> None:
+    """Let output to a terminal go nowhere: to one that is closed, it would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # a stream that is closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def one_line(error: BaseException) -> str:
