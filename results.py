@@ -79,6 +79,9 @@ def portable(run: dict) -> dict:
         key = flag.removeprefix("--").replace("-", "_")
         if args.get(key):
             args[key] = Path(args[key]).name
-    command = without_places(run["environment"]["command"])
+    parts = [run["environment"], *run.get("segments", [])]
+    environment, *segments = [{**p, "command": without_places(p["command"])} for p in parts]
     kept = {key: value for key, value in run.items() if key != "path"}
-    return {**kept, **data, "args": args, "environment": {**run["environment"], "command": command}}
+    if segments:
+        kept["segments"] = segments
+    return {**kept, **data, "args": args, "environment": environment}

@@ -103,11 +103,13 @@ class Training:
 
         # Model, loss and optimizer
         self.model = VQVAE(args)
-        if args.load:
-            load_weights(self.model, args, args.load)
         quantizer = self.model.quantizer
         name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
         resumed = util.on_main(lambda: find_resumed(args, name, quantizer, self.train_set))
+        if resumed:
+            args.load = resumed["args"].get("load")  # where the run began
+        elif args.load:
+            load_weights(self.model, args, args.load)
         self.resumed_from = resumed["path"] if resumed else None
         self.first_step = resumed["step"] if resumed else 0  # how many are done
         if self.first_step > self.steps:
@@ -116,6 +118,7 @@ class Training:
                 f"{self.steps}: give more --max-train-epochs or --train-iters"
             )
         self.fingerprint = util.on_main(self.train_set.fingerprint)
+        self.validation = util.on_main(self.val_set.fingerprint)["names"][:16]
         self._build_step(resumed)
 
         # Loaders
@@ -138,10 +141,14 @@ class Training:
         self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
         if resumed:
             self.meter.load_state_dict(resumed)
-            logged = util.on_main(self.run.validated).values()
-            self.best = max([resumed["best_psnr"], *logged])
+            if resumed.get("validation", self.validation) == self.validation:
+                self.best = max([resumed["best_psnr"], *self._validated().values()])
             seconds = resumed["seconds"]
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
+        self.environment = util.environment(self.device)
+        here = {key: self.environment[key] for key in ("command", "commit", "device")}
+        self.segments = [*resumed.get("segments", [])] if resumed else []
+        self.segments.append({"first_step": self.first_step + 1, **here})
 
     def _build_step(self, resumed: dict | None) -> None:
         """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
@@ -239,7 +246,11 @@ class Training:
         done = self.first_step
         if done in (0, self.steps):
             return done > 0
-        return done % eval_interval == 0 and done not in util.on_main(self.run.validated)
+        return done % eval_interval == 0 and done not in self._validated()
+
+    def _validated(self) -> dict[int, float]:
+        """PSNR of this validation set by step, as logged. A collective."""
+        return util.on_main(lambda: self.run.validated(self.validation))
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective."""
@@ -252,6 +263,8 @@ class Training:
                 "best_psnr": self.best,
                 "train_images": len(self.train_set),
                 "train_fingerprint": self.fingerprint,
+                "validation": self.validation,
+                "segments": self.segments,
                 **self.meter.state_dict(),
                 "seconds": time.perf_counter() - self.started,
                 "random": random_states(),
@@ -282,7 +295,8 @@ class Training:
                 if improved:
                     self.run.mark_best(step)
                 # After best.pt: what is logged is not evaluated again after a kill.
-                self.run.log({"kind": "val", "step": step, **result})
+                record = {"kind": "val", "step": step, "validation": self.validation}
+                self.run.log({**record, **result})
                 self.run.draw_samples(self.model, self.val_set, self.device, step)
                 lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
                 tqdm.write(
@@ -350,7 +364,8 @@ class Training:
             "train_data": args.train_data_path,
             "val_data": args.val_data_path,
             "checkpoint": "last.pt",
-            "environment": util.environment(self.device),
+            "environment": self.environment,
+            "segments": self.segments,
             "args": vars(args),
         }
         if self.main_process:

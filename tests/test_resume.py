@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -158,7 +160,7 @@ def test_a_signal_in_an_evaluation_loses_nothing(
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", util.StopSignals.SIGNALS)
 def test_a_signal_before_the_first_step_ends_at_once(number, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in util.StopSignals.SIGNALS]
     before_call(monkeypatch, "train.build_dataset", 1, lambda: os.kill(os.getpid(), number))
@@ -372,8 +374,37 @@ def test_a_kill_between_a_result_and_the_name_of_the_best(tmp_path, monkeypatch)
     monkeypatch.setattr(train, "evaluate", worse)
     run_killed_before_naming(folder, flags, "best.pt")
     run(folder, *flags, "--resume=auto")
-    assert list(RunFolder(folder).validated()) == [4, 8, 12, 14]
+    assert list(RunFolder(folder).validated("any")) == [4, 8, 12, 14]
     assert load_checkpoint(folder / "best.pt")["step"] == 4
+
+
+def test_best_is_of_one_validation_set(monkeypatch, tmp_path):
+    decibels, evaluate = iter([30.0, 29.0, 9.0, 10.0, 12.0]), train.evaluate
+
+    def chosen(*given, **named) -> dict:
+        return {**evaluate(*given, **named), "psnr": next(decibels)}
+
+    monkeypatch.setattr(train, "evaluate", chosen)
+    folder, other = tmp_path / "run", tmp_path / "images"
+    other.mkdir()
+    save_image(torch.rand(3, 16, 16), other / "a.png")
+    flags = ["--save-interval=2", "--eval-interval=2"]
+    run(folder, *flags, "--train-iters=4", "--lr-decay-style=constant")
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
+    flags += ["--lr-decay-style=constant", "--resume=auto", f"--val-data-path={other}"]
+    run(folder, *flags, "--train-iters=8")
+    assert load_checkpoint(folder / "best.pt")["step"] == 8
+
+
+def test_a_resumed_run_says_how_it_began_and_went_on(tmp_path):
+    run(tmp_path / "first", "--train-iters=4")
+    load = f"--load={tmp_path / 'first' / 'last.pt'}"
+    folder, flags = tmp_path / "run", ["--lr-decay-style=constant"]
+    run(folder, *flags, "--train-iters=4", load)
+    (tmp_path / "first" / "last.pt").unlink()
+    results = run(folder, *flags, "--train-iters=6", "--resume=auto")
+    assert results["args"]["load"] == load.removeprefix("--load=")
+    assert [part["first_step"] for part in results["segments"]] == [1, 5]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "executes"])
@@ -793,6 +824,35 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
     assert "Traceback" not in text
     step = load_checkpoint(folder / "last.pt")["step"]
     assert f"after step {step};" in text
+
+
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", *SMALL, *DATA, "--train-iters=1000000"]
+    command += ["--log-interval=1", "--num-workers=1", "--lpips-net=none", f"--save={folder}"]
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        os.execv(sys.executable, command)
+
+    def trains_and_is_read() -> bool:
+        while select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 2**16)
+        return trains(folder)
+
+    wait_for(trains_and_is_read)
+    os.close(terminal)
+    assert ended(pid) == util.EXIT_INTERRUPTED
+    assert load_checkpoint(folder / "last.pt")["step"] > 0
+
+
+def test_nohup_is_respected(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_after(monkeypatch, 2, signal.SIGHUP)
+        assert run(tmp_path / "run", "--num-workers=1")["steps"] == STEPS
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_worker_that_dies_is_an_error_and_no_hang(tmp_path):
