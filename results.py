@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from output import printable
+
 # In every results.json.
 RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}
+KEPT = "*-s[0-9]*.json"  # files of `scripts/keep_results.py`
 PLACES = ("--train-data-path", "--val-data-path", "--save", "--resume", "--load")  # of a machine
 
 
 def find_runs(names: Iterable[str], file: str) -> list[Path]:
     """The files named `file` in run folders, folders of them and patterns, each of them once.
 
+    A folder without any may have kept results (`KEPT`). A name without either, such as a run that
+    is not finished, is left out with a warning.
+
     Raises:
-        ValueError: a name without such a file.
+        ValueError: a name that does not exist, or nothing is found.
     """
     found: dict[Path, Path] = {}
+    without = []
     for name in names:
-        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
-        files = [each for p in paths for each in ([p] if p.is_file() else p.rglob(file))]
+        files: list[Path] = []
+        for path in [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]:
+            if path.is_dir():
+                kept = path.glob(KEPT) if file == "results.json" else []
+                files += list(path.rglob(file)) or kept
+            elif path.suffix == Path(file).suffix:
+                files.append(path)
         files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
         if not files:
-            raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
+            without.append(name)
         found |= {each.resolve(): each for each in sorted(files)}
+    nowhere = [name for name in without if not (os.path.lexists(name) or glob.glob(name))]
+    if nowhere or not found:
+        name = (nowhere or without)[0]
+        raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
+    for name in without:
+        print(f"warning: {printable(name)} holds no {file}: left out", file=sys.stderr)
     return list(found.values())
 
 
@@ -45,7 +65,8 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
         try:
             run = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            faults.append(f"{path} is damaged ({str(error).splitlines()[0]}): remove it")
+            reason = str(error).splitlines()[0]
+            faults.append(f"{path} is damaged, or no results of a run ({reason}): leave it out")
             continue
         missing = sorted(RESULTS - set(run)) if isinstance(run, dict) else sorted(RESULTS)
         if missing:

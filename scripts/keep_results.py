@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import output
 import util
-from arguments import Parser, args_of
+from arguments import Parser, args_of, may_change_flags
 from files import write_json
 from results import portable, read_results
 
@@ -30,16 +30,35 @@ def file_name(run: dict, args: Namespace) -> str:
     return f"{name}-{run['steps']}-s{run['seed']}.json"
 
 
+def check_same_flags(file: Path, run: dict) -> None:
+    """Raises ValueError if `file` holds a run with other flags than `run`: nothing is replaced."""
+    if not file.exists():
+        return
+    (before,), _ = read_results([str(file)])
+    free = {*may_change_flags()}
+    was, now = (vars(args_of(each)) for each in (before, run))
+    differ = [
+        f"--{name.replace('_', '-')} {was[name]} there, {value} here"
+        for name, value in now.items()
+        if name not in free and was[name] != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Write the files as the flags say; return them.
 
     Raises:
-        ValueError: damaged results, or two runs of one name; nothing is written then.
+        ValueError: damaged results, two runs of one name, or a file of a run with other flags;
+            nothing is written then.
     """
     parser = Parser(prog="keep_results.py", description=(__doc__ or "").split("\n")[0])
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
-    text = "files of the same name there are replaced"
+    text = "files of the same runs there are replaced"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
     flags = parser.parse_args(argv)
     found, faults = read_results(flags.runs)
@@ -54,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             )
         kept[name] = run
     files = [Path(flags.out) / name for name in kept]
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(flags.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {flags.out} is no folder ({error.strerror}): give one") from error
+    for file, run in zip(files, kept.values(), strict=True):
+        check_same_flags(file, run)
     for file, run in zip(files, kept.values(), strict=True):
         write_json(file, portable(run))
         print(output.printable(str(file)))

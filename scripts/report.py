@@ -317,7 +317,7 @@ def _has_flags(run: dict, faults: list[str]) -> bool:
     try:
         args_of(run)
     except ValueError as error:
-        faults.append(f"{run['path']} is damaged ({error}): remove it")
+        faults.append(f"{run['path']} is damaged ({error}): leave it out")
         return False
     return True
 
@@ -325,7 +325,7 @@ def _has_flags(run: dict, faults: list[str]) -> bool:
 def main(argv: Sequence[str] | None = None) -> str:
     """Print the tables, or write them to `--out`; return them."""
     parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
-    text = "run folders, folders of them, results.json, globs"
+    text = "run folders, folders of them or of kept results, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)

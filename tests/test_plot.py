@@ -79,7 +79,8 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
     run = str(tmp_path / "run")
     for flags, part in (
         ([str(tmp_path / "nowhere")], "nowhere holds no metrics.jsonl"),
-        ([run, str(tmp_path / "empty")], "empty holds no metrics.jsonl"),
+        ([str(tmp_path / "empty")], "empty holds no metrics.jsonl"),
+        ([run, str(tmp_path / "nowhere")], "nowhere holds no metrics.jsonl"),
         ([str(tmp_path / "damaged")], "nothing to draw"),
         ([run, "--out=x.jpg"], "x.jpg is no PNG"),
         ([run, f"--out={tmp_path / 'nowhere' / 'x.png'}"], "x.png cannot be written"),

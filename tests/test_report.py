@@ -186,7 +186,7 @@ def test_dry_run_lists_every_run_and_skips_the_finished(tmp_path):
     assert done.returncode == 0 and len(lines) == 15 * 2
     wanted = [
         f"{ROOT}/scripts/paper/{name}.sh --seed {seed} --save runs/reproduce/{name}-s{seed} "
-        "--overwrite --lr 0.001"
+        "--resume auto --lr 0.001"
         for seed in (0, 1)
         for name in PAPER
     ]
@@ -314,6 +314,7 @@ def make_images(folder: Path) -> Path:
         (["--seed=1"], "--seeds"),
         (["--save", "x"], "OUT"),
         (["--overwrite"], "remove"),
+        (["--resume", "auto"], "continue"),
     ],
 )
 def test_reproduce_refuses_in_one_line(flags, part, tmp_path):
@@ -502,6 +503,18 @@ def test_damaged_results_are_left_out_with_a_warning(tmp_path, capsys):
     with pytest.raises(ValueError, match="lacks args"):
         report.main([str(tmp_path / "half"), str(tmp_path / "other")])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_no_result_is_left_out_and_never_called_damaged(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "coded.pt").write_bytes(b"\x80 weights")
+    unfinished = tmp_path / "runs" / "b"
+    unfinished.mkdir()
+    (unfinished / "args.json").write_text("{}")
+    text = report.main([str(tmp_path / "runs" / "*")])
+    assert len(cells(text, "RFSQ-2x2048-LN")) == 2 and not capsys.readouterr().err
+    report.main([str(tmp_path / "runs" / "a"), str(unfinished)])
+    assert capsys.readouterr().err.endswith("b holds no results.json: left out\n")
 
 
 def test_floors_show_that_validation_images_differ(tmp_path):

@@ -26,11 +26,22 @@ def test_kept_results_make_the_same_table(tmp_path, capsys):
     assert [file.name for file in files] == [
         f"svq-22bit-f4-conv-1000-s{seed}.json" for seed in (0, 1)
     ]
-    tables = [
-        report.main([str(place)]) for place in (tmp_path / "run*", tmp_path / "results/*.json")
-    ]
+    places = ("run*", "results/*.json", "results")
+    tables = [report.main([str(tmp_path / place)]) for place in places]
     rows = [[line for line in table.splitlines() if line.startswith("| ")] for table in tables]
-    assert rows[0] == rows[1] and len(rows[0]) > 4
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) > 4
+
+
+def test_a_run_with_other_flags_is_not_replaced(tmp_path):
+    first = make_run(tmp_path / "first", psnr=20.0)
+    (file,) = keep(tmp_path / "results", first)
+    again = make_run(tmp_path / "again", psnr=21.0)
+    keep(tmp_path / "results", again)
+    assert json.loads(file.read_text())["psnr"] == 21
+    other = make_run(tmp_path / "other", ["--lr=0.5"])
+    with pytest.raises(ValueError, match=r"is of another run \(--lr 0.0008 there, 0.5 here\)"):
+        keep(tmp_path / "results", other)
+    assert json.loads(file.read_text())["psnr"] == 21
 
 
 def test_no_folder_of_the_machine_is_kept(tmp_path):
