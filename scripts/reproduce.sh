@@ -7,8 +7,8 @@
 #
 # All other flags go to train.py. Run folders are $OUT/NAME-sSEED (OUT: runs/reproduce); the output
 # of each run is beside its folder, in NAME-sSEED.log. The same command again runs what is left: a
-# run with results.json is skipped, an unfinished one starts afresh, or continues if `--resume auto`
-# is among the flags. Runs that fail are listed at the end (exit code 1), after all others.
+# run with results.json is skipped, and an unfinished one continues from its last checkpoint. Runs
+# that fail are listed at the end (exit code 1), after all others.
 #
 # One run at a time on each GPU, or on the CPU; JOBS=N sets the number of runs at a time.
 # SEEDS="0 1 2" is the same as --seeds 0 1 2, and CUDA_VISIBLE_DEVICES chooses the GPUs.
@@ -47,6 +47,7 @@ while [ $# -gt 0 ]; do
             ;;
         --seed | --seed=*) fail "--seed is set for each run: give --seeds 0 1 2" ;;
         --save | --save=*) fail "--save is set for each run: set OUT to the folder of all runs" ;;
+        --resume | --resume=*) fail "--resume is not needed: unfinished runs continue" ;;
         --overwrite) fail "--overwrite is not needed: remove the folders of runs to be run again" ;;
         *) flags+=("$1") && shift ;;
     esac
@@ -69,7 +70,7 @@ for seed in "${seeds[@]}"; do
     for name in "${only[@]}"; do
         job=$name-s$seed run=$OUT/$name-s$seed
         [ -z "${shown[$job]:-}" ] || continue
-        command=("${scripts[$name]}" --seed "$seed" --save "$run" --overwrite "${flags[@]}")
+        command=("${scripts[$name]}" --seed "$seed" --save "$run" --resume auto "${flags[@]}")
         shown[$job]=$(printf '%q ' "${command[@]}")
         shown[$job]=${shown[$job]% }
         if [ ! -f "$run/results.json" ]; then
