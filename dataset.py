@@ -97,7 +97,8 @@ class ImageFolderDataset(Images):
 
     def __init__(self, root: str | os.PathLike, img_size: int) -> None:
         self.root = Path(root)
-        hint = f"give a folder with images ({' '.join(IMAGE_SUFFIXES)}) in it, or 'synthetic'"
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        hint = f"give a folder with images ({suffixes}) in it, packed images, tars, or 'synthetic'"
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
             raise ValueError(f"image folder '{root}' {what}: {hint}")

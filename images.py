@@ -83,7 +83,8 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
             raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read image {printable(path)}: {reason}; remove it or repair it"
+            f"cannot read image {printable(path)}: {reason}; repair it, remove it, or leave such "
+            "images out by --skip-corrupt"
         ) from error
 
 

@@ -304,7 +304,7 @@ class Codec:
         return image[: size[0], : size[1]]
 
     def _codes(self, indices: np.ndarray, window: tuple[slice, slice], side: tuple) -> torch.Tensor:
-        """The codes (1, dim, h, w) of a window of the positions: those of a whole image are many."""
+        """The codes (1, dim, h, w) of a window: those of a whole image would be many."""
         (rows, columns), quantizer = window, self.model.quantizer
         # Positions that share a vector are decoded together.
         first = columns.start // quantizer.group * quantizer.group

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if not model.quantizer.stage_axis:
             raise ValueError(
                 f"{model.quantizer.name} has no stages: give checkpoints of RFSQ, or of VQ-EMA "
-                "with --ema-stages above 1"
+                "or SVQ with --ema-stages or --svq-stages above 1"
             )
     if flags.figures:
         Path(flags.figures).mkdir(parents=True, exist_ok=True)
