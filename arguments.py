@@ -317,7 +317,9 @@ def add_evaluation_flags(parser: Parser, *names: str) -> None:
         "--val-data-path": dict(default="./data/imagenet/val", metavar="DIR", help=IMAGES_HELP),
         "--img-size": dict(type=number(int, 16, 16384), help="pixels a side; default: as trained"),
         "--batch-size": dict(
-            type=number(int, 1, 2**20), default=64, help="images at a time; no effect on values"
+            type=number(int, 1, 2**20),
+            default=64,
+            help="images at a time; affects no more than rounding",
         ),
         "--num-workers": dict(type=number(int, 0, 1024), default=1, help="loading processes"),
         "--lpips-net": dict(choices=LPIPS_NETS, help="network of LPIPS; default: as trained"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,11 +27,15 @@ def check_outputs(*paths: str | None) -> None:
     """Raise, before the work, for a file that could not be written after it; None is skipped.
 
     Raises:
-        ValueError: the folder of the file does not exist, or the path is a folder.
+        ValueError: the folder of the file does not exist or cannot be written, or the path is a
+            folder.
     """
     for path in filter(None, paths):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+        folder = Path(path).absolute().parent
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(
+                f"{path} cannot be written: give a file in a folder that exists and is writable"
+            )
 
 
 def check_picture(out: str) -> Path:

@@ -113,6 +113,8 @@ def _read(path: Path, settings: dict) -> dict:
     if differ:
         key = differ[0]
         was, now = found.get(key), (HEAD | settings)[key]
+        if key == "arrays" and isinstance(was, dict):  # with and without --flip
+            was, now = " ".join(sorted(was)), " ".join(sorted(now))
         raise ValueError(
             f"{path.parent} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
             f"{now!r:.80}): {other}"

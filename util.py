@@ -184,13 +184,18 @@ def profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
 
+    written = []
+
     def write(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(path))
+        written.append(path)
         print(f"profile: {path}", flush=True)
 
     schedule = torch.profiler.schedule(wait=8, warmup=2, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
         yield profile.step
+    if not written:
+        print("no profile: it needs more than ten steps", flush=True)
 
 
 # ---------------------------------------------------------------------------------------

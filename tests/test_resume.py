@@ -514,6 +514,11 @@ def test_profile_writes_a_trace(tmp_path):
     assert any("conv" in event.get("name", "") for event in events)
 
 
+def test_a_run_too_short_for_its_profile_says_so(tmp_path, capsys):
+    run(tmp_path / "run", "--profile=2", "--train-iters=8")
+    assert "no profile: it needs more" in capsys.readouterr().out
+
+
 def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert util.environment(torch.device("cpu"))["commit"] is None

@@ -328,7 +328,7 @@ def test_bad_input_is_one_line_and_code_2(images, checkpoints, made, tmp_path, c
         (images, "none", new, [], "none.pt does not exist"),
         (images, "fsq", new, ["--img-size=18"], "no multiple of 4, as this model needs"),
         (images, "fsq", made, ["--flip"], "tokens of another fingerprint"),
-        (images, "layernorm", made, [], "tokens of another arrays"),
+        (images, "layernorm", made, [], "('tokens-flipped.npy tokens.npy', not 'tokens.npy')"),
         (images, "layernorm", made, ["--flip", "--img-size=32"], "another image size (16, not 32)"),
         (images / "owl", "layernorm", made, ["--flip"], "tokens of another sources (11, not 3)"),
         (images, "fsq", tmp_path / "other", [], "holds other files ('thesis.tex')"),
