@@ -152,7 +152,7 @@ class SVQ(Quantizer):
         if finite is not None:
             self._track_classes(classes, integers, finite)
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
-        positions = (len(z), *z.shape[2:])
+        positions = (z.shape[0], *z.shape[2:])
         codes = self._codes(classes, integers, positions)
         source = _without_gradient_along(z.detach() - codes, z)
         # A broken encoder shows, which its indices, valid as any, would hide.
@@ -280,7 +280,8 @@ class SVQ(Quantizer):
         run = (4 / slope).round().clamp(min=1)  # equal lengths for strong channels
         step = (slope * run).round().clamp(min=1)
         first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
-        zero = (-UNITS * (1 - some).log2()).round().minimum(first)
+        # Less than the others, so that there is one shortest vector, and no class is empty.
+        zero = (-UNITS * (1 - some).log2()).round().minimum(first - 1)
         self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])
 
 

@@ -365,6 +365,18 @@ def test_a_vector_beyond_the_budget_is_cut_and_not_lost():
         assert quantized.norm() > 0.8 * (factor * z).norm()
 
 
+@pytest.mark.parametrize("bits, dim, classes", [(14, 7, 8), (13, 7, 4), (12, 7, 2)])
+def test_no_class_is_empty_where_zero_is_rare(bits, dim, classes):
+    """Where 0 was as long as 1 and -1, a class could have more shortest vectors than fit it."""
+    svq = SVQ(bits, dim, classes)
+    for _ in range(20):
+        z = torch.randn(1, dim, 400).sign() * (0.5 + torch.rand(1, dim, 400))
+        svq(z)
+    quantized, indices = svq.eval()(z)
+    assert torch.equal(svq.indices_to_codes(indices), quantized)
+    assert (quantized - z).square().mean() < 0.2 * z.square().mean()
+
+
 def test_a_batch_that_is_not_finite_changes_nothing_for_good():
     svq = fitted(SVQ(16, dim=4), batches=3)
     state = {key: value.clone() for key, value in svq.state_dict().items()}
