@@ -33,10 +33,11 @@ class VectorQuantizeEMA(Quantizer):
         code_i <- m_i / N_i                     (N smoothed by Laplace's rule)
 
     Counts and sums are taken over all processes. A code whose N_i is below `restart_threshold`
-    times the mean count is dead: before the next assignment it moves to a token of the batch. All
-    codes are dead at the first batch, which therefore initialises the codebook. The new codes are
-    evenly spaced tokens of the batch of all processes, chosen without random numbers, so that a
-    resumed run continues exactly and two processes do what one does.
+    times the mean count (so far or of this batch, whichever is less) is dead: before the next
+    assignment it moves to a token of the batch. All codes are dead at the first batch, which
+    therefore initialises the codebook. The new codes are evenly spaced tokens of the batch of all
+    processes, chosen without random numbers, so that a resumed run continues exactly and two
+    processes do what one does.
 
     With `stages` > 1 it is a residual VQ: each stage has its own codebook and quantizes the
     residual of the stages before it; `indices` then ends with an axis of stages.
@@ -106,10 +107,12 @@ class VectorQuantizeEMA(Quantizer):
         z = z.movedim(1, -1)  # (B, *positions, dim)
         residual = z
         loss, codes_of_stages, indices = z.new_zeros(()), [], []
+        restarts = self.training and self.restart_threshold > 0
+        numbers = _tokens_of_processes(z[..., 0]) if restarts else None
         for stage in range(self.stages):
             tokens = residual.detach().reshape(-1, self.dim)  # (N, dim)
-            if self.training and self.restart_threshold:
-                self._restart(stage, tokens)
+            if numbers is not None:
+                self._restart(stage, tokens, numbers)
             index = self._nearest(stage, tokens)
             codes = F.embedding(index, self.codebook[stage]).view_as(z)
             loss = loss + self.commitment_loss_weight * F.mse_loss(residual, codes)
@@ -168,18 +171,23 @@ class VectorQuantizeEMA(Quantizer):
         self.codebook[stage].copy_(moved)
 
     @torch.no_grad()
-    def _restart(self, stage: int, tokens: Tensor) -> None:
-        """Move the dead codes of a stage to tokens of the batch; `tokens` (N, dim)."""
+    def _restart(self, stage: int, tokens: Tensor, numbers: Tensor) -> None:
+        """Move the dead codes of a stage to tokens of the batch.
+
+        `tokens` (N, dim), of this process; `numbers` (processes,), the N of each.
+        """
         codes, n = len(self.codebook[stage]), len(tokens)
-        total = n * processes()
+        total, before = numbers.sum(), numbers[: rank()].sum()
         # Evenly spaced rows of the batch of all processes. The first row differs by batch and by
         # stage, because a token that is a code of one stage has a residual of zero in the next.
         rows = torch.arange(codes, device=tokens.device) * total // codes
-        rows = (rows + (self.batches * self.stages + stage) * 7919) % total - n * rank()
+        rows = (rows + (self.batches * self.stages + stage) * 7919) % total - before
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
         candidates = mean_over_processes(candidates) * processes()
-        mean_count = total / codes
+        # A batch that is larger than those so far makes no code dead.
+        so_far, mean_count = self.counts[stage].mean(), total / codes
+        mean_count = torch.where(so_far > 0, so_far.minimum(mean_count), mean_count)
         dead = self.counts[stage] < self.restart_threshold * mean_count
         dead = dead & candidates.isfinite().all()
         self.codebook[stage].copy_(torch.where(dead[:, None], candidates, self.codebook[stage]))
@@ -187,6 +195,12 @@ class VectorQuantizeEMA(Quantizer):
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])
         )
         self.counts[stage].copy_(torch.where(dead, mean_count, self.counts[stage]))
+
+
+def _tokens_of_processes(tokens: Tensor) -> Tensor:
+    """How many elements `tokens` has in each process, int64 (processes,)."""
+    mine = torch.arange(processes(), device=tokens.device) == rank()
+    return (mean_over_processes(mine.float() * tokens.numel()) * processes()).round().long()
 
 
 def _argmin(x: Tensor) -> Tensor:

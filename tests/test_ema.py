@@ -144,6 +144,20 @@ def test_without_restart_a_dead_code_stays_where_it_is():
     assert (vq.codebook[0, 3] == 1e6).all() and torch.isfinite(vq.codebook).all()
 
 
+def test_a_larger_batch_makes_no_code_dead():
+    centres = 3 * torch.randn(16, 8)
+
+    def batch(n):
+        return (centres[torch.randint(16, (n,))] + 0.3 * torch.randn(n, 8)).t()[None]
+
+    vq = VectorQuantizeEMA(32, 8)
+    for _ in range(100):
+        vq(batch(512))
+    before = vq.codebook.clone()
+    vq(batch(4096))
+    assert ((vq.codebook - before).norm(dim=-1) < 0.2).float().mean() > 0.9
+
+
 def test_live_codes_are_not_restarted():
     vq = VectorQuantizeEMA(2, 1, decay=0.5)
     z = torch.tensor([[-1.0], [1.0]]).repeat(8, 1)

@@ -87,8 +87,19 @@ def train_model(name, rank, world):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+def train_on_unequal_parts(rank, world):
+    """The codebook of a VQ whose processes have unequal numbers of tokens."""
+    torch.manual_seed(13)
+    vq = quantizers.VectorQuantizeEMA(16, 4, stages=2, decay=0.5, restart_threshold=0.8)
+    for tokens in torch.randn(6, 1, 4, 48) + 5:
+        sizes = {1: [48], 2: [37, 11], 4: [20, 3, 11, 14]}[world]
+        vq(tokens.split(sizes, -1)[rank])
+    return vq.codebook.clone()
+
+
 def everything(rank=0, world=1):
     return {
+        "unequal": train_on_unequal_parts(rank, world),
         "quantizers": {name: train_quantizer(name, rank, world) for name in QUANTIZERS},
         "models": {name: train_model(name, rank, world) for name in MODELS},
     }
@@ -132,6 +143,12 @@ def test_statistics_and_gradients_of_several_processes(results, name):
         assert all(torch.equal(first[key], other[key]) for other in others), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
     assert wanted["gradient"].abs().max() > 1e-2
+
+
+def test_a_codebook_of_processes_with_unequal_numbers_of_tokens(results):
+    one, (first, *others) = results[0]["unequal"], (r["unequal"] for r in results[1])
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-4)
 
 
 def test_the_statistics_compared_are_not_those_of_the_start(results):
