@@ -218,8 +218,10 @@ class RFSQ(ResidualFSQ):
         if self.strategy == "none":
             return [(torch.full((), 2.0, device=like.device), None)] * self.stages
         if self.strategy == "scale":
-            return [(two_gain, None) for two_gain in by_stage(2 * self.log_scale.exp(), like)]
-        gains, biases = by_stage(2 * self.log_gain.exp(), like), by_stage(2 * self.bias, like)
+            two_gains = 2 * self._fixed_if_frozen(self.log_scale).exp()
+            return [(two_gain, None) for two_gain in by_stage(two_gains, like)]
+        log_gain, bias = map(self._fixed_if_frozen, (self.log_gain, self.bias))
+        gains, biases = by_stage(2 * log_gain.exp(), like), by_stage(2 * bias, like)
         return list(zip(gains, biases, strict=True))
 
     def _running(self, like: Tensor) -> list[tuple[Tensor, ...]]:
