@@ -35,10 +35,12 @@ QUALITIES = (0, 2, 4, 6, 8, 12, 16, 20, 26, 32, 40, 48, 56, 64, 72, 78, 84, 88, 
 def jpeg_header(data: bytes) -> int:
     """Bytes of a JPEG that are not the data of its scans."""
     place, scans = 2, 0
-    while (marker := data[place + 1]) != 0xD9:  # end of image
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    while place < len(data) - 2:  # at the end is EOI
+        marker, length = struct.unpack_from(">xBH", data, place)
+        place += 2 + length
         if marker == 0xDA:  # a scan: its data end at the next marker but restarts
-            end = SCAN_END.search(data, place).start()
+            after = SCAN_END.search(data, place)
+            end = after.start() if after else len(data)
             place, scans = end, scans + end - place
     return len(data) - scans
 
