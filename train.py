@@ -118,7 +118,7 @@ class Training:
                 f"{self.steps}: give more --max-train-epochs or --train-iters"
             )
         self.fingerprint = util.on_main(self.train_set.fingerprint)
-        self.validation = util.on_main(self.val_set.fingerprint)["names"][:16]
+        self.validation = util.on_main(self.val_set.fingerprint)["names"][:32]
         self._build_step(resumed)
 
         # Loaders

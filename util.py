@@ -230,7 +230,9 @@ class StopSignals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:
+                # By nohup. A shell lets its background jobs ignore SIGINT, which is no wish of
+                # whoever sends it.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._note)
         return self
 

@@ -56,6 +56,14 @@ OTHERS = {
 
 
 @pytest.fixture(autouse=True)
+def no_nohup():
+    """As if the tests had not been started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
     monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
@@ -374,7 +382,7 @@ def test_a_kill_between_a_result_and_the_name_of_the_best(tmp_path, monkeypatch)
     monkeypatch.setattr(train, "evaluate", worse)
     run_killed_before_naming(folder, flags, "best.pt")
     run(folder, *flags, "--resume=auto")
-    assert list(RunFolder(folder).validated("any")) == [4, 8, 12, 14]
+    assert list(RunFolder(folder).validated("generated, seed 0, stream 1")) == [4, 8, 12, 14]
     assert load_checkpoint(folder / "best.pt")["step"] == 4
 
 
