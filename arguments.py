@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 
 import scheduler
@@ -244,6 +244,16 @@ def architecture_flags() -> tuple[str, ...]:
 def may_change_flags() -> tuple[str, ...]:
     """The flags that may differ when a run is resumed."""
     return _with_role(MAY_CHANGE)
+
+
+def differing_flags(there: Namespace, here: Namespace, may_change: Collection[str]) -> list[str]:
+    """The flags whose values differ, each as "--name VALUE there, VALUE here"."""
+    before = vars(there)
+    return [
+        f"--{name.replace('_', '-')} {before[name]} there, {value} here"
+        for name, value in vars(here).items()
+        if name not in may_change and before[name] != value
+    ]
 
 
 def _with_role(role: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import util
-from arguments import args_of, may_change_flags, unread_flags
+from arguments import args_of, differing_flags, may_change_flags, unread_flags
 from checkpoint import load_checkpoint, restore_random_states
 from quantizers import Quantizer
 from run import RunFolder
@@ -72,18 +72,13 @@ def find_resumed(
             f"{len(train_set):,}, which come in another order: give the same images to resume it"
         )
     try:
-        before = vars(args_of(saved))
+        before = args_of(saved)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # then it is only measured
-    differ = [
-        f"--{name.replace('_', '-')} {before[name]} there, {value} here"
-        for name, value in vars(args).items()
-        if name not in may_change and before[name] != value
-    ]
-    if differ:
+    if differ := differing_flags(before, args, may_change):
         raise ValueError(
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )

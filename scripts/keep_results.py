@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import output
 import util
-from arguments import Parser, args_of, may_change_flags
+from arguments import Parser, args_of, differing_flags, may_change_flags
 from files import write_json
 from results import portable, read_results
 
@@ -35,14 +35,7 @@ def check_same_flags(file: Path, run: dict) -> None:
     if not file.exists():
         return
     (before,), _ = read_results([str(file)])
-    free = {*may_change_flags()}
-    was, now = (vars(args_of(each)) for each in (before, run))
-    differ = [
-        f"--{name.replace('_', '-')} {was[name]} there, {value} here"
-        for name, value in now.items()
-        if name not in free and was[name] != value
-    ]
-    if differ:
+    if differ := differing_flags(args_of(before), args_of(run), may_change_flags()):
         raise ValueError(
             f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"
         )
