@@ -99,9 +99,8 @@ def _start_worker(deferred: torch.Tensor, worker: int) -> None:
         if not deferred:
             os._exit(0)  # PyTorch would report a worker that is killed as an error
 
-    for number in StopSignals.SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, exit_unless_deferred)
+    for number in StopSignals.heeded():
+        signal.signal(number, exit_unless_deferred)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
 
 

@@ -229,17 +229,22 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                # By nohup. A shell lets its background jobs ignore SIGINT, which is no wish of
-                # whoever sends it.
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self._note)
+            self.before = {n: signal.signal(n, self._note) for n in self.heeded()}
         return self
 
     def __exit__(self, *_) -> None:
         self.deferred.fill_(False)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @classmethod
+    def heeded(cls) -> list[signal.Signals]:
+        """SIGNALS, without SIGHUP under `nohup`, which has it ignored.
+
+        A shell lets its background jobs ignore SIGINT, which is no wish of whoever sends it.
+        """
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        return [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
 
     def defer(self) -> None:
         """From now on, note signals instead of raising `Interrupted`."""
