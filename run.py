@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-import util
 from board import Board
 from checkpoint import Damaged, NotFinite, load_checkpoint, save_checkpoint
 from files import (
@@ -107,9 +106,7 @@ class RunFolder:
                 if self.board:
                     self.board.close()
 
-    def begin(
-        self, args: Namespace, device: torch.device, resumed: dict | None, steps: int
-    ) -> None:
+    def begin(self, args: Namespace, environment: dict, resumed: dict | None, steps: int) -> None:
         """Record flags and environment, and discard of an old run what is newer.
 
         `resumed` is what `find_resumed` gave. The new files are written first, so that a full disk
@@ -127,7 +124,7 @@ class RunFolder:
             )
         (self.path / "samples").mkdir(exist_ok=True)
         write_json(self.path / "args.json", vars(args))
-        write_json(self.path / "environment.json", util.environment(device))
+        write_json(self.path / "environment.json", environment)
         self._trim_log(step, steps)
         for number, path in self.checkpoints():
             if number > step:

@@ -137,7 +137,8 @@ class Training:
         self.run = RunFolder(folder, self.first_step)
         stack.enter_context(self.run.explained_errors(args))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
-        util.on_main(lambda: self.run.begin(args, self.device, resumed, self.steps))
+        self.environment = util.environment(self.device)
+        util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))
         self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
         if resumed:
             self.meter.load_state_dict(resumed)
@@ -145,7 +146,6 @@ class Training:
                 self.best = max([resumed["best_psnr"], *self._validated().values()])
             seconds = resumed["seconds"]
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
-        self.environment = util.environment(self.device)
         here = {key: self.environment[key] for key in ("command", "commit", "device")}
         self.segments = [*resumed.get("segments", [])] if resumed else []
         self.segments.append({"first_step": self.first_step + 1, **here})
