@@ -28,10 +28,11 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
         ValueError: a name that does not exist, or nothing is found.
     """
     found: dict[Path, Path] = {}
-    without = []
+    without, nowhere = [], []
     for name in names:
         files: list[Path] = []
-        for path in [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]:
+        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
+        for path in paths:
             if path.is_dir():
                 kept = path.glob(KEPT) if file == "results.json" else []
                 files += list(path.rglob(file)) or kept
@@ -39,9 +40,8 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
                 files.append(path)
         files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
         if not files:
-            without.append(name)
+            (without if os.path.lexists(paths[0]) else nowhere).append(name)
         found |= {each.resolve(): each for each in sorted(files)}
-    nowhere = [name for name in without if not (os.path.lexists(name) or glob.glob(name))]
     if nowhere or not found:
         name = (nowhere or without)[0]
         raise ValueError(f"{name} holds no {file}: give folders of runs, such as runs/NAME")
