@@ -208,10 +208,6 @@ class Quantizer(nn.Module):
         self._frozen = False
         return self.requires_grad_(True)
 
-    def _fixed_if_frozen(self, parameter: Tensor) -> Tensor:
-        """A parameter without a gradient if frozen, even after `requires_grad_(True)` of a host."""
-        return parameter.detach() if self._frozen else parameter
-
     def train(self, mode: bool = True) -> Quantizer:
         """As of any module, but a frozen quantizer stays in evaluation mode."""
         return super().train(mode and not self._frozen)

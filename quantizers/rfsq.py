@@ -224,6 +224,10 @@ class RFSQ(ResidualFSQ):
         gains, biases = by_stage(2 * log_gain.exp(), like), by_stage(2 * bias, like)
         return list(zip(gains, biases, strict=True))
 
+    def _fixed_if_frozen(self, parameter: Tensor) -> Tensor:
+        """A parameter without a gradient if frozen, even after `requires_grad_(True)` of a host."""
+        return parameter.detach() if self._frozen else parameter
+
     def _running(self, like: Tensor) -> list[tuple[Tensor, ...]]:
         """Running mean and variance of each stage; empty tuples without running statistics."""
         if self.statistics == "global":
