@@ -2,7 +2,7 @@
 
 What the bytes of a file are without its header:
 
-    JPEG    the scans; not EOI, nor anything else with all tables. The Huffman tables are those of
+    JPEG    the scans; not their headers, the tables, SOI and EOI. The Huffman tables are those of
             the image, and cost nothing where headers are left out
     WebP    data of the VP8 or VP8L chunk; not RIFF and chunk headers, padding, other chunks
     AVIF    data of the mdat box; not any other box
