@@ -12,8 +12,8 @@ from .counting import Lengths, compiled_form, inverse, opaque
 
 SEARCHED = 4  # classes for each vector
 FINER = 0.2  # octaves by which the best step is below that of the scale, on average
-HALVINGS, BRACKET = 2, (-6.5, 2.5)  # of log2 of the Lagrange multiplier
-FILLS = 6  # steps in which a rest of the budget is spent
+HALVINGS, BRACKET = 2, (-6.0, 1.5)  # of log2 of the Lagrange multiplier
+FILLS = 8  # steps in which a rest of the budget is spent
 OVERHEAD = 32  # of such a step, as if it were that much longer
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
