@@ -12,8 +12,9 @@ from .counting import Lengths, compiled_form, inverse, opaque
 
 SEARCHED = 4  # classes for each vector
 FINER = 0.2  # octaves by which the best step is below that of the scale, on average
-HALVINGS, BRACKET = 2, (-6.0, 1.5)  # of log2 of the Lagrange multiplier
-FILLS = 8  # steps in which a rest of the budget is spent
+HALVINGS, BRACKET = 3, (-6.0, 2.5)  # of log2 of the Lagrange multiplier
+SLACK = 0.4  # added to it, so that the fills have something to spend
+FILLS = 6  # steps in which a rest of the budget is spent
 OVERHEAD = 32  # of such a step, as if it were that much longer
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
@@ -156,10 +157,10 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
         enough = fits(shrunk(middle))
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     plain = size.round()
-    v = torch.where(fits(plain), plain, shrunk(high))
+    v = torch.where(fits(plain), plain, shrunk(high + SLACK))
     # A vector that no multiplier has brought within the budget is cut: the first channel that is
     # too long gets what is left of it, and the channels after it 0.
-    sums = torch.ones(len(v), len(v), device=v.device).tril() @ (table.of(v) - table.zero)
+    sums = v.new_ones(len(v), len(v)).tril() @ (table.of(v) - table.zero)
     fit = sums <= limit
     whole, cut = fit[-1:], fit.sum(0).clamp(max=len(v) - 1)
     left = limit - sums.mul_(fit).amax(0, keepdim=True)

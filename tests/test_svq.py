@@ -182,22 +182,27 @@ def optimum(svq, z):
 
 @pytest.mark.parametrize("bits", [12, 22, 40])
 def test_the_search_is_close_to_the_optimum(bits, monkeypatch):
-    torch.manual_seed(0)
-    svq = fitted(SVQ(bits, dim=bits // 2))
-    z = laplacian_mixture(svq.dim, 400)
-    z = (z - svq.running_mean)[:, svq.order]
-    std, level = svq._level(svq.running_var)
-    candidates = suited(z.T, std[svq.order], level, svq.steps)
-    assert candidates.shape == (4, 400)
-    arguments = (candidates, svq.steps, svq.lengths, svq._counts().budget)
-    classes, v = search(z.T, *arguments)
-    # As on a GPU, where every vector is searched in every class, and the candidates count.
-    monkeypatch.setattr(svq_search, "traced", lambda: True)
-    assert all(map(torch.equal, search(z.T, *arguments), (classes, v)))
-    error = (z.T - v * svq.steps[classes]).square().sum(0)
-    best = optimum(svq, z)
-    assert (error >= best * 0.999).float().mean() > 0.97  # the rest: more than four less
-    assert 10 * torch.log10(error.sum() / best.sum()) < 0.1  # dB
+    losses = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        svq = fitted(SVQ(bits, dim=bits // 2), batches=10)
+        z = laplacian_mixture(svq.dim, 200)
+        z = (z - svq.running_mean)[:, svq.order]
+        std, level = svq._level(svq.running_var)
+        candidates = suited(z.T, std[svq.order], level, svq.steps)
+        assert candidates.shape == (4, 200)
+        arguments = (candidates, svq.steps, svq.lengths, svq._counts().budget)
+        classes, v = search(z.T, *arguments)
+        # As on a GPU, where every vector is searched in every class, and the candidates count.
+        with monkeypatch.context() as patch:
+            patch.setattr(svq_search, "traced", lambda: True)
+            assert all(map(torch.equal, search(z.T, *arguments), (classes, v)))
+        error = (z.T - v * svq.steps[classes]).square().sum(0)
+        best = optimum(svq, z)
+        assert (error >= best * 0.999).float().mean() > 0.97  # the rest: more than four less
+        losses.append(10 * math.log10(error.sum() / best.sum()))
+    # The mean of four: a single vector far beyond the others can make most of an error.
+    assert sum(losses) / len(losses) < 0.1  # dB
 
 
 @pytest.mark.parametrize("bits, stages", [(22, 2), (40, 4), (23, 3), (8, 1), (60, 5)])
