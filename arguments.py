@@ -250,9 +250,9 @@ def differing_flags(there: Namespace, here: Namespace, may_change: Collection[st
     """The flags whose values differ, each as "--name VALUE there, VALUE here"."""
     before = vars(there)
     return [
-        f"--{name.replace('_', '-')} {before[name]} there, {value} here"
+        f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
         for name, value in vars(here).items()
-        if name not in may_change and before[name] != value
+        if name not in may_change and before.get(name) != value
     ]
 
 
@@ -268,7 +268,7 @@ def flags_of_group(title: str) -> list[str]:
 
 def unread_flags(quantizer: Quantizer) -> set[str]:
     """The flags of other quantizers, which make no difference to this one."""
-    return {*flags_of_group("quantizer")} - {"quantizer", *quantizer.read_flags()}
+    return {*flags_of_group("quantizer")} - {"quantizer", "pairs", *quantizer.read_flags()}
 
 
 def current_flags(saved: dict) -> dict:
@@ -367,6 +367,8 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         )
     if args.levels is not None and "levels" not in QUANTIZERS[args.quantizer].flags:
         parser.error(f"--levels has no effect on --quantizer {args.quantizer}: leave it out")
+    if args.rfsq_statistics == "image" and args.rfsq_strategy != "layernorm":
+        parser.error("--rfsq-statistics image needs --rfsq-strategy layernorm")
     if args.tensorboard and find_spec("tensorboard") is None:
         parser.error("--tensorboard needs `pip install '.[tensorboard]'`, or leave it out")
     if args.lpips_net is None:

@@ -48,7 +48,7 @@ def prepare(
         img_size: pixels a side; None: as the checkpoints were trained.
         lpips_net: network of LPIPS, or 'none'; None: that of the first checkpoint. Weights that
             are missing are reported in one line, and the evaluation goes on without LPIPS.
-        batch_size: images at a time; no effect on values.
+        batch_size: images at a time; no effect on values beyond rounding.
         num_workers: loading processes.
 
     Raises:
@@ -119,7 +119,7 @@ def evaluate_stages(
                 first = quantized.indices[..., : k + 1]
                 codes = quantizer.indices_to_codes(first, *side)
                 squares[0, k + 1] += _sum_of_squares(z - codes)
-                metric.update(images, model.decode(first, *side))
+                metric.update(images, model.to_images(codes))
             usage.update(quantized.indices)
             elements += z.numel()
             positions = z[0, 0].numel()

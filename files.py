@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +53,28 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a process that was killed in `write_whole` has left in a folder."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         leftover.unlink()
+
+
+def make_folder(folder: str | Path, advice: str) -> None:
+    """Make a folder and those above it, where they do not exist.
+
+    Raises:
+        ValueError: one line that ends with `advice`, if that is impossible.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be made ({error.strerror}): {advice}") from error
+
+
+def check_room(folder: Path, need: int) -> None:
+    """Raises ValueError if the disk of a folder has less than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(
+            f"'{folder}' needs {need / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB "
+            "free: make room, or give a folder on another disk"
+        )
 
 
 def write_json(path: str | Path, value) -> None:

@@ -26,10 +26,9 @@ from checkpoint import NotFinite
 from fid import FrechetDistance
 from images import IMAGENET_STD
 from loss.perceptual import Perceptual
-from model import in_evaluation_mode
+from model import check_range, in_evaluation_mode
 from similarity import l1, psnr, ssim
 
-RANGE_TOLERANCE = 0.02  # how far outside [0, 1] an original may lie
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
 MERGE_ABOVE = 2**20  # codes that may wait to be merged, beside as many as are merged already
 FIELD, PAPER = ("l1", "psnr", "ssim", "lpips"), ("l1", "psnr", "lpips")  # of the table above
@@ -64,9 +63,7 @@ class ImageMetrics:
         if len(images) == 0:
             return
         images, reconstruction = images.float(), reconstruction.float()
-        low, high = (value.item() for value in images.aminmax())
-        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # also true of NaN
-            raise ValueError(f"the original images are {low:.3f} to {high:.3f}, not within [0, 1]")
+        check_range(images)
         none = torch.zeros(len(images), device=images.device)
         a, b = images.clamp(0, 1), reconstruction.clamp(0, 1)
         values = [l1(a, b), psnr(a, b), ssim(a, b)]

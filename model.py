@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arguments import architecture_flags, args_of
+from arguments import architecture_flags, args_of, differing_flags
 from checkpoint import load_checkpoint
 from images import IMAGENET_MEAN, IMAGENET_STD
 from networks import NETWORKS
@@ -85,13 +85,7 @@ class VQVAE(nn.Module):
             ValueError: also for values outside [0, 1], such as those of normalised images.
         """
         self._check(images)
-        if images.numel():
-            low, high = (value.item() for value in images.aminmax())
-            if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
-                raise ValueError(
-                    f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: the "
-                    "model normalises them itself"
-                )
+        check_range(images)
         with in_evaluation_mode(self):
             quantized = Quantized(*self.quantizer(self.to_latent(images)))
         if quantized.statistics is None:
@@ -139,6 +133,18 @@ class VQVAE(nn.Module):
             if group > 1:
                 wanted = f"the width must be a multiple of {self.f * group}, the height of {self.f}"
             raise ValueError(f"images of {height}x{width} do not fit: {wanted}")
+
+
+def check_range(images: Tensor) -> None:
+    """Raises ValueError if images are not floats in [0, 1], such as normalised ones."""
+    if not images.numel():
+        return
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
+        raise ValueError(
+            f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: give them "
+            "without normalisation"
+        )
 
 
 @contextlib.contextmanager
@@ -196,10 +202,6 @@ def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:
     """
     other, flags, saved = load_model(path)
     if repr(other) != repr(model):
-        differ = [
-            f"--{name.replace('_', '-')} {getattr(flags, name)} there, {getattr(args, name)} here"
-            for name in architecture_flags()
-            if getattr(flags, name) != getattr(args, name)
-        ]
+        differ = differing_flags(flags, args, {*vars(args)} - {*architecture_flags()})
         raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
     model.load_state_dict(saved["model"])

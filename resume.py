@@ -30,6 +30,8 @@ def find_resumed(
 ) -> dict | None:
     """What --resume continues; None: nothing.
 
+    With `auto` and nothing to continue, `args.save` becomes the folder of the new run.
+
     Returns:
         The checkpoint, and its `path`, the folder of its `run`, and the names of the `checkpoints`
         that are there.
@@ -40,12 +42,11 @@ def find_resumed(
     if args.resume is None:
         return None
     automatic = args.resume == "auto"
-    folder = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
-    is_file = folder.is_file()
-    path, folder = folder, folder.parent if is_file else folder
+    path = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
+    folder = path.parent if path.is_file() else path
     # Before the newest one is read: one that another process saves from now on is not known.
     checkpoints = [path.name for _, path in RunFolder(folder).checkpoints()]
-    if is_file:
+    if path.is_file():
         saved = load_checkpoint(path)
         if not (folder / "args.json").is_file():
             raise ValueError(

@@ -32,6 +32,7 @@ from files import (
     TEMPORARY,
     is_of_a_file,
     locked,
+    make_folder,
     remove_leftovers,
     unwritable,
     write_json,
@@ -84,11 +85,7 @@ class RunFolder:
                 f"{folder} holds checkpoints but no args.json, so it is not a run folder: give "
                 "another --save"
             )
-        try:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot be made ({error.strerror})"
-            raise ValueError(f"run folder {folder} {reason}: give another --save") from error
+        make_folder(folder / "samples", "give another --save")
         return run
 
     @contextlib.contextmanager

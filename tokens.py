@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from files import locked, write_json, write_whole
+from files import locked, make_folder, write_json, write_whole
 from packed import as_lines
 
 HEAD = {"format": "rfsq tokens", "version": 1}
@@ -57,10 +57,7 @@ def held(out: Path) -> AbstractContextManager[None]:
     Raises:
         ValueError: another process holds it, or it cannot be made.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}): give another --out") from error
+    make_folder(out, "give another --out")
     return locked(out, f"another process is writing to {out}: wait for it, or give another --out")
 
 

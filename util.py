@@ -30,6 +30,8 @@ import torch.distributed as dist
 
 from files import is_of_a_file
 from output import printable
+from quantizers.base import processes as world_size
+from quantizers.base import rank
 
 Result = TypeVar("Result")
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
@@ -98,16 +100,6 @@ def peak_memory_mib(device: torch.device) -> int:
 def cpu_cores() -> int:
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def rank() -> int:
-    """This process's number, 0 when alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """The number of processes, 1 when alone."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def on_main(function: Callable[[], Result]) -> Result:

@@ -209,16 +209,9 @@ class Codec:
         model = self.entropy_model
         return hashlib.sha256(self.fingerprint + model.digest).digest()[:8] if model else b""
 
-    def _levels(self) -> list[int] | None:
-        """Levels of the channels that make up an index, lowest first; None if it has none."""
-        quantizer = self.model.quantizer
-        if {*self.sizes} == {2**quantizer.dim}:
-            return [2] * quantizer.dim  # one bit per channel
-        return getattr(quantizer, "levels", None)
-
     def counts(self) -> entropy.Counts:
         """Empty counts for this model's indices."""
-        return entropy.Counts(self.sizes, self._levels())
+        return entropy.Counts(self.sizes, self.model.quantizer.levels)
 
     def _read_entropy_model(self, state) -> entropy.EntropyModel:
         """What `fit` has put into the checkpoint.
@@ -227,7 +220,7 @@ class Codec:
             ValueError: it is damaged, or was fitted by another version or to another model.
         """
         problem = None
-        digits, ordered = entropy.digits_and_order(self.sizes, self._levels())
+        digits, ordered = entropy.digits_and_order(self.sizes, self.model.quantizer.levels)
         if not isinstance(state, dict):
             problem = "is damaged"
         elif "weights" not in state:

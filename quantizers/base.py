@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -80,9 +80,8 @@ def exporting() -> bool:
 
 def output_dtype(z: Tensor) -> torch.dtype:
     """That of `z` where the model around is of half precision itself; float32 under autocast."""
-    if z.dtype in HALF_PRECISION and not torch.is_autocast_enabled(z.device.type):
-        return z.dtype
-    return torch.float32
+    autocast = not z.is_meta and torch.is_autocast_enabled(z.device.type)
+    return z.dtype if z.dtype in HALF_PRECISION and not autocast else torch.float32
 
 
 def processes() -> int:
@@ -111,6 +110,8 @@ class Quantizer(nn.Module):
         dim: number of channels of `z`.
         codebook_sizes: number of codes of each stage (one entry for a single-stage quantizer).
         stage_axis: whether `indices` ends with an axis of stages.
+        levels: levels of the channels that make up an index, lowest digit first; None where an
+            index is one number.
         side_bits: bits of side information per image, beyond the indices (0 unless stated).
         group: neighbours on the last axis that are quantized together, of which its length must be
             a multiple (1 but for `Pairs`).
@@ -142,6 +143,7 @@ class Quantizer(nn.Module):
     codebook_sizes: list[int]
     name: str
     stage_axis: bool = False
+    levels: list[int] | None = None
     side_bits: float = 0.0
     group: int = 1
 
@@ -168,7 +170,9 @@ class Quantizer(nn.Module):
         self._check_input(z)
         self._check_not_recomputed()
         dtype = output_dtype(z)
-        with torch.autocast(z.device.type, enabled=False):
+        # There is no autocast for shapes alone.
+        no_autocast = nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
+        with no_autocast:
             quantized, *rest = self.quantize(z.float())
         return quantized.to(dtype), *rest
 
@@ -199,14 +203,19 @@ class Quantizer(nn.Module):
         `.train()` of the enclosing model changes neither. Gradients still go to `z`. Freeze before
         DistributedDataParallel wraps the model, since it expects the same parameters all the time.
         """
-        self._frozen = True
+        self._set_frozen(True)
         self.zero_grad()  # an optimiser moves whatever has a gradient
         return self.requires_grad_(False).eval()
 
     def unfreeze(self) -> Quantizer:
         """Undo `freeze`: parameters have gradients, and the next `.train()` has its effect."""
-        self._frozen = False
+        self._set_frozen(False)
         return self.requires_grad_(True)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        for part in self.modules():
+            if isinstance(part, Quantizer):
+                part._frozen = frozen
 
     def train(self, mode: bool = True) -> Quantizer:
         """As of any module, but a frozen quantizer stays in evaluation mode."""
@@ -327,42 +336,3 @@ def per_channel(x: Tensor, like: Tensor) -> Tensor:
     """View `x` (C,) or (B, C) so that it broadcasts against `like` (B, C, *positions)."""
     lead = x.shape if x.dim() == 2 else (1, *x.shape)
     return x.view(*lead, *[1] * (like.dim() - 2))
-
-
-def check_integer(name: str, value: object, least: int = 1) -> int:
-    """Return `value` if it is an integer of `least` or more.
-
-    Raises:
-        ValueError: naming the argument and what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}")
-    return value
-
-
-def check_levels(levels: Sequence[int]) -> list[int]:
-    """Validate the levels of an FSQ: at least one channel, integers of 2 or more, an int64 index.
-
-    Raises:
-        ValueError: naming the level or the product that does not fit.
-    """
-    levels = list(levels)
-    if not levels:
-        raise ValueError(
-            "levels is empty: give the number of levels of each channel, as in 8 8 8 8"
-        )
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int) or level < 2:
-            raise ValueError(
-                f"every level must be an integer of 2 or more, but {level!r} is among {levels}"
-            )
-        if level > 512:
-            # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of the L levels
-            # only if (L-1) eps / 2 is below one half.
-            raise ValueError(f"a channel has at most 512 levels, but {level} is among {levels}")
-    if math.prod(levels) > 2**62:
-        raise ValueError(
-            f"levels {levels} make 2^{math.log2(math.prod(levels)):.1f} codes; "
-            "an int64 index holds 2^62: give fewer channels or levels"
-        )
-    return levels

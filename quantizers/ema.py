@@ -8,15 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import (
-    Quantizer,
-    check_integer,
-    exporting,
-    mean_over_processes,
-    processes,
-    rank,
-    straight_through,
-)
+from .base import Quantizer, exporting, mean_over_processes, processes, rank, straight_through
+from .checks import check_integer
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
 # its cache, on a GPU more.

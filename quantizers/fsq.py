@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Quantizer, check_levels, per_channel, round_straight_through_
+from .base import Quantizer, per_channel, round_straight_through_
+from .checks import check_levels
 
 EPS = 1e-3
 
@@ -50,6 +51,7 @@ class FSQ(Quantizer):
     """
 
     flags: ClassVar[dict[str, str]] = {"levels": "levels"}
+    levels: list[int]
 
     def __init__(self, levels: Sequence[int] | None = None):
         super().__init__()
@@ -74,10 +76,6 @@ class FSQ(Quantizer):
         """The constants, to broadcast against `like` (B, C, *positions)."""
         grid, _ = self.constants(like.device)
         return Grid(*grid.view(5, 1, self.dim, *[1] * (like.dim() - 2)).unbind())
-
-    def bound(self, z: Tensor) -> Tensor:
-        """Squash `z` (B, C, *positions) so that its rounding has `levels[c]` values a channel."""
-        return self._bound(2 * z, None, self.grid(z))
 
     def round(self, two_z: Tensor, two_b: Tensor | None, grid: Grid) -> Tensor:
         """The integers `round(bound(z + b))`, straight-through: with the gradient of the bound.

@@ -84,6 +84,13 @@ class GeometricRFSQ(ResidualFSQ):
         self._constants = level, best if slope is None else torch.full_like(best, slope)
         self._add_running_moments(rows=1)
 
+    def read_flags(self) -> list[str]:
+        """The flags of the command line that this quantizer reads."""
+        return ["rfsq_strategy", *self.flags]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slope={self.slope.tolist()}"
+
     @property
     def slope(self) -> Tensor:
         """s of each channel (dim,), on the CPU."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Quantizer, mean_over_processes, per_channel, straight_through
+from .checks import check_integer
 
 MAX_GROUP_BITS = 24
 
@@ -35,11 +36,11 @@ class LFQ(Quantizer):
     Args:
         dim: number of channels and bits, from 1 to 62.
         entropy_loss_weight, commitment_loss_weight, diversity_gamma, temperature: see above.
-        entropy_groups: split the bits into this many equal groups and sum the entropies of the
-            groups instead of the joint entropy. H_token stays the same; H_batch becomes an upper
-            bound of the joint entropy, which ignores dependence between groups. Required above 24
-            bits, because the joint distribution is too large. Default: the fewest groups of at most
-            24 bits.
+        entropy_groups: split the bits into this many groups, as equal as possible, and sum the
+            entropies of the groups instead of the joint entropy. H_token stays the same; H_batch
+            becomes an upper bound of the joint entropy, which ignores dependence between groups.
+            Required above 24 bits, because the joint distribution is too large. Default: the fewest
+            groups of at most 24 bits.
 
     Raises:
         ValueError: for arguments out of range, or an input whose channels are not `dim`.
@@ -68,26 +69,20 @@ class LFQ(Quantizer):
         entropy_groups: int | None = None,
     ):
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= 62:
-            raise ValueError(
-                f"dim must be an integer from 1 to 62 (one bit a channel), not {dim!r}"
-            )
+        check_integer("dim", dim, most=62)
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, not {temperature}")
         if entropy_groups is None:
-            fewest = math.ceil(dim / MAX_GROUP_BITS)
-            entropy_groups = next(g for g in range(fewest, dim + 1) if dim % g == 0)
-        if not 1 <= entropy_groups <= dim or dim % entropy_groups:
+            entropy_groups = math.ceil(dim / MAX_GROUP_BITS)
+        largest = math.ceil(dim / check_integer("entropy_groups", entropy_groups, most=dim))
+        if largest > MAX_GROUP_BITS:
             raise ValueError(
-                f"entropy_groups must divide the {dim} bits, but {entropy_groups} was given"
-            )
-        if dim // entropy_groups > MAX_GROUP_BITS:
-            raise ValueError(
-                f"entropy_groups={entropy_groups} leaves {dim // entropy_groups} bits a group; "
+                f"entropy_groups={entropy_groups} leaves {largest} bits a group; "
                 f"at most {MAX_GROUP_BITS} fit: give more groups"
             )
         self.dim = dim
         self.codebook_sizes = [2**dim]
+        self.levels = [2] * dim
         self.name = f"lfq-{dim}"
         self.entropy_loss_weight = entropy_loss_weight
         self.commitment_loss_weight = commitment_loss_weight
@@ -112,7 +107,7 @@ class LFQ(Quantizer):
         p = torch.sigmoid(logits)
         # -log p = softplus(-logit) and -log(1-p) = softplus(logit) = softplus(-logit) + logit.
         token_entropy = (F.softplus(-logits) + (1 - p) * logits).sum(1).mean()
-        groups = (self._batch_entropy(group) for group in p.chunk(self.entropy_groups, 1))
+        groups = (self._batch_entropy(group) for group in p.tensor_split(self.entropy_groups, 1))
         return token_entropy, sum(groups, start=z.new_zeros(()))
 
     def _batch_entropy(self, p: Tensor) -> Tensor:

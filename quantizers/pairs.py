@@ -1,4 +1,4 @@
-"""Two neighbouring positions as one, for any quantizer."""
+"""Two neighbouring positions as one, for quantizers with an even number of stages."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class Pairs(Quantizer):
         >>> quantized, indices = pairs(torch.randn(2, 16, 32, 32))   # (2, 32, 32, 2)
     """
 
-    group = 2
-
     def __init__(self, quantizer: Quantizer):
         super().__init__()
         left, right = quantizer.codebook_sizes[::2], quantizer.codebook_sizes[1::2]
@@ -47,6 +45,7 @@ class Pairs(Quantizer):
         self.dim = quantizer.dim // 2
         self.codebook_sizes = left
         self.stage_axis = len(left) > 1
+        self.group = 2 * quantizer.group
         self.name = f"{quantizer.name}-pairs"
 
     def read_flags(self) -> list[str]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Quantizer, check_integer, mean_over_processes, processes, rank
+from .base import Quantizer, mean_over_processes, processes, rank
+from .checks import check_integer, check_momentum
 from .fsq import FSQ
 
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
@@ -44,6 +45,7 @@ class ResidualFSQ(Quantizer):
     """
 
     stage_axis = True
+    levels: list[int]
     running_mean: Tensor
     running_var: Tensor
     batches: Tensor
@@ -63,15 +65,13 @@ class ResidualFSQ(Quantizer):
                 f"{stages} stages have no default levels (2 and 4 do): give levels, one number a "
                 "channel, as in 8 8 8 4"
             )
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], not {momentum}")
         if not 0 <= stage_dropout <= 1:
             raise ValueError(f"stage_dropout must be in [0, 1], not {stage_dropout}")
         self.fsq = FSQ(PAPER_LEVELS[stages] if levels is None else levels)
         self.levels = self.fsq.levels
         self.dim = self.fsq.dim
         self.codebook_sizes = self.fsq.codebook_sizes * stages
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self.stage_dropout = stage_dropout if stages > 1 else 0.0
         size = self.codebook_sizes[0]
         codes = str(size) if size <= 2**20 else f"{math.log2(size):.4g}bit"

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from .base import Quantizer, per_channel, straight_through
 from .fsq import Grid
 from .geometric import GeometricRFSQ
-from .residual import PAPER_LEVELS, ResidualFSQ, running_std, update_moments
-
-__all__ = ["PAPER_LEVELS", "RFSQ", "STRATEGIES"]
+from .residual import ResidualFSQ, running_std, update_moments
 
 # The values of --rfsq-strategy. The last is a class of its own, GeometricRFSQ.
 STRATEGIES = ("none", "scale", "layernorm", "geometric")
@@ -101,7 +99,7 @@ class RFSQ(ResidualFSQ):
             )
         if strategy not in STRATEGIES:
             raise ValueError(
-                f"strategy {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}"
+                f"strategy {strategy!r} is unknown: choose from {', '.join(STRATEGIES[:-1])}"
             )
         if statistics not in ("global", "image"):
             raise ValueError(f"statistics {statistics!r} is unknown: choose from global, image")
@@ -211,7 +209,7 @@ class RFSQ(ResidualFSQ):
         return (residual * two_a + (0.0 if two_b is None else two_b)) / 2
 
     def _gains_and_biases(self, like: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Twice the gain and twice the bias of each stage, (1, C or 1, 1, ...) each.
+        """Twice the gain and twice the bias of each stage, (1, C or 1, 1, ...) each, () for `none`.
 
         Twice, for the form of the bound in `FSQ.round`; a factor of 2 is exact. No bias: None.
         """

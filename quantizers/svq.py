@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, check_integer, mean_over_processes, per_channel, straight_through
-from .counting import Counts, count, rank, unrank
+from .base import Quantizer, mean_over_processes, per_channel, straight_through
+from .checks import check_integer, check_momentum
+from .counting import Counts, count, inverse, rank, unrank
 from .residual import running_std, update_moments
 from .svq_search import log_scale, search, suited
 
@@ -103,8 +104,7 @@ class SVQ(Quantizer):
         momentum: float = 0.01,
     ):
         super().__init__()
-        if not 8 <= check_integer("bits", bits) <= 60:
-            raise ValueError(f"bits must be an integer from 8 to 60, not {bits}")
+        check_integer("bits", bits, 8, 60)
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
         if bits > MOST * dim:
             raise ValueError(
@@ -117,15 +117,13 @@ class SVQ(Quantizer):
             )
         if check_integer("stages", stages) > bits:
             raise ValueError(f"{bits} bits make at most {bits} tokens, not {stages}")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], not {momentum}")
         self.dim, self.classes = dim, classes
         self.index_bits = bits
         self.token_bits = [(bits + stages - 1 - k) // stages for k in range(stages)]
         self.codebook_sizes = [2**n for n in self.token_bits]
         self.stage_axis = stages > 1
         self.name = f"svq-{bits}bit"
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self.class_size = 2**bits // classes
         self.register_buffer("running_mean", torch.zeros(dim, dtype=torch.float32))
         self.register_buffer("running_var", torch.ones(dim, dtype=torch.float32))
@@ -139,6 +137,9 @@ class SVQ(Quantizer):
         self.register_buffer("order", torch.arange(dim))  # of the channels in vectors
         self.register_buffer("lengths", torch.ones(classes, dim, 4, dtype=torch.int64))
         self._design()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, classes={self.classes}, stages={self.stages}"
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`."""
@@ -200,7 +201,7 @@ class SVQ(Quantizer):
         Steps have 12 bits, so that the product is exact where it matters, and a fused
         multiplication and addition gives the same.
         """
-        scaled = integers[self.order.argsort()].float() * self.steps[classes]
+        scaled = integers[inverse(self.order)].float() * self.steps[classes]
         codes = scaled + self.running_mean[:, None]
         return codes.view(self.dim, *positions).transpose(0, 1)
 
@@ -236,7 +237,7 @@ class SVQ(Quantizer):
     @torch.no_grad()
     def _track_classes(self, classes: Tensor, integers: Tensor, finite: Tensor) -> None:
         """Update the statistics of the classes by the vectors of a batch."""
-        magnitude = integers[self.order.argsort()].abs().t().float()  # (N, dim)
+        magnitude = integers[inverse(self.order)].abs().t().float()  # (N, dim)
         features = torch.cat([torch.ones_like(magnitude[:, :1]), magnitude.sign(), magnitude], 1)
         member = F.one_hot(classes, self.classes).float() / len(classes)
         moments = mean_over_processes(member.t() @ features)

@@ -33,7 +33,7 @@ from arguments import LOAD_HELP, Parser, number
 from checkpoint import save_checkpoint
 from codec import bitstream
 from codec.codec import Codec, is_grey, psnr
-from files import write_json, write_whole
+from files import make_folder, write_json, write_whole
 from images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
 SUFFIX = ".rfsq"
@@ -45,15 +45,6 @@ def check_output(path: Path, flags: Namespace) -> None:
         keep = ", --keep-existing to continue" if flags.run is encode else ""
         advice = "" if path.is_dir() else f"{keep}, or --force to replace it"
         raise ValueError(f"{path} exists: give another --out{advice}")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder if it does not exist; ValueError if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror})"
-        raise ValueError(f"folder {folder} {reason}: give another --out") from error
 
 
 def outputs(files: Sequence[tuple[Path, Path]], folder: Path, suffix: str) -> list[Path]:
@@ -197,7 +188,7 @@ def encode(flags: Namespace) -> dict:
         data = old or codec.encode(image, flags.stages, flags.entropy_coding)
         row = measure(codec, image, data)
         if old is None:
-            make_folder(out.parent)
+            make_folder(out.parent, "give another --out")
             write_whole(out, lambda file, data=data: file.write(data))
         say(
             f"{output.printable(below)}  {row['width']}x{row['height']}  {len(data):,} bytes  "
@@ -256,7 +247,7 @@ def decode(flags: Namespace) -> dict:
             image = codec.decode(data, flags.stages)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
-        make_folder(out.parent)
+        make_folder(out.parent, "give another --out")
         grey = bitstream.read_header(data).flags & bitstream.GREY
         png = Image.fromarray(image[..., 0] if grey else image)
         write_whole(out, lambda file, png=png: png.save(file, "PNG"))
@@ -274,7 +265,7 @@ def fit(flags: Namespace) -> dict:
     counts, skipped = codec.counts(), {}
     for image, _ in readable(output.progress(files, "image"), flags.skip_corrupt, skipped):
         counts.add(codec.encode_indices(image)[0])
-    make_folder(out.parent)
+    make_folder(out.parent, "give another --out")
     save_checkpoint(out, codec.fit(counts))
     number = len(files) - len(skipped)
     say(f"counted the codes of {number} images\n{out}")

@@ -31,7 +31,7 @@ from arguments import (
     unread_flags,
 )
 from checkpoint import CONFIG, WEIGHTS, save_export
-from files import write_whole
+from files import make_folder, write_whole
 from model import VQVAE, load_model
 from results import RESULTS, without_places
 
@@ -84,17 +84,13 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def make_folder(folder: Path, force: bool) -> None:
+def prepare_folder(folder: Path, force: bool) -> None:
     """Make the folder for an export.
 
     Raises:
         ValueError: it holds other files, or an export without `force`.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror})"
-        raise ValueError(f"{folder} {reason}: give another --out") from error
+    make_folder(folder, "give another --out")
     held = {path.name for path in folder.iterdir() if path.name[0] != "."}
     if other := sorted(held - {WEIGHTS, CONFIG, CARD}):
         raise ValueError(f"{folder} holds other files ('{other[0]}'): give a new folder as --out")
@@ -111,7 +107,7 @@ def export(flags: Namespace) -> Path:
     architecture = {flag: saved["args"][flag] for flag in names}
     training = {"step": step, **{flag: getattr(args, flag) for flag in DEFAULTS_OF_MODEL}}
     out = Path(flags.out)
-    make_folder(out, flags.force)
+    prepare_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)
     unread = unread_flags(model.quantizer)
     given = {k: v for k, v in architecture.items() if v is not None and k not in unread}

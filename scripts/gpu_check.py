@@ -39,7 +39,7 @@ import torch
 import timing
 import util
 from arguments import LPIPS_NETS, Parser, number
-from files import write_json
+from files import make_folder, write_json
 from run import RunFolder
 from timing import DEVICE
 
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: for bad input, before anything is run.
     """
     args = get_flags(argv)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    make_folder(args.out, "give another --out")
     check = Check(args)
     device = check.environment["device"]
     print(f"{device}, torch {torch.__version__}, {args.minutes:g} minutes, into {args.out}")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import output
 import util
 from arguments import Parser, args_of, differing_flags, may_change_flags
-from files import write_json
+from files import make_folder, write_json
 from results import portable, read_results
 
 
@@ -66,10 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             )
         kept[name] = run
     files = [Path(flags.out) / name for name in kept]
-    try:
-        Path(flags.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {flags.out} is no folder ({error.strerror}): give one") from error
+    make_folder(flags.out, "give another --out")
     for file, run in zip(files, kept.values(), strict=True):
         check_same_flags(file, run)
     for file, run in zip(files, kept.values(), strict=True):

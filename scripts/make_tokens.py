@@ -13,7 +13,6 @@ every script of this folder would find it in place of the standard library's `to
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -32,7 +31,7 @@ import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
 from codec.codec import fingerprint
 from dataset import SkipCorrupt, build_dataset
-from files import remove_leftovers
+from files import check_room, remove_leftovers
 from loaders import batch_loader
 from meter import Progress
 from model import VQVAE, load_model
@@ -64,7 +63,7 @@ def settings_of(model: VQVAE, saved: dict, images: Dataset, size: int, flags: Na
         "fingerprint": fingerprint(model, saved["args"]).hex(),
         "encoder_fingerprint": fingerprint(model, saved["args"], ("encoder",)).hex(),
         "quantizer": quantizer.name,
-        "levels": getattr(quantizer, "levels", None),
+        "levels": quantizer.levels,
         "codebook_sizes": quantizer.codebook_sizes,
         "bits_per_position": quantizer.bits,
         "f": model.f,
@@ -123,25 +122,15 @@ def encode_rest(
     return made / max(util.from_all(time.monotonic() - start))
 
 
-def check_room(out: Path, settings: dict) -> None:
-    """Raises ValueError if the disk has no room for the arrays."""
-    rows = settings["arrays"].values()
-    row = sum(np.dtype(r["dtype"]).itemsize * int(np.prod(r["shape"])) for r in rows)
-    need, free = len(tokens.to_do(out)) * row, shutil.disk_usage(out).free
-    if need > free:
-        raise ValueError(
-            f"'{out}' needs {need / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB free: "
-            "make room, or give a folder on another disk"
-        )
-
-
 def begin(out: Path, settings: dict) -> dict | None:
     """`tokens.begin`, and a check that there is room for what it leaves to do."""
     index = tokens.begin(out, settings)
     remove_leftovers(out)  # of a run that was killed while writing
     if index is None:
-        check_room(out, settings)
-        done = settings["sources"] - len(tokens.to_do(out))
+        left, rows = len(tokens.to_do(out)), settings["arrays"].values()
+        row = sum(np.dtype(r["dtype"]).itemsize * int(np.prod(r["shape"])) for r in rows)
+        check_room(out, left * row)
+        done = settings["sources"] - left
         if done:
             print(
                 f"'{out}': continues after {done:,} of {settings['sources']:,} images", flush=True

@@ -18,7 +18,6 @@ the same name is not packed again.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ import packed
 import util
 from arguments import Parser, number
 from dataset import Images, image_files
-from files import locked, remove_leftovers, write_json
+from files import check_room, locked, remove_leftovers, write_json
 from images import UnreadableImage
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
@@ -151,12 +150,7 @@ def complete(
     remove_leftovers(out)  # of a run that was killed while writing
     img_size = index["img_size"]
     done, total = index["sources_done"], index["sources"]
-    need, free = (total - done) * 3 * img_size**2, shutil.disk_usage(out).free
-    if need > free:
-        raise ValueError(
-            f"'{out}' needs {need / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB free: "
-            "make room, or give a folder on another disk"
-        )
+    check_room(out, (total - done) * 3 * img_size**2)
     if done:
         print(f"'{out}': continues after {done:,} of {total:,} files", flush=True)
     else:

@@ -186,7 +186,7 @@ def draw(result: dict, path: Path) -> None:
     """PSNR, SSIM and LPIPS against bpp: baselines as lines, checkpoints with a marker at each k."""
     lines = []  # label, rows, style, whether to draw the files as well
     for curve in result["curves"]:
-        colour, style = STYLES[curve["coder"]]
+        colour, style = STYLES.get(curve["coder"], ("grey", "-"))
         style = {"color": colour, "linestyle": style}
         lines.append((curve["coder"], curve["rows"], style, style["linestyle"] == "-"))
     for i, ours in enumerate(result["checkpoints"]):

@@ -80,7 +80,8 @@ def make_row(name: str, args: Namespace) -> Row:
     else:
         used = quantizer.read_flags()
         own = quantizer.name.removesuffix("-image")
-        args = Namespace(**{**vars(args), "levels": getattr(quantizer, "levels", args.levels)})
+        levels = quantizer.levels if "levels" in quantizer.flags else args.levels
+        args = Namespace(**{**vars(args), "levels": levels})
     flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}
     return Row(name, args, flags, f"{own} {args.levels}")
 

@@ -20,7 +20,7 @@ import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from evaluation import evaluate_stages, prepare
-from files import write_json, write_whole
+from files import make_folder, write_json, write_whole
 
 COLUMNS = {  # column: (heading, decimals)
     "stage": ("stage", 0),
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 "or SVQ with --ema-stages or --svq-stages above 1"
             )
     if flags.figures:
-        Path(flags.figures).mkdir(parents=True, exist_ok=True)
+        make_folder(flags.figures, "give another --figures")
     results, main_process = [], util.rank() == 0
     checkpoints = zip(flags.load, setup.names, setup.steps, setup.models, strict=True)
     for path, name, step, model in checkpoints:

@@ -51,6 +51,15 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return SyntheticDataset(side, seed, 1)[0].permute(1, 2, 0).numpy()[:height, :width]
 
 
+@pytest.mark.parametrize("name, channels", [("lfq", True), ("fsq", True), ("bytes", False)])
+def test_only_the_digits_of_channels_are_ordered(name, channels, folder, tmp_path):
+    """256 codes in 8 channels are not 8 bits, one a channel, unless the quantizer says so."""
+    flags = ["--quantizer=ema", "--n-embed=256", "--embed-dim=8"]
+    make_checkpoint(tmp_path / "bytes.pt", "--channel=16", *flags)
+    path = tmp_path / "bytes.pt" if name == "bytes" else folder / f"{name}.pt"
+    assert Codec(path).counts().ordered == channels
+
+
 def fitted(path) -> Codec:
     codec = Codec(path)
     counts = codec.counts()

@@ -61,6 +61,31 @@ def test_loading_through_the_meta_device(name, load):
 
 
 @every
+def test_shapes_on_the_meta_device(name):
+    """Without values: what a tool asks that plans memory or a pipeline."""
+    module, z = trained(name), latent(CASES[name].build())
+    wanted = run(module, z)
+    found = run(copy.deepcopy(module).to("meta"), z.to("meta"))
+    for there, here in zip(wanted[:2], found[:2], strict=True):
+        assert here.is_meta and here.shape == there.shape and here.dtype == there.dtype
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_precision_of_a_host_changes_nothing(name, dtype):
+    module, z = trained(name), latent(CASES[name].build())
+    wanted, twin = run(module, z), copy.deepcopy(module).train()
+    try:
+        torch.set_default_dtype(dtype)
+        quantized, indices, _ = run(module, z)
+        in_training = run(twin, z)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert in_training.dtype == torch.float32
+    assert same_bits(quantized, wanted[0]) and torch.equal(indices, wanted[1])
+
+
+@every
 def test_a_visit_to_the_meta_device_loses_no_constant(name):
     """Such as that of a program which counts parameters before it loads them."""
     module = trained(name)

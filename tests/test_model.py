@@ -600,6 +600,9 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert loaded["args"] == state["args"] and loaded["step"] == 7
 
 
+GEOMETRIC = "--rfsq-strategy geometric"
+
+
 def saved(tmp_path, *flags) -> str:
     """The path of a checkpoint of the model that the flags describe."""
     args = get_args([*SMALL, *flags])
@@ -617,6 +620,22 @@ def test_another_architecture_is_named_flag_by_flag(tmp_path):
     assert "--channel 32 there, 64 here" in message
     assert "--rfsq-strategy layernorm there, none here" in message
     assert "--lr" not in message and "--levels" not in message
+
+
+@pytest.mark.parametrize(
+    "there, here",
+    [
+        ("--quantizer svq", "--quantizer svq --svq-classes 4"),
+        ("--quantizer svq", "--quantizer svq --svq-stages 2"),
+        (GEOMETRIC, f"{GEOMETRIC} --rfsq-slope 0.2"),
+    ],
+)
+def test_what_only_the_quantizer_knows_is_an_architecture_too(there, here, tmp_path):
+    path = saved(tmp_path, *there.split())
+    args = get_args([*SMALL, *here.split()])
+    name = here.split()[-2]
+    with pytest.raises(ValueError, match=f"of another architecture: {name}.* there"):
+        load_weights(VQVAE(args), args, path)
 
 
 def test_flags_that_make_the_same_model_fit(tmp_path):

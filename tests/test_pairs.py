@@ -61,7 +61,18 @@ def test_it_keeps_the_contract(name):
     assert torch.equal(copy.indices_to_codes(indices), codes)
     state = [value.clone() for value in pairs.freeze().state_dict().values()]
     pairs.train()(smooth(2, pairs.dim))
+    pairs.quantizer.train()(smooth(2, 2 * pairs.dim))
     assert all(map(torch.equal, state, pairs.state_dict().values()))
+    # As in a host that gives and takes the gradients of all that it holds.
+    assert not pairs.requires_grad_(True).indices_to_codes(indices).requires_grad
+    assert pairs.unfreeze().train().quantizer.training
+
+
+def test_pairs_of_pairs_ask_for_four():
+    quads = Pairs(Pairs(SVQ(40, dim=16, stages=4)))
+    assert quads.group == 4 and quads.dim == 4
+    codes, indices = quads(torch.randn(2, 4, 8))
+    assert indices.shape == (2, 8) and torch.equal(quads.eval().indices_to_codes(indices), codes)
 
 
 def test_the_gradient_is_straight_through():

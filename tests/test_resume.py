@@ -537,6 +537,7 @@ def test_flags_that_make_another_run_are_refused(tmp_path, monkeypatch):
     with pytest.raises(util.Interrupted):
         run(tmp_path / "run")
     others = ["--lr 0.02", "--seed 1", "--channel 32", "--warmup 0", "--rfsq-stage-dropout 0.5"]
+    others += ["--rfsq-strategy geometric"]
     for flag, value in map(str.split, others):
         with pytest.raises(ValueError, match=rf"{flag} .* there, .* here") as caught:
             run(tmp_path / "run", "--resume=auto", f"{flag}={value}")

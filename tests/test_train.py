@@ -302,10 +302,15 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         "channels": ("train", [*good, "--quantizer=lfq", "--lfq-dim=63"], "--lfq-dim"),
         "groups": (
             "train",
-            [*good, "--quantizer=lfq", "--lfq-entropy-groups=5"],
-            "entropy_groups must divide",
+            [*good, "--quantizer=lfq", "--lfq-entropy-groups=13"],
+            "entropy_groups must be an integer from 1 to 12",
         ),
         "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "--ema-decay"),
+        "statistics": (
+            "train",
+            [*good, "--rfsq-strategy=none", "--rfsq-statistics=image"],
+            "--rfsq-statistics image needs --rfsq-strategy layernorm",
+        ),
         "all weights 0": (
             "train",
             [*good, "--l1-weight=0", "--codebook-weight=0"],

@@ -1,0 +1,61 @@
+"""Checks of the arguments of quantizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def check_integer(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Return `value` if it is an integer of `least` or more, and at most `most`.
+
+    Raises:
+        ValueError: naming the argument and what was given.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or not least <= value <= (value if most is None else most)
+    ):
+        span = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {span}, not {value!r}")
+    return value
+
+
+def check_momentum(momentum: float) -> float:
+    """Return `momentum`, the weight of a new batch in running averages, if it is in (0, 1].
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum must be in (0, 1], not {momentum}")
+    return momentum
+
+
+def check_levels(levels: Sequence[int]) -> list[int]:
+    """Validate the levels of an FSQ: at least one channel, integers of 2 or more, an int64 index.
+
+    Raises:
+        ValueError: naming the level or the product that does not fit.
+    """
+    levels = list(levels)
+    if not levels:
+        raise ValueError(
+            "levels is empty: give the number of levels of each channel, as in 8 8 8 8"
+        )
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, int) or level < 2:
+            raise ValueError(
+                f"every level must be an integer of 2 or more, but {level!r} is among {levels}"
+            )
+        if level > 512:
+            # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of the L levels
+            # only if (L-1) eps / 2 is below one half.
+            raise ValueError(f"a channel has at most 512 levels, but {level} is among {levels}")
+    if math.prod(levels) > 2**62:
+        raise ValueError(
+            f"levels {levels} make 2^{math.log2(math.prod(levels)):.1f} codes; "
+            "an int64 index holds 2^62: give fewer channels or levels"
+        )
+    return levels
