@@ -109,7 +109,8 @@ class Quantizer(nn.Module):
     Attributes:
         dim: number of channels of `z`.
         codebook_sizes: number of codes of each stage (one entry for a single-stage quantizer).
-        stage_axis: whether `indices` ends with an axis of stages.
+        stage_axis: whether `indices` ends with an axis of stages. A residual FSQ has it with one
+            stage too.
         levels: levels of the channels that make up an index, lowest digit first; None where an
             index is one number.
         side_bits: bits of side information per image, beyond the indices (0 unless stated).
@@ -129,7 +130,8 @@ class Quantizer(nn.Module):
     precision outside autocast: there it is rounded to the precision of `z`.
 
     `indices_to_codes(indices)` decodes indices of any integer type, to float32; quantizers with
-    side information also take `statistics`.
+    side information also take `statistics`. The codes of an RFSQ have a gradient for its
+    parameters: decode under `torch.no_grad()` where none is wanted.
 
     A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`. Its buffers are
     state that training moves, such as running statistics; constants are no buffers.
