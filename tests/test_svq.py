@@ -337,9 +337,14 @@ def snr(svq, z):
 def test_more_classes_follow_a_mixture_of_scales_better():
     torch.manual_seed(0)
     z = laplacian_mixture(12, 4000)
-    found = [snr(fitted(SVQ(24, dim=12, classes=k)), z) for k in (1, 2, 4, 8)]
+    quantizers = [fitted(SVQ(24, dim=12, classes=k)) for k in (1, 2, 4, 8)]
+    found = [snr(svq, z) for svq in quantizers]
     assert found == sorted(found)
-    assert found[-1] - found[0] < 5  # one class is not the finest
+    for svq in quantizers:  # the middles of equal parts of -25/14 to 39/14: one class is at 1/2
+        (mean, var), (_, level) = svq.log_scale, svq._level(svq.running_var)
+        places = ((svq.steps / level).log2() - mean) / var.sqrt()
+        middles = -25 / 14 + 64 / 14 * (torch.arange(svq.classes) + 0.5) / svq.classes
+        torch.testing.assert_close(places.float(), middles, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("weak", [0.0, 1e-6])
