@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -132,6 +133,8 @@ def _loader(
         collate_fn=_collate,
         worker_init_fn=functools.partial(_start_worker, (stop or StopSignals()).deferred),
         timeout=LOADER_TIMEOUT if num_workers else 0,
+        # Not by a server of Python's (its default from 3.14), which a signal to the group ends.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=torch.device(device).type == "cuda",
         # A DataLoader draws a number whenever it is started: not from the global random state,
         # which a resumed run must find as it was.

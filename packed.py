@@ -206,9 +206,16 @@ class PackedDataset(Dataset):
         return {"names": self._names_sha256, "pixels": pixels}
 
     def names(self) -> list[str]:
-        """The sources of all items, relative to the folder that was packed."""
-        lines = (self.root / PACK_NAMES).read_bytes().splitlines()
-        return [os.fsdecode(line) for line in lines]
+        """The sources of all items, relative to the folder that was packed.
+
+        Raises:
+            ValueError: the file of names is damaged.
+        """
+        lines = (self.root / PACK_NAMES).read_bytes()
+        if hashlib.sha256(lines).hexdigest() != self._names_sha256:
+            advice = PACK_DAMAGED.format(self.root)
+            raise ValueError(f"{self.root / PACK_NAMES} is damaged: {advice}")
+        return [os.fsdecode(line) for line in lines.splitlines()]
 
     def __len__(self) -> int:
         return self._count

@@ -31,7 +31,8 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
     without, nowhere = [], []
     for name in names:
         files: list[Path] = []
-        paths = [Path(match) for match in sorted(glob.glob(name))] or [Path(name)]
+        matches = [] if os.path.lexists(name) else sorted(glob.glob(name))
+        paths = [Path(match) for match in matches] or [Path(name)]
         for path in paths:
             if path.is_dir():
                 kept = path.glob(KEPT) if file == "results.json" else []

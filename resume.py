@@ -63,6 +63,11 @@ def find_resumed(
                 f"--resume {folder} holds no checkpoint: give a run folder, a .pt file, or auto"
             )
         path, saved = found
+    if not automatic and args.save and Path(args.save).resolve() != folder.resolve():
+        raise ValueError(
+            f"--resume {args.resume} continues the run in {folder}, not in --save {args.save}: "
+            "leave --save out, or start a new run from the weights with --load"
+        )
     saved.setdefault("train_fingerprint", {})  # checkpoints from before it lack it
     whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
     if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():

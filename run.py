@@ -41,6 +41,8 @@ from files import (
 
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
+WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", "results.json", "results.txt")
+WRITTEN += ("events.out.tfevents.*", "samples/step_*.png")  # what a new run removes or replaces
 
 
 class RunFolder:
@@ -80,10 +82,16 @@ class RunFolder:
             raise ValueError(
                 f"{folder} already holds a run: give another --save, --resume it, or --overwrite it"
             )
-        if not a_run and any(folder.glob("*.pt")):
+        files = (path for pattern in WRITTEN for path in sorted(folder.glob(pattern)))
+        if not a_run and (other := next(files, None)):
             raise ValueError(
-                f"{folder} holds checkpoints but no args.json, so it is not a run folder: give "
+                f"{folder} holds {other.name} but no args.json, so it is not a run folder: give "
                 "another --save"
+            )
+        if a_run and not args.overwrite and (folder / "results.json").exists():
+            raise ValueError(
+                f"{folder} holds a finished run whose checkpoints are gone: give another --save, "
+                "or --overwrite it"
             )
         make_folder(folder / "samples", "give another --save")
         return run
@@ -123,6 +131,11 @@ class RunFolder:
         write_json(self.path / "args.json", vars(args))
         write_json(self.path / "environment.json", environment)
         self._trim_log(step, steps)
+        if resumed:  # before the newer ones are gone, one of which last.pt may be
+            self._link(Path(resumed["path"]), "last.pt")
+        if step < steps:  # what an earlier end of the run has left
+            for name in ("results.json", "results.txt"):
+                (self.path / name).unlink(missing_ok=True)
         for number, path in self.checkpoints():
             if number > step:
                 path.unlink()
@@ -131,7 +144,7 @@ class RunFolder:
             self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
         if not step:
             Board.remove(self.path)
-            for name in ("last.pt", "best.pt", "results.json", "results.txt"):
+            for name in ("last.pt", "best.pt"):
                 (self.path / name).unlink(missing_ok=True)
             for picture in (self.path / "samples").glob("step_*.png"):
                 picture.unlink()

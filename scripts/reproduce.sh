@@ -132,7 +132,7 @@ worker() { # NUMBER
 
 set -m # a process group for each worker: Ctrl-C ends its run too
 workers=()
-trap 'kill -- "${workers[@]/#/-}" 2> /dev/null || true; exit 130' INT TERM
+trap 'kill -- "${workers[@]/#/-}" 2> /dev/null || true; exit 130' INT TERM HUP
 for ((number = 0; number < JOBS; number++)); do
     worker "$number" &
     workers+=($!)

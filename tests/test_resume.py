@@ -1154,3 +1154,48 @@ def test_statistics_and_codebooks_stay_finite(value):
             assert buffer.isfinite().all(), name
             if "running" in name:
                 assert torch.equal(buffer, before[name])
+
+
+# ---------------------------------------------------------------------------------------
+# What is there already
+# ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "samples/step_0000001.png"])
+def test_files_of_others_are_not_replaced(name, tmp_path):
+    (tmp_path / "mine" / "samples").mkdir(parents=True)
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {Path(name).name} but no args.json"):
+        run(tmp_path / "mine", "--train-iters=1")
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
+def test_results_of_a_run_without_its_checkpoints_stay(tmp_path):
+    run(tmp_path / "run", "--train-iters=1")
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"checkpoints are gone.*--overwrite"):
+        run(tmp_path / "run", "--train-iters=1", "--resume=auto")
+    assert (tmp_path / "run" / "results.json").exists()
+    assert run(tmp_path / "run", "--train-iters=1", "--resume=auto", "--overwrite")["steps"] == 1
+
+
+def test_a_branch_in_another_folder_is_refused(tmp_path):
+    flags = ["--train-iters=2", "--save-interval=1", "--keep=2"]
+    run(tmp_path / "run", *flags)
+    first = tmp_path / "run" / "step_0000001.pt"
+    with pytest.raises(ValueError, match=r"continues the run in .*--load"):
+        run(tmp_path / "branch", *flags, f"--resume={first}")
+    assert (tmp_path / "run" / "step_0000002.pt").exists()
+
+
+def test_going_back_to_best_makes_it_the_last(tmp_path, monkeypatch):
+    """Its step file is gone; the newer last.pt must not take its place, nor the old results."""
+    flags = ["--train-iters=4", "--save-interval=2", "--keep=1"]
+    run(tmp_path / "run", *flags)
+    folder = tmp_path / "run"
+    saved = load_checkpoint(folder / "last.pt")
+    save_checkpoint(folder / "best.pt", {**saved, "step": 2})
+    monkeypatch.setattr(train.Training, "fit", lambda self: 1 / 0)  # killed at once
+    with pytest.raises(ZeroDivisionError):
+        run(folder, *flags, f"--resume={folder / 'best.pt'}")
+    assert load_checkpoint(folder / "last.pt")["step"] == 2
+    assert not (folder / "results.json").exists()
