@@ -491,7 +491,7 @@ def test_files_of_others_in_the_folder_stay(tmp_path):
     strange.mkdir()
     (strange / "last.pt").write_text("mine")
     for flags in ([], ["--overwrite"]):
-        with pytest.raises(ValueError, match=r"checkpoints but no args\.json"):
+        with pytest.raises(ValueError, match=r"last\.pt but no args\.json"):
             run(strange, *flags)
     assert [path.name for path in strange.iterdir()] == ["last.pt"]
 
