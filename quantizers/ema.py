@@ -152,7 +152,7 @@ class VectorQuantizeEMA(Quantizer):
         sums = mean_over_processes(sums) * processes()
         # The training loop skips the step of a batch that is not finite, and so does the codebook.
         finite = sums.isfinite().all()
-        weight = (1 - self.decay) * finite
+        weight = (1 - self.decay) * finite.float()
         self.counts[stage].lerp_(torch.where(finite, counts, 0.0), weight)
         self.sums[stage].lerp_(torch.where(finite, sums, 0.0), weight)
         counts, total = self.counts[stage], self.counts[stage].sum()
