@@ -17,6 +17,7 @@ from torch import Tensor
 # Of a record, what is the same in all of a run, or no number to draw.
 LEFT_OUT = {"step", "images", "image_size", "bits", "f", "bpp", "floors"}
 LEFT_OUT |= {"stage", "codebook_size", "tokens"}
+EVENTS = "events.out.tfevents.*"  # the names that TensorBoard gives its files
 
 
 class Board:
@@ -57,7 +58,7 @@ class Board:
     @staticmethod
     def remove(folder: Path) -> None:
         """Delete the event files of a run that is replaced."""
-        for path in folder.glob("events.out.tfevents.*"):
+        for path in folder.glob(EVENTS):
             path.unlink()
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from board import Board
+from board import EVENTS, Board
 from checkpoint import Damaged, NotFinite, load_checkpoint, save_checkpoint
 from files import (
     TEMPORARY,
@@ -41,8 +41,10 @@ from files import (
 
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
-WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", "results.json", "results.txt")
-WRITTEN += ("events.out.tfevents.*", "samples/step_*.png")  # what a new run removes or replaces
+RESULTS = ("results.json", "results.txt")
+PICTURES = "step_*.png"  # in samples/
+# What a new run removes or replaces.
+WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", *RESULTS, EVENTS, f"samples/{PICTURES}")
 
 
 class RunFolder:
@@ -67,7 +69,8 @@ class RunFolder:
         """The folder of a new run: --save, or a new one under runs/.
 
         Raises:
-            ValueError: it holds another run or somebody else's checkpoints, or cannot be made.
+            ValueError: it holds another run, a finished run without checkpoints or files of
+                others, or cannot be made.
         """
         if args.save is None:
             names = [default_name, *(f"{default_name}-{i}" for i in range(2, 10_000))]
@@ -134,7 +137,7 @@ class RunFolder:
         if resumed:  # before the newer ones are gone, one of which last.pt may be
             self._link(Path(resumed["path"]), "last.pt")
         if step < steps:  # what an earlier end of the run has left
-            for name in ("results.json", "results.txt"):
+            for name in RESULTS:
                 (self.path / name).unlink(missing_ok=True)
         for number, path in self.checkpoints():
             if number > step:
@@ -146,7 +149,7 @@ class RunFolder:
             Board.remove(self.path)
             for name in ("last.pt", "best.pt"):
                 (self.path / name).unlink(missing_ok=True)
-            for picture in (self.path / "samples").glob("step_*.png"):
+            for picture in (self.path / "samples").glob(PICTURES):
                 picture.unlink()
         if args.tensorboard:
             # At the end of a run only its evaluation is repeated: the rest of that step is kept.

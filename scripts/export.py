@@ -110,7 +110,8 @@ def export(flags: Namespace) -> Path:
     prepare_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)
     unread = unread_flags(model.quantizer)
-    given = {k: v for k, v in architecture.items() if v is not None and k not in unread}
+    rows = {k: v for k, v in architecture.items() if k not in unread}
+    given = {k: v for k, v in rows.items() if v is not None and v is not False}
     card = model_card(model, name, given, step, results_of(flags.load, step))
     write_whole(out / CARD, lambda file: file.write(card.encode()))
     size = (out / WEIGHTS).stat().st_size

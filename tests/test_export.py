@@ -109,6 +109,7 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     assert card.startswith("---\ntags:") and "# small\n" in card and "Not measured." in card
     assert "| bits per position | 22 |" in card and "| `--channel` | 16 |" in card
     assert "--rfsq-stages" in card and "--svq-bits" not in card  # flags of its own quantizer
+    assert "--pairs" not in card and "False" not in card  # nor a switch that is off
     make_checkpoint(tmp_path / "last.pt", *SMALL)
     results = dict.fromkeys(export.RESULTS) | {
         "environment": {"command": "python train.py --save '/a b' --x --overwrite --resume=/c"}
