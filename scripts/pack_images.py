@@ -32,7 +32,7 @@ import packed
 import util
 from arguments import Parser, number
 from dataset import Images, image_files
-from files import check_room, locked, remove_leftovers, write_json
+from files import check_room, locked, make_folder, remove_leftovers, write_json
 from images import UnreadableImage
 from meter import Progress
 from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
@@ -135,7 +135,7 @@ def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> 
     names = images.names()
     # Refuses names with line breaks, before a folder is made.
     listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "give another OUT")
     with locked(out, f"another process is packing into '{out}': wait for it"):
         index = begin(sources, out, img_size, len(names), listing)
         if not (out / PACK_INDEX).is_file():

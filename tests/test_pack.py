@@ -423,7 +423,7 @@ def bad_inputs(source: Path, packed: Path, tmp_path: Path) -> dict[str, tuple[li
         "nothing readable": ([tmp_path / "broken", tmp_path / "b"], "'a.png' for example"),
         "line break": ([tmp_path / "lines", out], "rename it"),
         "out is a file": ([source, tmp_path / "file"], "is a file: give a new folder"),
-        "out below a file": ([source, tmp_path / "file" / "out"], "fix that"),
+        "out below a file": ([source, tmp_path / "file" / "out"], "give another OUT"),
         "out is source": ([source, source], "give a folder outside"),
         "out in source": ([source, source / "a" / "out"], "give a folder outside"),
         "out holds others": ([source, tmp_path / "other"], "'index.json'): give a new folder"),
