@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import DEADLINE, free_port, script_environment, wait_for
+from torch.distributed import TCPStore
 from torchvision.utils import save_image
 
 import train
@@ -126,7 +127,9 @@ def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     commands = commands_of(block)
     if "--nnodes 2" in block:  # the same command on two machines; here, two agents on one
         (command,) = commands
-        command = command.replace(":29400", f":{free_port()}")
+        # The store of an agent ends with it, and the other one may still ask: this one does not.
+        store = TCPStore("localhost", free_port(), is_master=True, wait_for_workers=False)
+        command = command.replace(":29400", f":{store.port}")
         commands = [f"{command} & first=$!", command, "wait $first"]
     if all("scripts/paper/" in command for command in commands):
         in_this_process(commands[1:], clone, monkeypatch, tmp_path)
@@ -137,10 +140,7 @@ def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=variables, capture_output=True, text=True
     )
-    # After the training, torchrun fails in an agent that asks for the store of one that has ended.
-    late = "--nnodes 2" in block and "RendezvousConnectionError" in done.stderr
-    late = late and "results, pictures and checkpoints" in done.stdout
-    assert late or done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("block", blocks("bash", python_alone=True))

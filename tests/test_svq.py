@@ -180,12 +180,13 @@ def optimum(svq, z):
     return torch.stack(best).amin(0)
 
 
-@pytest.mark.parametrize("bits", [12, 22, 40])
-def test_the_search_is_close_to_the_optimum(bits, monkeypatch):
+# With 30 batches, tables whose range is wide: the search has to find small multipliers there too.
+@pytest.mark.parametrize("bits, batches", [(12, 10), (22, 10), (40, 30)])
+def test_the_search_is_close_to_the_optimum(bits, batches, monkeypatch):
     losses = []
     for seed in range(4):
         torch.manual_seed(seed)
-        svq = fitted(SVQ(bits, dim=bits // 2), batches=10)
+        svq = fitted(SVQ(bits, dim=bits // 2), batches=batches)
         z = laplacian_mixture(svq.dim, 200)
         z = (z - svq.running_mean)[:, svq.order]
         std, level = svq._level(svq.running_var)
@@ -339,7 +340,7 @@ def test_more_classes_follow_a_mixture_of_scales_better():
     z = laplacian_mixture(12, 4000)
     quantizers = [fitted(SVQ(24, dim=12, classes=k)) for k in (1, 2, 4, 8)]
     found = [snr(svq, z) for svq in quantizers]
-    assert found == sorted(found)
+    assert found == sorted(found) and found[0] > 3.6  # dB
     for svq in quantizers:  # the middles of equal parts of -25/14 to 39/14: one class is at 1/2
         (mean, var), (_, level) = svq.log_scale, svq._level(svq.running_var)
         places = ((svq.steps / level).log2() - mean) / var.sqrt()
