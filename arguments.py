@@ -140,7 +140,7 @@ def _add_quantizer(add: Callable) -> None:
         help="rfsq scale: the scale of every stage at the start; log 2 as in the paper's code")
     add("--rfsq-slope", positive, None, ARCHITECTURE,
         help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number"
-             " of levels; for entropy coding about 0.2, with more levels")
+             " of levels; for entropy coding 0.1 to 0.2, with more levels")
     add("--rfsq-statistics", ("global", "image"), "global", ARCHITECTURE,
         help="rfsq layernorm: statistics that are constants of the model, or of each image (side "
              "information, counted in the bits)")

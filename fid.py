@@ -8,7 +8,8 @@
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
 The reference is the very images that were reconstructed, so a perfect reconstruction has 0. The
-distance of few images is too large, and singular below 2048: compare at equal numbers of images.
+distance of few images is too large (below 2048 the covariances are singular): compare at equal
+numbers of images.
 Paper: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500.
 """
 
