@@ -21,7 +21,7 @@ from images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image,
 from output import printable
 from packed import PackedDataset, is_packed
 from synthetic import SyntheticDataset
-from util import from_all, rank
+from util import from_all
 
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 
@@ -217,12 +217,15 @@ def build_dataset(
     return SkipCorrupt(images, train) if skip_corrupt else images
 
 
-def skipped_images(*datasets: Dataset) -> list[str]:
+def skipped_images(*datasets: Dataset) -> set[str]:
     """The files that any process left out because they could not be read. A collective."""
     own = [name for images in datasets for name in getattr(images, "skipped", list)()]
-    names = sorted(set().union(*from_all(own)))
-    if names and rank() == 0:
+    return set().union(*from_all(own))
+
+
+def print_skipped(names: Sequence[str]) -> None:
+    """Print how many images were skipped, and the first of them."""
+    if names:
         more = f" and {len(names) - 3} more, named in results.json" if len(names) > 3 else ""
         first = ", ".join(map(printable, names[:3]))
         print(f"{len(names)} images skipped: {first}{more}", flush=True)
-    return names

@@ -20,7 +20,9 @@ TRAINING_STATE = {  # what `train.py` adds to weights and flags
     **dict.fromkeys(("best_psnr", "interval_seconds", "seconds"), float),
     **dict.fromkeys(("interval_sums", "skipped"), torch.Tensor),
     **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
+    **dict.fromkeys(("segments", "skipped_images"), list),
 }
+YOUNGER = ("train_fingerprint", "segments", "skipped_images")  # older checkpoints lack them
 
 MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
@@ -68,8 +70,10 @@ def find_resumed(
             f"--resume {args.resume} continues the run in {folder}, not in --save {args.save}: "
             "leave --save out, or start a new run from the weights with --load"
         )
-    saved.setdefault("train_fingerprint", {})  # checkpoints from before it lack it
+    saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
     whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
+    whole = whole and saved["step"] >= 0
+    whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
     if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     if saved["train_images"] != len(train_set):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import util
 from arguments import get_args
 from checkpoint import NotFinite, random_states
-from dataset import build_dataset, skipped_images
+from dataset import build_dataset, print_skipped, skipped_images
 from loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from meter import Meter
@@ -147,7 +147,8 @@ class Training:
             seconds = resumed["seconds"]
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
         here = {key: self.environment[key] for key in ("command", "commit", "device")}
-        self.segments = [*resumed.get("segments", [])] if resumed else []
+        self.segments = resumed["segments"] if resumed else []
+        self.skipped_before = resumed["skipped_images"] if resumed else []
         self.segments.append({"first_step": self.first_step + 1, **here})
 
     def _build_step(self, resumed: dict | None) -> None:
@@ -265,12 +266,17 @@ class Training:
                 "train_fingerprint": self.fingerprint,
                 "validation": self.validation,
                 "segments": self.segments,
+                "skipped_images": self.skipped_images(),
                 **self.meter.state_dict(),
                 "seconds": time.perf_counter() - self.started,
                 "random": random_states(),
                 "threads": torch.get_num_threads(),
             }
             util.on_main(lambda: self.run.save(state, self.args.keep))
+
+    def skipped_images(self) -> list[str]:
+        """The files that were left out since the run began. A collective."""
+        return sorted({*self.skipped_before, *skipped_images(self.train_set, self.val_set)})
 
     def assess(self, step: int) -> dict:
         """Evaluate, draw the samples and mark the best checkpoint. A collective."""
@@ -347,7 +353,7 @@ class Training:
 
     def write_results(self, result: dict) -> dict:
         """Write results.json and results.txt, and print the final table. A collective."""
-        args = self.args
+        args, skipped = self.args, self.skipped_images()
         results = {
             "name": args.name or self.model.quantizer.name,
             **result,
@@ -358,7 +364,7 @@ class Training:
             "train_images": len(self.train_set),
             "seconds": round(time.perf_counter() - self.started, 1),
             "skipped_steps": int(self.meter.skipped[0]),
-            "skipped_images": skipped_images(self.train_set, self.val_set),
+            "skipped_images": skipped,
             "seed": args.seed,
             "precision": self.precision,
             "train_data": args.train_data_path,
@@ -371,6 +377,7 @@ class Training:
         if self.main_process:
             table = format_results(result)
             self.run.write_results(results, table)
+            print_skipped(skipped)
             print(f"\n{table}\n\nresults, pictures and checkpoints: {self.run.path}", flush=True)
         return results
 

@@ -576,6 +576,9 @@ def test_hostile_training_states_with_a_valid_checksum_are_one_line(whole, tmp_p
         {"optimizer": {**state, "state": {0: {**moments, "exp_avg": torch.ones(10**6)}}}},
         {"optimizer": {**state, "state": {0: {**moments, "step": torch.ones(5)}}}},
         *({"train_fingerprint": value} for value in (5, "x", [])),
+        *({"segments": value} for value in (5, {}, None)),
+        *({"skipped_images": value} for value in (5, [5])),
+        {"step": -1},
         {"skipped": None},
         {"args": {**saved["args"], "lr": "x"}},
         {"model": {**saved["model"], "decoder.layers.0.bias": torch.ones(3)}},
@@ -1010,6 +1013,16 @@ def test_skip_corrupt_leaves_out_and_reports(workers, tmp_path, capsys):
     assert results["images"] == 2
     assert any((tmp_path / "skips" / "samples").iterdir())
     assert "10 images skipped" in capsys.readouterr().out
+
+
+def test_a_resumed_run_knows_what_was_skipped_before(whole, tmp_path):
+    folder = Path(shutil.copytree(whole(), tmp_path / "run"))
+    (folder / "last.pt").unlink()
+    for checkpoint in folder.glob("step_*.pt"):
+        saved = load_checkpoint(checkpoint)
+        assert saved["skipped_images"] == []
+        save_checkpoint(checkpoint, {**saved, "skipped_images": ["early.png"]})
+    assert run(folder, "--resume=auto")["skipped_images"] == ["early.png"]
 
 
 @pytest.mark.parametrize("count", [0, 1])
