@@ -75,6 +75,7 @@ def _check_plain(value, depth: int = 0) -> None:
     if type(value) is torch.Tensor:
         plain = value.layout == torch.strided and value.device.type == "cpu"
         plain &= not (value.is_quantized or value.is_complex() or value.is_neg())
+        plain &= value.is_floating_point() <= (value.itemsize > 1)  # float8 has little arithmetic
         if not plain or value.requires_grad or value.numel() > value.untyped_storage().nbytes():
             raise ValueError("not a plain tensor")
     elif isinstance(value, dict):
@@ -213,7 +214,10 @@ def _read_export(folder: Path) -> dict:
             f"the format '{EXPORT_FORMAT}': {damaged}"
         )
     try:
+        if not (folder / WEIGHTS).is_file():  # reading a pipe would wait for ever
+            raise FileNotFoundError
         model = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+        _check_plain(model)
     except Exception as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise ValueError(f"{folder / WEIGHTS} {reason}: {damaged}") from error

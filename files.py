@@ -9,25 +9,29 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
+STANDARD_OUTPUT = "/dev/stdout"
 
 
 def write_whole(path: str | Path, write: Callable) -> None:
     """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
 
     A symbolic link stays one: the file that it names is written. So do devices and pipes, which
-    are written as they are.
+    are written as they are, /dev/stdout after what has been printed.
 
     Raises:
         ValueError: one line, if there is no room or no permission.
     """
     target, temporary = Path(os.path.realpath(path)), None
     try:
-        if target.exists() and not (target.is_file() or target.is_dir()):
-            with open(target, "wb") as file:
+        if is_stream(path):
+            printed = str(path) == STANDARD_OUTPUT  # opened again, it would begin at its start
+            with open(os.dup(sys.stdout.fileno()) if printed else path, "wb") as file:
+                sys.stdout.flush()
                 write(file)
             return
         # A part of the name: with a suffix, a long one may be longer than file systems allow.
@@ -47,6 +51,13 @@ def write_whole(path: str | Path, write: Callable) -> None:
         if isinstance(cause, OSError):
             raise ValueError(unwritable(path, cause)) from error
         raise
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a path names a device, a pipe or standard output."""
+    path = Path(path)
+    other = path.exists() and not (path.is_file() or path.is_dir())
+    return other or str(path) == STANDARD_OUTPUT
 
 
 def remove_leftovers(folder: Path) -> None:

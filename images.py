@@ -22,6 +22,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 class UnreadableImage(ValueError):
@@ -39,6 +40,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("grey levels outside 0..65535; save it with 8 or 16 bits")
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC) == 0
+        if bits[0] not in (16, 32) or white_is_zero:
+            raise ValueError("grey TIFF of 12 bits, or with white as 0; save it with 8 or 16 bits")
+        if isinstance(transparent := image.info.get("transparency"), int):
+            levels[levels == transparent] = 65535
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

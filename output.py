@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from files import is_stream
+
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown; the first column to the left, the others to the right."""
@@ -32,7 +34,8 @@ def check_outputs(*paths: str | None) -> None:
     """
     for path in filter(None, paths):
         folder = Path(path).absolute().parent
-        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        to = path if is_stream(path) else folder
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(to, os.W_OK):
             raise ValueError(
                 f"{path} cannot be written: give a file in a folder that exists and is writable"
             )

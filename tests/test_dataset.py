@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 import traceback
@@ -112,6 +113,25 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     loaded = load(tmp_path, 16)
     assert np.array_equal(loaded[..., 0], np.round(levels / 257).astype(np.uint8))
     assert loaded[0, :4, 1].tolist() == [0, 0, 1, 255]
+
+
+@pytest.mark.parametrize("tag, before, after", [(258, 16, 12), (262, 1, 0)])
+def test_16_bit_grey_of_another_meaning_is_refused(tmp_path, tag, before, after):
+    """A TIFF of 12 bits would be dark, one with white as 0 a negative."""
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "a.tif")
+    entry = struct.pack("<HHIH", tag, 3, 1, before)
+    file = (tmp_path / "a.tif").read_bytes()
+    assert file.count(entry) == 1
+    (tmp_path / "a.tif").write_bytes(file.replace(entry, entry[:8] + struct.pack("<H", after)))
+    with pytest.raises(UnreadableImage, match="grey TIFF"):
+        load(tmp_path, 16)
+
+
+def test_the_transparent_level_of_16_bit_grey_is_white(tmp_path):
+    levels = np.arange(0, 65536, 256, np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=int(levels[3, 5]))
+    loaded = load(tmp_path, 16)[..., 0]
+    assert loaded[3, 5] == 255 and loaded[3, 4] == round(levels[3, 4] / 257)
 
 
 def test_1_bit(tmp_path):

@@ -161,6 +161,14 @@ DAMAGE = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut": (lambda f: os.truncate(f / "model.safetensors", 5000), "tensors cannot be read"),
     "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "tensors cannot be read"),
+    "a pipe": (
+        lambda f: (f / "model.safetensors").unlink() or os.mkfifo(f / "model.safetensors"),
+        "model.safetensors is missing",
+    ),
+    "float8": (
+        lambda f: change_weights(f, lambda t: {k: v.to(torch.float8_e5m2) for k, v in t.items()}),
+        "tensors cannot be read",
+    ),
     "a bit": (flip_a_bit, "is damaged .its checksum is wrong"),
     "shape": (
         lambda f: change_weights(f, lambda t: {k: v[None] for k, v in t.items()}),
@@ -176,6 +184,13 @@ def test_damage_is_one_line(kind, copy):
     with pytest.raises(ValueError, match=message):
         load_checkpoint(copy)
     assert str(copy) in error_of(copy)
+
+
+def test_a_checkpoint_of_float8_is_one_line(tmp_path):
+    model = {"x": torch.ones(2).to(torch.float8_e5m2)}
+    torch.save({"format": 1, "model": model, "args": {}}, tmp_path / "last.pt")
+    with pytest.raises(Damaged, match="is not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_weights_of_other_names_or_shapes_are_one_line(exported, tmp_path):

@@ -6,7 +6,10 @@ import errno
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from processes import child, ended
@@ -69,6 +72,26 @@ def test_links_devices_and_pipes_stay_what_they_are(tmp_path):
     with pytest.raises(ValueError, match="elsewhere cannot be written"):
         write_whole(tmp_path / "elsewhere", lambda file: file.write(b"content"))
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link", "null", "pipe"]
+
+
+PRINTING = """
+from files import write_json
+from output import check_outputs
+print("before")
+check_outputs("/dev/stdout")
+write_json("/dev/stdout", [1])
+print("after")
+"""
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+def test_standard_output_is_written_between_what_is_printed(tmp_path, redirected):
+    with open(tmp_path / "file", "w") as file:
+        given = {"stdout": file} if redirected else {"stdout": subprocess.PIPE}
+        command = [sys.executable, "-c", PRINTING]
+        piped = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, **given).stdout
+    written = (tmp_path / "file").read_bytes() if redirected else piped
+    assert written == b"before\n[\n  1\n]\nafter\n"
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
