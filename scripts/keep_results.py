@@ -24,8 +24,8 @@ from results import portable, read_results
 
 
 def file_name(run: dict, args: Namespace) -> str:
-    """NAME-STEPS-sSEED.json: the name that was given, or the quantizer's and the network."""
-    name = args.name or f"{run['name']} f{args.downsample} {args.network}"
+    """NAME-fF-NETWORK-STEPS-sSEED.json: the name that was given, or the quantizer's."""
+    name = f"{args.name or run['name']} f{args.downsample} {args.network}"
     name = re.sub(r"[^\w.]+|_+", "-", name.lower()).strip("-.")
     return f"{name}-{run['steps']}-s{run['seed']}.json"
 
@@ -39,6 +39,8 @@ def check_same_flags(file: Path, run: dict) -> None:
     for name in ("train_images", "images", "train_data", "val_data"):
         there, here = (str(result.get(name)).rsplit("/", 1)[-1] for result in (before, run))
         differ += [f"{name} {there} there, {here} here"] if there != here else []
+    there, here = (str(args_of(result).load).rsplit("/", 1)[-1] for result in (before, run))
+    differ += [f"--load {there} there, {here} here"] if there != here else []
     if differ:
         raise ValueError(
             f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"

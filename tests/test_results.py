@@ -38,9 +38,13 @@ def test_a_run_with_other_flags_is_not_replaced(tmp_path):
     again = make_run(tmp_path / "again", psnr=21.0)
     keep(tmp_path / "results", again)
     assert json.loads(file.read_text())["psnr"] == 21
-    other = make_run(tmp_path / "other", ["--lr=0.5"])
-    with pytest.raises(ValueError, match=r"is of another run \(--lr 0.0008 there, 0.5 here\)"):
-        keep(tmp_path / "results", other)
+    for flag, differs in (
+        ("--lr=0.5", "--lr 0.0008 there, 0.5 here"),
+        ("--load=/a/b.pt", "--load None there, b.pt here"),
+    ):
+        other = make_run(tmp_path / flag.replace("/", ""), [flag])
+        with pytest.raises(ValueError, match=rf"is of another run \({differs}\)"):
+            keep(tmp_path / "results", other)
     assert json.loads(file.read_text())["psnr"] == 21
 
 
@@ -53,7 +57,7 @@ def test_no_folder_of_the_machine_is_kept(tmp_path):
     results["environment"]["command"] = command
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     (file,) = keep(tmp_path / "results", run)
-    assert file.name == "rfsq-mine-1000-s0.json"
+    assert file.name == "rfsq-mine-f4-conv-1000-s0.json"
     kept = json.loads(file.read_text())
     assert "/home" not in file.read_text() and kept["args"]["train_data_path"] == "train"
     assert kept["environment"]["command"] == "python train.py --lr 0.1"
@@ -68,7 +72,7 @@ def test_names_in_any_language_stay_apart(tmp_path):
     names = ("量子化", "квантизация", "a_b")
     runs = [make_run(tmp_path / f"{i}", [f"--name={name}"]) for i, name in enumerate(names)]
     files = keep(tmp_path / "results", *runs)
-    assert [file.name.removesuffix("-1000-s0.json") for file in files] == [*names[:2], "a-b"]
+    assert [file.name.removesuffix("-f4-conv-1000-s0.json") for file in files] == [*names[:2], "a-b"]
 
 
 def test_two_runs_of_one_name_or_a_damaged_one_leave_nothing(tmp_path):
