@@ -149,6 +149,7 @@ class Training:
         here = {key: self.environment[key] for key in ("command", "commit", "device")}
         self.segments = resumed["segments"] if resumed else []
         self.skipped_before = resumed["skipped_images"] if resumed else []
+        here |= {"precision": self.precision, "compiled": self.compiled}
         self.segments.append({"first_step": self.first_step + 1, **here})
 
     def _build_step(self, resumed: dict | None) -> None:
