@@ -139,8 +139,8 @@ def _add_quantizer(add: Callable) -> None:
     add("--rfsq-initial-scale", positive, 0.693147,
         help="rfsq scale: the scale of every stage at the start; log 2 as in the paper's code")
     add("--rfsq-slope", positive, None, ARCHITECTURE,
-        help="rfsq geometric: slope of the bound; default: the best at a fixed rate, by the number"
-             " of levels; for entropy coding 0.1 to 0.2, with more levels")
+        help="rfsq geometric: slope of the bound; default: 1/sqrt(6) + 0.7 / levels^stages, for a"
+             " fixed rate; for entropy coding 0.1 to 0.2, with more levels")
     add("--rfsq-statistics", ("global", "image"), "global", ARCHITECTURE,
         help="rfsq layernorm: statistics that are constants of the model, or of each image (side "
              "information, counted in the bits)")
@@ -225,7 +225,7 @@ def _add_run(add: Callable) -> None:
         help="steps in a row whose loss or gradient is not finite, skipped, before the run stops")
     add("--log-interval", number(int, 1), 50, MAY_CHANGE, help="steps between log lines")
     add("--save-interval", number(int, 1), None, MAY_CHANGE,
-        help="steps between checkpoints; default: an epoch")
+        help="steps between checkpoints, beside those before evaluations; default: an epoch")
     add("--eval-interval", number(int, 1), None, MAY_CHANGE,
         help="steps between evaluations; default: an epoch")
     add("--tensorboard", bool, False, MAY_CHANGE,

@@ -44,7 +44,7 @@ def prepare(
 
     Args:
         paths: checkpoints.
-        data: what `dataset.build_dataset` takes: a folder, or 'synthetic'.
+        data: what `dataset.build_dataset` takes: a folder, packed images, tars, or 'synthetic'.
         img_size: pixels a side; None: as the checkpoints were trained.
         lpips_net: network of LPIPS, or 'none'; None: that of the first checkpoint. Weights that
             are missing are reported in one line, and the evaluation goes on without LPIPS.

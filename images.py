@@ -26,7 +26,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 class UnreadableImage(ValueError):
-    """A file that is named like an image and is none; not one that the disk fails to give.
+    """A file with the suffix of an image that cannot be decoded (not an error of the disk).
 
     Takes one string: a DataLoader raises a worker's error again as `type(text of its traceback)`.
     """
@@ -90,8 +90,8 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
             raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read image {printable(path)}: {reason}; repair it, remove it, or leave such "
-            "images out by --skip-corrupt"
+            f"cannot read image {printable(path)}: {reason}; repair it, remove it, or leave it "
+            "out by --skip-corrupt, where the command has that flag"
         ) from error
 
 

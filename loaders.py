@@ -133,7 +133,7 @@ def _loader(
         collate_fn=_collate,
         worker_init_fn=functools.partial(_start_worker, (stop or StopSignals()).deferred),
         timeout=LOADER_TIMEOUT if num_workers else 0,
-        # Not by a server of Python's (its default from 3.14), which a signal to the group ends.
+        # Not `forkserver`, the default from Python 3.14: a signal to the group ends its server.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=torch.device(device).type == "cuda",
         # A DataLoader draws a number whenever it is started: not from the global random state,

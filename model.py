@@ -1,4 +1,4 @@
-"""The model: a convolutional encoder and decoder around any quantizer that keeps the contract.
+"""The model: encoder and decoder around any quantizer with the interface of quantizers/base.py.
 
 images (B,3,H,W) --Encoder--> z (B,C,H/f,W/f) --quantizer--> indices --decode--> codes
                                                                                    |
@@ -22,7 +22,7 @@ from networks import NETWORKS
 from quantizers import Quantized, build_quantizer
 
 TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
-MAX_MISSING = 2**20  # numbers of a model that a checkpoint may lack, to be named in its error
+MAX_MISSING = 2**20  # numbers; if a checkpoint lacks more, no memory is allocated for the model
 
 
 class VQVAE(nn.Module):
@@ -37,7 +37,8 @@ class VQVAE(nn.Module):
         f: downsampling factor.
 
     Raises:
-        ValueError: for flags out of range, integer images, or sides that are no multiples of f.
+        ValueError: for flags out of range, integer images, or sides that are not multiples of f
+            (the width: of 2 f with `Pairs`).
     """
 
     def __init__(self, args: Namespace):
@@ -184,7 +185,10 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
                 f"the weights in {path} do not fit the model: {name} is {there}, not {here}"
             )
     if sum(value.numel() for name, value in wanted.items() if name not in weights) > MAX_MISSING:
-        raise ValueError(f"the weights in {path} do not fit the model: most of them are missing")
+        raise ValueError(
+            f"the weights in {path} do not fit the model of its flags: more than {MAX_MISSING:,} "
+            "numbers are missing"
+        )
     model = VQVAE(args)
     try:
         model.load_state_dict(weights)

@@ -78,8 +78,8 @@ def find_resumed(
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     if saved["train_images"] != len(train_set):
         raise ValueError(
-            f"{path} is of a run on {saved['train_images']:,} training images, here are "
-            f"{len(train_set):,}, which come in another order: give the same images to resume it"
+            f"{path} is of a run on {saved['train_images']:,} training images, but "
+            f"--train-data-path has {len(train_set):,}: give the same images to resume it"
         )
     try:
         before = args_of(saved)

@@ -115,7 +115,7 @@ class RunFolder:
                     self.board.close()
 
     def begin(self, args: Namespace, environment: dict, resumed: dict | None, steps: int) -> None:
-        """Record flags and environment, and discard of an old run what is newer.
+        """Record flags and environment, and discard what is newer than the resumed step.
 
         `resumed` is what `find_resumed` gave. The new files are written first, so that a full disk
         leaves the old run as it was.

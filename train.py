@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Train and evaluate as the flags say (`argv`, or the command line); return the results.
 
     Raises:
-        ValueError: for bad input, before anything is written.
-        util.Interrupted: a signal stopped the run; its checkpoint is saved.
+        ValueError: for bad input, before anything is written; later, for a loss that stays not
+            finite, a damaged image or a disk that cannot be written.
+        util.Interrupted: a signal stopped the run; after the first step its checkpoint is saved.
     """
     with contextlib.ExitStack() as stack:
         training = Training(get_args(argv), stack)

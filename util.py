@@ -233,7 +233,7 @@ class StopSignals:
     def heeded(cls) -> list[signal.Signals]:
         """SIGNALS, without SIGHUP under `nohup`, which has it ignored.
 
-        A shell lets its background jobs ignore SIGINT, which is no wish of whoever sends it.
+        SIGINT is handled even where it is ignored, as a shell sets it for background jobs.
         """
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         return [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
@@ -305,8 +305,8 @@ def _output_is_closed() -> bool:
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
-    So does a file that cannot be read or written. A signal that asked a training run to stop ends
-    it with code 75, when its checkpoint is saved.
+    So does a file that cannot be read or written. A signal ends a training run with code 75: after
+    its checkpoint is saved, or before the first step without one.
     """
     sys.excepthook = _explain_dead_worker
     for stream in (sys.stdout, sys.stderr):

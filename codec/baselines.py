@@ -8,7 +8,7 @@ What the bytes of a file are without its header:
     AVIF    data of the mdat box; not any other box
 
 The settings are those with the best quality per byte: Huffman tables of the image, WebP's slowest
-method, AVIF at speed 2 (0.6 to 0.9 dB above 6, the default; 0 takes three times as long for 0.1 dB
+method, AVIF at speed 2 (0.6 to 1.0 dB above 6, the default; 0 takes three times as long for 0.1 dB
 more), full chroma resolution where there is a choice, one channel for grey images where a format
 has it; and, as they are better at some rates, progressive JPEG, JPEG 4:2:0, and AVIF tuned for PSNR
 (by default it is tuned for perceptual quality).

@@ -359,5 +359,5 @@ def fingerprint(
 
 def _stages(stages: int | None, most: int, who: str) -> int:
     if stages is not None and not 1 <= stages <= most:
-        raise ValueError(f"{stages} stages were asked for, but {who} {most}")
+        raise ValueError(f"{stages} stages were asked for, but {who} {most}: give 1 to {most}")
     return most if stages is None else stages

@@ -56,7 +56,7 @@ class Perceptual(nn.Module):
         backbone_class = getattr(lpips.pretrained_networks, name)
 
         # On the meta device nothing is allocated (VGG16's classifier has 120 million weights) and
-        # no random number is drawn: the seed of a run must not depend on whether it is measured.
+        # no random number is drawn: a run must not depend on whether LPIPS is built.
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # torchvision deprecates the argument lpips passes
             backbone = backbone_class(pretrained=False)

@@ -2,7 +2,7 @@
 
 z (B, C, *positions) ──forward──> quantized (B, C, *positions), indices (B, *positions[, stages])
                                                                     │
-quantized (the same tensor, bit for bit)  <──indices_to_codes───────┘
+quantized (in evaluation mode bit for bit)  <──indices_to_codes─────┘
 """
 
 from __future__ import annotations

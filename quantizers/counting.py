@@ -86,8 +86,8 @@ class Lengths(NamedTuple):
 
     def of(self, magnitude: Tensor) -> Tensor:
         """Length of the integers v with these |v|, of the dtype of both."""
-        # From half a step further, where the quotient is no whole number: in float32, compiled code
-        # on a GPU may divide a little too low.
+        # floor((|v| - 1) / run) as (2 |v| - 1) / (2 run), which is never an integer: in float32,
+        # compiled code on a GPU may round an exact quotient down.
         whole = torch.div(2 * magnitude - 1, 2 * self.run, rounding_mode="trunc")
         return torch.where(magnitude > 0, self.first + self.step * whole, self.zero)
 
@@ -100,7 +100,7 @@ class Counts(NamedTuple):
             at most t.
         strided: (classes, dim, T), [j, c, t]: the sum of within[j, c + 1] at t, t - step,
             t - 2 step, ..., with the step of channel c.
-        budget: (classes,), the greatest t of which a class has no more vectors than fit it.
+        budget: (classes,), the greatest t for which a class has at most `room` vectors.
     """
 
     within: Tensor
@@ -196,7 +196,10 @@ class _Channel:
         return self.one_side - self.runs(whole) + more * self.each(whole)
 
     def find(self, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the vectors with v_c > 0, the one of this number: v_c, its number, of how many."""
+        """Of the vectors with v_c > 0, the one with this number.
+
+        Returns v_c, its number among the vectors with this v_c, and how many those are.
+        """
         whole = torch.zeros_like(number)
         for bit in reversed(range(self.within.shape[-1].bit_length())):
             trial = whole + 2**bit

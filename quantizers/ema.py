@@ -200,7 +200,7 @@ def _argmin(x: Tensor) -> Tensor:
     """`x.argmin(1)` of (N, codes), the first of equal ones; on a CPU twice as fast."""
     if x.device.type != "cpu" or x.shape[1] % BLOCK:
         return x.min(1).indices  # faster than `argmin`
-    # A least value is found by vector instructions, its place is not.
+    # The CPU vectorises a minimum, but not its position: find the block of 32 codes first.
     blocks = x.unflatten(1, (-1, BLOCK))
     block = blocks.amin(2).argmin(1, keepdim=True)
     within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).argmin(2)

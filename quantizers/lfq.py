@@ -39,8 +39,8 @@ class LFQ(Quantizer):
         entropy_groups: split the bits into this many groups, as equal as possible, and sum the
             entropies of the groups instead of the joint entropy. H_token stays the same; H_batch
             becomes an upper bound of the joint entropy, which ignores dependence between groups.
-            Required above 24 bits, because the joint distribution is too large. Default: the fewest
-            groups of at most 24 bits.
+            A group has at most 24 bits, because its joint distribution is held in memory. Default:
+            the smallest number of groups that allows this.
 
     Raises:
         ValueError: for arguments out of range, or an input whose channels are not `dim`.

@@ -38,8 +38,9 @@ class Pairs(Quantizer):
         left, right = quantizer.codebook_sizes[::2], quantizer.codebook_sizes[1::2]
         if quantizer.dim % 2 or left != right or quantizer.side_bits:
             raise ValueError(
-                "pairs need a quantizer of an even number of channels and stages, 2 and 2 of equal "
-                f"size, not {quantizer.dim} channels and codebooks of {quantizer.codebook_sizes}"
+                "Pairs needs a quantizer with an even number of channels, stages in pairs of equal "
+                f"size, and no image statistics, not {quantizer.name} with {quantizer.dim} "
+                f"channels and codebook sizes {quantizer.codebook_sizes}"
             )
         self.quantizer = quantizer
         self.dim = quantizer.dim // 2

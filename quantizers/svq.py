@@ -59,10 +59,10 @@ class SVQ(Quantizer):
 
         gradient of z = g - <g, e> / <e, e> e        g that of quantized, e = z - quantized
 
-    Most losses would be lower at z than at quantized, so that g has such a component, which drives
-    z away from its codes, further and further, for nothing. Others hold against it by a commitment
-    term, whose weight depends on how much the decoder makes of z. For single vectors this is the
-    gradient of DiVeQ (Vali et al., arXiv 2509.26469).
+    Most losses would be lower at z than at quantized, so that g has such a component, which would
+    drive z away from its codes without bound. Other quantizers prevent this with a commitment term,
+    whose weight must be tuned. For single vectors this is the gradient of DiVeQ (Vali et al.,
+    arXiv 2509.26469).
 
     Args:
         bits: of a vector, 8 to 60.

@@ -13,9 +13,9 @@ from .counting import Lengths, compiled_form, inverse, opaque
 SEARCHED = 4  # classes for each vector
 FINER = 0.2  # octaves by which the best step is below that of the scale, on average
 HALVINGS, BRACKET = 3, (-6.0, 2.5)  # of log2 of the Lagrange multiplier
-SLACK = 0.4  # added to it, so that the fills have something to spend
-FILLS = 6  # steps in which a rest of the budget is spent
-OVERHEAD = 32  # of such a step, as if it were that much longer
+SLACK = 0.4  # added to the log2 found, so that some of the budget is left for the fills
+FILLS = 6  # steps that each raise one channel by 1, within what is left of the budget
+OVERHEAD = 32  # added to the length of such a step in the choice of the channel
 CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
@@ -133,8 +133,8 @@ def _in_class(
 def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
     """Magnitudes v (dim, N) within the budget, near to `size` (dim, N); `table` (dim, 1).
 
-    In the bisection, the length of v > 0 is first + step / run (v - 1), which is never less than it
-    is; that makes the minimum of (size - v)^2 + multiplier * length a formula.
+    The bisection uses first + step / run (v - 1) for the length of v > 0: at least the true length,
+    and the minimum of (size - v)^2 + multiplier * length has a closed form.
     """
     slope = table.step / table.run
     jump = table.first - slope - table.zero  # v > 0 costs jump + slope v more than 0

@@ -126,7 +126,8 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--compile", bool, None, help=text)
     add("--img-size", number(int, 16), 128, help="step, loader: pixels a side")
     add = parser.group("quantizers")
-    text, batches = "batches of z; LFQ and EMA take the smallest", [8, 128] if CUDA else [8]
+    text = "batch sizes of z; LFQ, VQ-EMA and SVQ use only the smallest"
+    batches = [8, 128] if CUDA else [8]
     add("--z-batch", count, batches, nargs="+", metavar="B", help=text)
     add("--latent", count, 32, help="positions a side of z")
     add("--match", str, "", metavar="TEXT", help="those with this in their name; default: all")

@@ -163,7 +163,7 @@ def readable(
             image = np.asarray(read_image(entry[0]))
         except UnreadableImage as error:
             if not skip:
-                raise ValueError(f"{error}, or leave it out with --skip-corrupt") from error
+                raise
             skipped[str(entry[1])] = str(error)
             continue
         number += 1

@@ -10,7 +10,7 @@ for the next call. Each file is written the moment its part ends.
 tests        tests/test_cuda.py: equal indices on CPU and GPU, no wait for the GPU in a step
 step         images/s of the training step at batch 128 and 512, its parts, the rates of the card
 train        images/s of train.py itself, from packed images
-quantizers   each against vector-quantize-pytorch (pip install '.[benchmark]'), eager and compiled
+quantizers   against vector-quantize-pytorch (pip install '.[benchmark]'), SVQ against our VQ-EMA
 curves       300 steps in bf16 compiled and in float32 eager: their loss, and a picture of both
 torchrun     one process of NCCL (several need as many GPUs)
 2x2048       RFSQ-2x2048-LN, for half of the minutes that are left, and its evaluation
@@ -219,7 +219,7 @@ class Check:
             if name not in self.args.only or self.done(name):
                 continue
             if not self.args.toy and self.left() < seconds:
-                print(f"{name}: waits for the next call, it needs {seconds:.0f} seconds")
+                print(f"{name}: skipped, needs {seconds:.0f} s: run the same command again")
                 continue
             print(f"{name} ...", flush=True)
             start = time.monotonic()

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser = Parser(prog="keep_results.py", description=(__doc__ or "").split("\n")[0])
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
-    text = "files of the same runs there are replaced"
+    text = "folder for the copies; existing copies of the same runs are replaced"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
     flags = parser.parse_args(argv)
     found, faults = read_results(flags.runs)

@@ -104,7 +104,7 @@ def test_neighbours_that_are_alike_need_fewer_bits():
     ],
 )
 def test_quantizers_that_have_no_halves_are_refused(make):
-    with pytest.raises(ValueError, match="even number of channels and stages, 2 and 2 of equal"):
+    with pytest.raises(ValueError, match="even number of channels, stages in pairs of equal"):
         Pairs(make())
 
 

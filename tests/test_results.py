@@ -72,7 +72,10 @@ def test_names_in_any_language_stay_apart(tmp_path):
     names = ("量子化", "квантизация", "a_b")
     runs = [make_run(tmp_path / f"{i}", [f"--name={name}"]) for i, name in enumerate(names)]
     files = keep(tmp_path / "results", *runs)
-    assert [file.name.removesuffix("-f4-conv-1000-s0.json") for file in files] == [*names[:2], "a-b"]
+    assert [file.name.removesuffix("-f4-conv-1000-s0.json") for file in files] == [
+        *names[:2],
+        "a-b",
+    ]
 
 
 def test_two_runs_of_one_name_or_a_damaged_one_leave_nothing(tmp_path):
