@@ -147,14 +147,14 @@ class RFSQ(ResidualFSQ):
         # From 0.0, because rounding can give -0.0, which an index does not keep.
         residual, quantized = z, z.new_zeros(())
         indices, statistics = [], []
-        for k, (two_gain, two_bias) in enumerate(self._gains_and_biases(z)):
+        for k, (gain, bias) in enumerate(self._gains_and_biases(z)):
             if batch is not None:
                 mean, var = running[k]
                 running[k] = update_moments(mean, var, residual, batch.weight)
             mean_std = self._statistics(residual, running[k])
-            two_a, two_b = affine(two_gain, two_bias, *mean_std)  # 2 A_k(r) = 2a r + 2b
-            rounded = self.fsq.round(residual * two_a, two_b, grid)  # FSQ(A_k(r)) floor(L/2)
-            codes = denormalise(rounded, two_a, two_b, grid)  # q_k = A_k^-1(FSQ(A_k(r)))
+            a, b = affine(gain, bias, *mean_std)
+            rounded = self.fsq.round(a * residual + b)  # FSQ(A_k(r_k)) floor(L/2)
+            codes = denormalise(rounded, a, b, grid)  # q_k = A_k^-1(FSQ(A_k(r_k)))
             residual = residual - codes
             quantized = quantized + (codes if kept is None else torch.where(kept > k, codes, 0))
             indices.append(self.fsq.pack(rounded))
@@ -189,8 +189,8 @@ class RFSQ(ResidualFSQ):
                 mean_std = self._statistics(like, running[k])
             else:
                 mean_std = (per_channel(x, like) for x in statistics[:, k].float().unbind(1))
-            two_a, two_b = affine(*maps[k], *mean_std)
-            quantized = quantized + denormalise(self.fsq.unpack(index), two_a, two_b, grid)
+            a, b = affine(*maps[k], *mean_std)
+            quantized = quantized + denormalise(self.fsq.unpack(index), a, b, grid)
         return quantized
 
     @torch.no_grad()
@@ -205,22 +205,19 @@ class RFSQ(ResidualFSQ):
         self._check_input(z)
         residual = z.float() if quantized is None else z.float() - quantized
         mean_std = self._statistics(residual, self._running(z)[stage])
-        two_a, two_b = affine(*self._gains_and_biases(z)[stage], *mean_std)
-        return (residual * two_a + (0.0 if two_b is None else two_b)) / 2
+        a, b = affine(*self._gains_and_biases(z)[stage], *mean_std)
+        return a * residual + b
 
-    def _gains_and_biases(self, like: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Twice the gain and twice the bias of each stage, (1, C or 1, 1, ...) each, () for `none`.
-
-        Twice, for the form of the bound in `FSQ.round`; a factor of 2 is exact. No bias: None.
-        """
+    def _gains_and_biases(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Gain and bias of each stage, (1, C or 1, 1, ...) each, () where they are constant."""
+        one, zero = torch.ones((), device=like.device), torch.zeros((), device=like.device)
         if self.strategy == "none":
-            return [(torch.full((), 2.0, device=like.device), None)] * self.stages
+            return [(one, zero)] * self.stages
         if self.strategy == "scale":
-            two_gains = 2 * self._fixed_if_frozen(self.log_scale).exp()
-            return [(two_gain, None) for two_gain in by_stage(two_gains, like)]
+            gains = by_stage(self._fixed_if_frozen(self.log_scale).exp(), like)
+            return [(gain, zero) for gain in gains]
         log_gain, bias = map(self._fixed_if_frozen, (self.log_gain, self.bias))
-        gains, biases = by_stage(2 * log_gain.exp(), like), by_stage(2 * bias, like)
-        return list(zip(gains, biases, strict=True))
+        return list(zip(by_stage(log_gain.exp(), like), by_stage(bias, like), strict=True))
 
     def _fixed_if_frozen(self, parameter: Tensor) -> Tensor:
         """A parameter without a gradient if frozen, even after `requires_grad_(True)` of a host."""
@@ -259,20 +256,19 @@ class RFSQ(ResidualFSQ):
 
 
 def affine(
-    gain: Tensor, bias: Tensor | None, mean: Tensor | None = None, std: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`(a, b)` with a r + b = (r - mean)/std * gain + bias; None stands for no such part."""
-    if bias is None or mean is None or std is None:
+    gain: Tensor, bias: Tensor, mean: Tensor | None = None, std: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(a, b)` with a r + b = (r - mean)/std * gain + bias; without statistics, as given."""
+    if mean is None or std is None:
         return gain, bias
     a = gain / std
     return a, torch.addcmul(bias, a, mean, value=-1)  # bias - a mean
 
 
-def denormalise(rounded: Tensor, two_a: Tensor, two_b: Tensor | None, grid: Grid) -> Tensor:
+def denormalise(rounded: Tensor, a: Tensor, b: Tensor, grid: Grid) -> Tensor:
     """The codes `A^-1(n / floor(L/2))` of integers n, A(r) = a r + b: encoder and decoder alike."""
-    codes = rounded / (grid.quarter_levels * two_a)
     # Adding -b/a instead of subtracting b/a saves the backward a negation of the whole gradient.
-    return codes if two_b is None else codes.add_(-two_b / two_a)
+    return rounded / (a * grid.half_levels) + (-b / a)
 
 
 def by_stage(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:

@@ -198,7 +198,7 @@ def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
     resume = ["--resume", str(tmp_path / "cut" / "last.pt")]
     # Another number of images would come in another order.
     save_image(torch.zeros(3, 16, 16), tmp_path / "images" / "one more.png")
-    with pytest.raises(ValueError, match=r"of a run on 11 training images, but --train-data-path has 12"):
+    with pytest.raises(ValueError, match=r"on 11 training images, but --train-data-path has 12"):
         run(tmp_path / "cut", data, *resume)
     (tmp_path / "images" / "one more.png").unlink()
     (tmp_path / "images").rename(tmp_path / "moved")  # a path may change
