@@ -110,14 +110,13 @@ def evaluate_stages(
             images = batch.to(device).float() / 255
             z = model.to_latent(images).float()
             quantized = Quantized(*quantizer(z))
-            side = () if quantized.statistics is None else (quantized.statistics,)
-            codes = None
+            after = quantizer.codes_after_each_stage(quantized.indices, quantized.statistics)
             squares[0, 0] += _sum_of_squares(z)
-            for k, metric in enumerate(metrics):
+            for k, (metric, before, codes) in enumerate(
+                zip(metrics, [None, *after[:-1]], after, strict=True)
+            ):
                 if has_fsq:
-                    squares[1, k] += _sum_of_squares(quantizer.stage_input(k, z, codes))
-                first = quantized.indices[..., : k + 1]
-                codes = quantizer.indices_to_codes(first, *side)
+                    squares[1, k] += _sum_of_squares(quantizer.stage_input(k, z, before))
                 squares[0, k + 1] += _sum_of_squares(z - codes)
                 metric.update(images, model.to_images(codes))
             usage.update(quantized.indices)

@@ -11,6 +11,7 @@ import contextlib
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ from quantizers import Quantized, build_quantizer
 
 TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
 MAX_MISSING = 2**20  # numbers; if a checkpoint lacks more, no memory is allocated for the model
+
+
+class Tokens(NamedTuple):
+    """All that a decoder needs.
+
+    Attributes:
+        indices: int64 (B, H/f, W/f[, stages]).
+        statistics: (B, stages, 2, dim) of a quantizer with side information, else None.
+    """
+
+    indices: Tensor
+    statistics: Tensor | None
 
 
 class VQVAE(nn.Module):
@@ -85,13 +98,17 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: also for values outside [0, 1], such as those of normalised images.
         """
+        tokens = self.tokens(images)
+        return tokens.indices if tokens.statistics is None else tuple(tokens)
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tokens:
+        """What `encode` returns, under its names, for any quantizer: `decode(*tokens(images))`."""
         self._check(images)
         check_range(images)
         with in_evaluation_mode(self):
             quantized = Quantized(*self.quantizer(self.to_latent(images)))
-        if quantized.statistics is None:
-            return quantized.indices
-        return quantized.indices, quantized.statistics
+        return Tokens(quantized.indices, quantized.statistics)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
@@ -99,8 +116,7 @@ class VQVAE(nn.Module):
 
         Values may lie a little outside [0, 1]: clamp them before they are shown or stored.
         """
-        side = () if statistics is None else (statistics,)
-        return self.to_images(self.quantizer.indices_to_codes(indices, *side))
+        return self.to_images(self.quantizer.indices_to_codes(indices, statistics))
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> what the quantizer gets, (B, dim, H/f, W/f)."""

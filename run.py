@@ -299,8 +299,7 @@ class RunFolder:
 
         readable = (image for i in range(len(images)) if (image := images[i]) is not None)
         originals = torch.stack([*itertools.islice(readable, SAMPLES)]).float() / 255
-        tokens = model.encode(originals.to(device))
-        decoded = model.decode(*tokens) if isinstance(tokens, tuple) else model.decode(tokens)
+        decoded = model.decode(*model.tokens(originals.to(device)))
         pictures = torch.cat([originals, decoded.float().cpu().clamp(0, 1)])
         picture = make_grid(pictures, nrow=len(originals))
         path = self.path / "samples" / f"step_{step:07d}.png"

@@ -281,9 +281,9 @@ class Codec:
         """Indices (h, w, k) and statistics of the first k stages -> uint8 (*size, 3)."""
         start = time.perf_counter()
         model, f = self.model, self.model.f
-        side = ()
+        side = None
         if statistics is not None:
-            side = (torch.tensor(statistics.astype(np.float32), device=self.device)[None],)
+            side = torch.tensor(statistics.astype(np.float32), device=self.device)[None]
         if not model.quantizer.stage_axis:
             indices = indices[..., 0]
         shape = indices.shape[:2]
@@ -296,14 +296,16 @@ class Codec:
         self.seconds["network"] += time.perf_counter() - start
         return image[: size[0], : size[1]]
 
-    def _codes(self, indices: np.ndarray, window: tuple[slice, slice], side: tuple) -> torch.Tensor:
+    def _codes(
+        self, indices: np.ndarray, window: tuple[slice, slice], statistics: torch.Tensor | None
+    ) -> torch.Tensor:
         """The codes (1, dim, h, w) of a window: those of a whole image would be many."""
         (rows, columns), quantizer = window, self.model.quantizer
         # Positions that share a vector are decoded together.
         first = columns.start // quantizer.group * quantizer.group
         part = indices[rows, first : _up_to(columns.stop, quantizer.group)]
         tokens = torch.from_numpy(part.copy()).to(self.device)[None]
-        codes = quantizer.indices_to_codes(tokens, *side)
+        codes = quantizer.indices_to_codes(tokens, statistics)
         return codes[..., columns.start - first : columns.stop - first]
 
 

@@ -94,13 +94,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes without gradient; `x` itself if there is one."""
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes without gradient; `x` itself if there is one."""
     if processes() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        x = x / processes()
     return x
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes without gradient; `x` itself if there is one."""
+    return sum_over_processes(x) / processes() if processes() > 1 else x
 
 
 class Quantizer(nn.Module):
@@ -133,8 +137,9 @@ class Quantizer(nn.Module):
     side information also take `statistics`. The codes of an RFSQ have a gradient for its
     parameters: decode under `torch.no_grad()` where none is wanted.
 
-    A subclass defines `quantize`, which `forward` calls, and `indices_to_codes`. Its buffers are
-    state that training moves, such as running statistics; constants are no buffers.
+    A subclass defines `quantize`, which `forward` calls, and `dequantize`, which
+    `indices_to_codes` calls. Its buffers are state that training moves, such as running
+    statistics; constants are no buffers.
     """
 
     flags: ClassVar[dict[str, str]] = {}
@@ -182,8 +187,29 @@ class Quantizer(nn.Module):
         """What `forward` returns, for a checked `z` in float32 and with autocast off."""
         raise NotImplementedError
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Decode `indices`, as `forward` returns them, to codes (B, dim, *positions)."""
+    def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Decode `indices`, as `forward` returns them, or their first stages.
+
+        Args:
+            indices: (B, *positions[, k]), of any integer type.
+            statistics: side information, as `forward` returns it; required by a quantizer with
+                `side_bits`, refused by others.
+
+        Returns:
+            Codes (B, dim, *positions), float32.
+
+        Raises:
+            ValueError: for indices out of range, or statistics that do not fit.
+        """
+        indices = self._check_indices(indices)
+        if statistics is None:
+            return self.dequantize(indices)
+        if not self.side_bits:
+            raise ValueError(f"{self.name} decodes from indices alone, but statistics were given")
+        return self.dequantize(indices, statistics)
+
+    def dequantize(self, indices: Tensor, *statistics: Tensor) -> Tensor:
+        """What `indices_to_codes` returns, for checked int64 indices."""
         raise NotImplementedError
 
     def codes_after_each_stage(
@@ -193,11 +219,10 @@ class Quantizer(nn.Module):
 
         Their differences are the codes of each stage. `statistics` as for `indices_to_codes`.
         """
-        side = () if statistics is None else (statistics,)
         if not self.stage_axis:
-            return [self.indices_to_codes(indices, *side)]
+            return [self.indices_to_codes(indices, statistics)]
         stages = range(1, self._check_indices(indices).shape[-1] + 1)
-        return [self.indices_to_codes(indices[..., :k], *side) for k in stages]
+        return [self.indices_to_codes(indices[..., :k], statistics) for k in stages]
 
     def freeze(self) -> Quantizer:
         """Fix what stored indices decode to: evaluation mode and no gradient for parameters.

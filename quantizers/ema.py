@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, exporting, mean_over_processes, processes, rank, straight_through
+from .base import Quantizer, exporting, processes, rank, straight_through, sum_over_processes
 from .checks import check_integer
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
@@ -120,9 +120,8 @@ class VectorQuantizeEMA(Quantizer):
         quantized = straight_through(z, total).movedim(-1, 1)
         return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
-        indices = self._check_indices(indices)
         stages = indices.unbind(-1) if self.stage_axis else [indices]
         codes = [F.embedding(index, self.codebook[k]) for k, index in enumerate(stages)]
         return sum(codes[1:], start=codes[0]).movedim(-1, 1)
@@ -148,8 +147,7 @@ class VectorQuantizeEMA(Quantizer):
         counts = torch.zeros_like(self.counts[stage])
         counts.index_add_(0, index, torch.ones_like(tokens[:, 0]))
         sums = torch.zeros_like(self.sums[stage]).index_add_(0, index, tokens)
-        counts = mean_over_processes(counts) * processes()
-        sums = mean_over_processes(sums) * processes()
+        counts, sums = sum_over_processes(counts), sum_over_processes(sums)
         # The training loop skips the step of a batch that is not finite, and so does the codebook.
         finite = sums.isfinite().all()
         weight = (1 - self.decay) * finite.float()
@@ -177,7 +175,7 @@ class VectorQuantizeEMA(Quantizer):
         rows = (rows + (self.batches * self.stages + stage) * 7919) % total - before
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
-        candidates = mean_over_processes(candidates) * processes()
+        candidates = sum_over_processes(candidates)
         # A batch that is larger than those so far makes no code dead.
         so_far, mean_count = self.counts[stage].mean(), total / codes
         mean_count = torch.where(so_far > 0, so_far.minimum(mean_count), mean_count)
@@ -193,7 +191,7 @@ class VectorQuantizeEMA(Quantizer):
 def _tokens_of_processes(tokens: Tensor) -> Tensor:
     """How many elements `tokens` has in each process, int64 (processes,)."""
     mine = torch.arange(processes(), device=tokens.device) == rank()
-    return (mean_over_processes(mine.float() * tokens.numel()) * processes()).round().long()
+    return sum_over_processes(mine * tokens.numel())
 
 
 def _argmin(x: Tensor) -> Tensor:

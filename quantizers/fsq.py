@@ -111,9 +111,8 @@ class FSQ(Quantizer):
         digits = torch.stack(digits, dim=1)
         return digits.float() - self.grid(digits).half_levels
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, C, *positions) in [-1, 1]."""
-        indices = self._check_indices(indices)
         rounded = self.unpack(indices)
         return rounded / self.grid(rounded).half_levels
 

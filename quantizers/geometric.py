@@ -121,9 +121,8 @@ class GeometricRFSQ(ResidualFSQ):
                 indices.append(self.fsq.pack(rounded))
         return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""
-        indices = self._check_indices(indices)
         total = torch.zeros((), device=indices.device)
         for k, index in enumerate(indices.unbind(-1)):
             total = total + self._denormalise(self.fsq.unpack(index), k)

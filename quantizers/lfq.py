@@ -130,9 +130,8 @@ class LFQ(Quantizer):
             index = index | torch.bitwise_left_shift(bit.to(torch.int64), i)
         return index
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions) to codes (B, dim, *positions) in {-1, 1}."""
-        indices = self._check_indices(indices)
         indices = indices.unsqueeze(1)
         shifts = per_channel(torch.arange(self.dim, device=indices.device), indices)
         # As functions, because the operators >> and << have no counterpart in ONNX.

@@ -63,9 +63,8 @@ class Pairs(Quantizer):
         rest = () if out.loss is None else (out.loss,)
         return _split(out.codes), indices if self.stage_axis else indices[..., 0], *rest
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""
-        indices = self._check_indices(indices)
         if not self.stage_axis:
             indices = indices[..., None]
         self._check_even(indices, indices.shape[1:-1])

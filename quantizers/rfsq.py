@@ -168,7 +168,7 @@ class RFSQ(ResidualFSQ):
             return quantized, indices, z.new_zeros(()), torch.stack(pairs, dim=1)
         return quantized, indices
 
-    def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
+    def dequantize(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions).
 
         Args:
@@ -179,7 +179,6 @@ class RFSQ(ResidualFSQ):
         Raises:
             ValueError: for indices out of range, or statistics that do not fit.
         """
-        indices = self._check_indices(indices)
         self._check_statistics(indices, statistics)
         like = indices[..., 0].unsqueeze(1)  # (B, 1, *positions)
         grid, running, maps = self.fsq.grid(like), self._running(like), self._gains_and_biases(like)
@@ -240,10 +239,6 @@ class RFSQ(ResidualFSQ):
 
     def _check_statistics(self, indices: Tensor, statistics: Tensor | None) -> None:
         if self.statistics != "image":
-            if statistics is not None:
-                raise ValueError(
-                    f"{self.name} decodes from indices alone, but statistics were given"
-                )
             return
         k = indices.shape[-1]
         given = None if statistics is None else tuple(statistics.shape)

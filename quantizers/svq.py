@@ -160,13 +160,12 @@ class SVQ(Quantizer):
         quantized = straight_through(source, codes.masked_fill(z.isnan(), math.nan))
         return quantized, self._tokens(index.view(positions))
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions).
 
         The first stages leave a range of indices open. The channels that all of its vectors share
         are decoded as they are, the next one as in the middle of the range, and others as the mean.
         """
-        indices = self._check_indices(indices)
         tokens = indices.unbind(-1) if self.stage_axis else (indices,)
         index = torch.zeros_like(tokens[0])
         for token, bits in zip(tokens, self.token_bits, strict=False):

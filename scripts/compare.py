@@ -39,11 +39,9 @@ CHARACTERS = 22  # of a line of a label
 @torch.no_grad()
 def reconstruct(model: VQVAE, originals: Tensor) -> tuple[Tensor, float]:
     """From the tokens alone: (images (N, 3, H, W) in [0, 1], bits per latent position)."""
-    tokens = model.encode(originals)
-    indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
     positions = originals[0, 0].numel() / model.f**2
     bits = model.quantizer.bits + model.quantizer.side_bits / positions
-    return model.decode(indices, *side).clamp(0, 1), bits
+    return model.decode(*model.tokens(originals)).clamp(0, 1), bits
 
 
 def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: float):

@@ -79,10 +79,9 @@ def encode(model: VQVAE, images: Tensor, flip: bool) -> dict[str, np.ndarray]:
     """The rows of each array for a batch of images (B, 3, H, W) in [0, 1]."""
     rows = {}
     for mirror, batch in (("", images), *([(FLIPPED, images.flip(-1))] if flip else [])):
-        encoded = model.encode(batch)
-        parts = encoded if isinstance(encoded, tuple) else (encoded,)
-        for name, part in zip(("tokens", "statistics"), parts, strict=False):
-            rows[f"{name}{mirror}.npy"] = part.cpu().numpy()
+        for name, part in zip(("tokens", "statistics"), model.tokens(batch), strict=True):
+            if part is not None:
+                rows[f"{name}{mirror}.npy"] = part.cpu().numpy()
     return rows
 
 
