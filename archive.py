@@ -45,7 +45,8 @@ def expand(pattern: str) -> list[str]:
     for text in re.split(r"(\{\d+\.\.\d+\}|\{[^{}]*,[^{}]*\})", pattern):
         if span := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text):
             first, last = span.groups()
-            zeros = first[0] == "0" or last[0] == "0"  # as in bash: all get the longer width
+            # As in bash: with a leading zero, all get the longer width.
+            zeros = any(len(number) > 1 and number[0] == "0" for number in span.groups())
             width = max(len(first), len(last)) if zeros else 0
             if not 0 <= int(last) - int(first) < MAX_TARS:
                 raise ValueError(f"{text} in {pattern} must count up, to at most {MAX_TARS:,} tars")
@@ -141,6 +142,8 @@ def _files(path: str) -> Iterator[tuple[str, int, int]]:
         with open(path, "rb", buffering=0) as file:
             for member, start, size in _members(Section(file, 0, os.path.getsize(path))):
                 name, inner = path, _name(member)
+                if "/." in f"/{inner}":  # hidden, such as the ._NAME.tar of a Mac
+                    continue
                 if not inner.endswith(SUFFIX):
                     yield inner, start, size
                     continue

@@ -21,8 +21,8 @@ PLACES = ("--train-data-path", "--val-data-path", "--save", "--resume", "--load"
 def find_runs(names: Iterable[str], file: str) -> list[Path]:
     """The files named `file` in run folders, folders of them and patterns, each of them once.
 
-    A folder without any may have kept results (`KEPT`). A name without either, such as a run that
-    is not finished, is left out with a warning.
+    A folder may also have kept results (`KEPT`). Links to folders are followed. A name without
+    either, such as a run that is not finished, is left out with a warning.
 
     Raises:
         ValueError: a name that does not exist, or nothing is found.
@@ -35,8 +35,8 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
         paths = [Path(match) for match in matches] or [Path(name)]
         for path in paths:
             if path.is_dir():
-                kept = path.glob(KEPT) if file == "results.json" else []
-                files += list(path.rglob(file)) or kept
+                files += _below(path, file)
+                files += path.glob(KEPT) if file == "results.json" else []
             elif path.suffix == Path(file).suffix:
                 files.append(path)
         files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
@@ -49,6 +49,19 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
     for name in without:
         print(f"warning: {printable(name)} holds no {file}: left out", file=sys.stderr)
     return list(found.values())
+
+
+def _below(folder: Path, file: str) -> list[Path]:
+    """The files of this name in a folder, to any depth, through links to folders."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [Path(place, file)] if file in files else []
+    return found
 
 
 def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:

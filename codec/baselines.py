@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 import util
 from codec.codec import is_grey
@@ -89,6 +89,8 @@ class Baseline:
             image, options = image[..., 0], options | self.grey
         # From an array: the ICC profile and EXIF of the original are not written again.
         picture = Image.fromarray(np.ascontiguousarray(image))
+        # Pillow's buffer for an optimised JPEG is too small for noise at high qualities.
+        ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 2 * image.size)
         for quality in QUALITIES:
             file = io.BytesIO()
             picture.save(file, self.format, quality=quality, **options)

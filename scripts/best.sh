@@ -29,6 +29,13 @@ parser.add_argument("--dry-run", action="store_true")
 parser.add_argument("--only", nargs="+")
 parser.add_argument("--seeds", nargs="+")
 args = get_args(parser.parse_known_args()[1])
+if args.skip_corrupt:
+    print(
+        "best.sh: error: files of the images are compared, so none can be left out: leave "
+        "--skip-corrupt out, and repair or remove images that cannot be read",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 for side, folder in (("TRAIN", args.train_data_path), ("VAL", args.val_data_path)):
     folder = os.environ.get(f"IMAGES_{side}") or folder
     if not (Path(folder).is_dir() and list_files(Path(folder), IMAGE_SUFFIXES)[0]):

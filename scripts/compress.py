@@ -148,7 +148,7 @@ def say(line: str) -> None:
 
 
 def readable(
-    files: Iterable[tuple], skip: bool, skipped: dict[str, str]
+    files: Iterable[tuple], skip: bool, skipped: list[tuple[str, str]]
 ) -> Iterator[tuple[np.ndarray, tuple]]:
     """(image, uint8 (H, W, 3), and entry) of each entry (file, its path below the folder, ...).
 
@@ -164,25 +164,25 @@ def readable(
         except UnreadableImage as error:
             if not skip:
                 raise
-            skipped[str(entry[1])] = str(error)
+            skipped.append((str(entry[1]), str(error)))
             continue
         number += 1
         yield image, entry
     if not number:
-        first = next(iter(skipped.values()))
+        first = skipped[0][1]
         raise ValueError(f"no image is left of {len(skipped)}, all unreadable; the first: {first}")
 
 
-def say_skipped(skipped: dict[str, str]) -> None:
+def say_skipped(skipped: list[tuple[str, str]]) -> None:
     """Print which images were left out, and why."""
     if skipped:
-        say("\n".join([f"{len(skipped)} images skipped:", *skipped.values()]))
+        say("\n".join([f"{len(skipped)} images skipped:", *(error for _, error in skipped)]))
 
 
 def encode(flags: Namespace) -> dict:
     """Encode images, decode what was written, and report bytes, bpp and PSNR."""
     codec, files = prepare(flags, IMAGE_SUFFIXES, SUFFIX)
-    rows, kept, skipped = [], 0, {}
+    rows, kept, skipped = [], 0, []
     for image, (_, below, out) in readable(files, flags.skip_corrupt, skipped):
         old = existing(codec, out, flags, image)
         data = old or codec.encode(image, flags.stages, flags.entropy_coding)
@@ -208,7 +208,7 @@ def encode(flags: Namespace) -> dict:
     )
     say_skipped(skipped)
     rows = [{**row, "psnr": finite(row["psnr"])} for row in rows]
-    result = {"images": rows, "kept": kept, "skipped": list(skipped)}
+    result = {"images": rows, "kept": kept, "skipped": [path for path, _ in skipped]}
     return {**result, **sums, "psnr": finite(mean), "seconds": seconds}
 
 
@@ -262,7 +262,7 @@ def fit(flags: Namespace) -> dict:
     files, out = some(find(flags.inputs, IMAGE_SUFFIXES), flags.limit), Path(flags.out)
     check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
-    counts, skipped = codec.counts(), {}
+    counts, skipped = codec.counts(), []
     for image, _ in readable(output.progress(files, "image"), flags.skip_corrupt, skipped):
         counts.add(codec.encode_indices(image)[0])
     make_folder(out.parent, "give another --out")
@@ -270,7 +270,8 @@ def fit(flags: Namespace) -> dict:
     number = len(files) - len(skipped)
     say(f"counted the codes of {number} images\n{out}")
     say_skipped(skipped)
-    return {"images": number, "skipped": list(skipped), "output": str(out)}
+    paths = [path for path, _ in skipped]
+    return {"images": number, "skipped": paths, "output": str(out)}
 
 
 def get_parser() -> Parser:

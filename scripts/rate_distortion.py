@@ -202,7 +202,8 @@ def draw(result: dict, path: Path) -> None:
     measured = [row for _, rows, _, _ in lines for row in rows]
     titles = {k: v for k, v in titles.items() if any(row[k] is not None for row in measured)}
     figure = output.load_figure()(figsize=(6 * len(titles), 6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+    all_axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, (key, title) in zip(all_axes, titles.items(), strict=True):
         seen = []
         for label, rows, style, files in lines:
             names = ("bpp", "file_bpp", key)
@@ -232,16 +233,17 @@ def rates_of(
     Without checkpoints, at `RATES`. `ours` and `table`: measurements (images, settings, 5) of each
     checkpoint and baseline; `pixels`: of each image.
     """
-    targets = {}  # (bpp, bpp of the files): bytes of every image (images, 2), rows of ours
+    # (bpp, bpp of the files, which images have which bytes): bytes (images, 2), rows of ours
+    targets = {}
     for checkpoint, v in zip(checkpoints, ours, strict=True):
         for i, row in enumerate(checkpoint["rows"]):
-            key = round(row["bpp"], 3), round(row["file_bpp"], 3)
-            targets.setdefault(key, (v[:, i, :PSNR], []))[1].append(row)
+            sizes = v[:, i, :PSNR]
+            key = round(row["bpp"], 3), round(row["file_bpp"], 3), sizes.tobytes()
+            targets.setdefault(key, (sizes, []))[1].append(row)
     for rate in () if checkpoints else RATES:
-        targets[rate, rate] = np.outer(pixels, [rate / 8, rate / 8]), []
+        targets[rate, rate, b""] = np.outer(pixels, [rate / 8, rate / 8]), []
     result = []
-    for bpp, file_bpp in sorted(targets):
-        target, rows = targets[bpp, file_bpp]
+    for (bpp, file_bpp, _), (target, rows) in sorted(targets.items(), key=lambda item: item[0]):
         baselines = baselines_at(table, target, float(np.mean(pixels)))
         result.append({"bpp": bpp, "file_bpp": file_bpp, "ours": rows, "baselines": baselines})
     return result
@@ -276,7 +278,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         image = read_image(path)
         image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
         pixels.append(image.shape[0] * image.shape[1])
-        measured.append([measure(image, c, perceptual) for c in (*ours, *baselines)])
+        try:
+            measured.append([measure(image, c, perceptual) for c in (*ours, *baselines)])
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{output.printable(str(path))} cannot be compressed ({util.one_line(error)}): "
+                "leave it out, or give --img-size"
+            ) from error
     values = [np.stack(images) for images in zip(*measured, strict=True)]  # (images, settings, 5)
     our_values, table = values[: len(ours)], values[len(ours) :]
     area = float(np.mean(pixels))
@@ -292,6 +300,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         curves.append({**about, "rows": rows})
     table = dict(zip([b.name for b in baselines], table, strict=True))
     libraries = [x for x in ("libjpeg_turbo", "webp", "avif") if x in features.get_supported()]
+    with_ssim, with_lpips = np.isfinite(values[0][:, 0, SSIM:]).sum(0).tolist()
+    small = {"SSIM": with_ssim, "LPIPS": with_lpips} if perceptual else {"SSIM": with_ssim}
+    small = {name: count for name, count in small.items() if count < len(files)}
+    too_small = "".join(
+        f" {name} is of {count} images: the others are too small." for name, count in small.items()
+    )
     result = {
         "images": len(files),
         "pixels": sum(pixels),
@@ -302,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "bpp: all bits / all pixels. PSNR (peak 255, uint8), SSIM and LPIPS: mean over images. "
         "Baselines: one quality for all images, at the rate without headers or of the whole file. "
         "Last column: every image gets the bytes that our file of it has (or, without a "
-        "checkpoint, the bytes of this rate).",
+        f"checkpoint, the bytes of this rate).{too_small}",
         "rates": rates_of(checkpoints, our_values, table, pixels),
         "checkpoints": checkpoints,
         "curves": curves,

@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -98,7 +99,7 @@ def setting(run: dict, args: Namespace) -> dict:
         "validation data": str(Path(run["val_data"])),
         "pixels": "x".join(map(str, run["image_size"])),
         "LPIPS network": run["lpips_net"] or "missing",
-        "precision": run.get("precision") or args.precision or "fp32",
+        "precision": ", then ".join(dict.fromkeys(map(itemgetter("precision"), parts_of(run)))),
     }
     apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load"}
     others = tuple(f"{quantizer}_" for quantizer in QUANTIZERS if quantizer != args.quantizer)
@@ -233,26 +234,47 @@ def improvements(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def parts_of(run: dict) -> list[dict]:
+    """How a run went on whenever it was resumed: first_step, command, commit, device, precision.
+
+    One part for a run of an older version, which does not say.
+    """
+    known = {"first_step": 1, **run["environment"]}
+    known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
+    return [{**known, **part} for part in run.get("segments", [{}])]
+
+
 def origins(row: Row) -> str:
     """Where a row comes from: steps, images, seeds, commit, hardware and command of its runs."""
     parts: dict[str, list[int]] = {}
     for run in row.runs:
-        where = run["environment"]
-        words = [word for word in shlex.split(where["command"]) if word != "--overwrite"]
-        words = [Path(word).name if word.endswith("/train.py") else word for word in words]
-        for flag in ("--seed", "--save"):
-            while flag in words:
-                del words[words.index(flag) : words.index(flag) + 2]
-        commit, _, changed = (where["commit"] or "unknown").partition(" ")
-        commit = f"{commit[:10]} {changed}".strip()
-        text = f"commit {commit}, {where['device']}: `{shlex.join(words)}`"
-        parts.setdefault(text, []).append(run["seed"])
+        ways: dict[str, int] = {}  # what differs between the parts of a run: its first step
+        for part in parts_of(run):
+            ways.setdefault(way(part), part["first_step"])
+        texts = [
+            f"from step {first}: {text}" if len(ways) > 1 else text for text, first in ways.items()
+        ]
+        parts.setdefault("; ".join(texts), []).append(run["seed"])
     seen = f"{row.runs[0]['steps']:,} steps, {row.runs[0]['images_seen']:,} images seen"
     ran = [
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {text}"
         for text, seeds in parts.items()
     ]
     return f"- {row.label}: {seen}; {'; '.join(ran)}"
+
+
+def way(part: dict) -> str:
+    """Commit, hardware and command of a part of a run, without what differs between seeds."""
+    words, kept = iter(shlex.split(part["command"])), []
+    for word in words:
+        flag, joined, _ = word.partition("=")
+        if flag in ("--seed", "--save", "--resume"):
+            if not joined:
+                next(words, None)
+        elif word != "--overwrite":
+            kept.append(Path(word).name if word.endswith("/train.py") else word)
+    commit, _, changed = (part["commit"] or "unknown").partition(" ")
+    return f"commit {f'{commit[:10]} {changed}'.strip()}, {part['device']}: `{shlex.join(kept)}`"
 
 
 def describe(c: dict, others: Sequence[dict]) -> list[str]:
@@ -309,7 +331,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
         header = ["improvement (above 0 is better)", "of", "ours", "ours, the paper's units"]
         header += ["the paper's", "seeds better"]
         parts += ["Paired by seed:", output.markdown_table(header, table)]
-    parts += ["Where the rows come from (`--seed` and `--save` left out):"]
+    parts += ["Where the rows come from (`--seed`, `--save` and `--resume` left out):"]
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
 

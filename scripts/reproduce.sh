@@ -115,13 +115,16 @@ claims=$(mktemp -d)
 trap 'rm -rf "$claims"' EXIT
 
 worker() { # NUMBER
-    local i job run
+    local i job run number
     [ "$gpus" = 0 ] || export CUDA_VISIBLE_DEVICES=${devices[$1 % gpus]}
     export GPUS=1 # paper.sh: one process a run
     for i in "${!jobs[@]}"; do
         mkdir "$claims/$i" 2> /dev/null || continue # only one worker can make the folder
         job=${jobs[i]} run=$OUT/${jobs[i]}
         echo "$(date +%T)  $((i + 1))/${#jobs[@]}  ${job%-s*}, seed ${job##*-s}"
+        number=1
+        while [ -e "$run.log.$number" ]; do number=$((number + 1)); done
+        [ ! -e "$run.log" ] || mv "$run.log" "$run.log.$number" # of the run so far
         echo "${shown[$job]}" > "$run.log"
         eval "${shown[$job]}" >> "$run.log" 2>&1 < /dev/null || {
             echo "exit code $?" >> "$run.log"

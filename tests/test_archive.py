@@ -148,6 +148,7 @@ def test_tokens_of_a_tar_are_those_of_the_folder(source, tars, tmp_path):
 def test_braces_are_those_of_a_shell():
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{8..10}.tar") == ["8.tar", "9.tar", "10.tar"]
+    assert expand("{0..10}.tar") == [f"{i}.tar" for i in range(11)]
     assert expand("x{000..1}-{a,b}.tar") == ["x000-a.tar", "x000-b.tar", "x001-a.tar", "x001-b.tar"]
     assert expand("plain.tar") == ["plain.tar"] and expand("{a}.tar") == ["{a}.tar"]
     assert is_tar("shard-{000000..000146}.tar") and not is_tar("images")
@@ -165,6 +166,12 @@ def test_a_file_or_folder_of_that_name_comes_first(tmp_path):
 
 def names_of(*paths: Path) -> list[str]:
     return list_archives(list(map(str, paths)), SUFFIXES)[0]
+
+
+def test_hidden_tars_within_a_tar_are_passed_over(tmp_path):
+    inner = tar_of(tmp_path / "n01.tar", {"a.png": b"x"}).read_bytes()
+    outer = tar_of(tmp_path / "all.tar", {"._n01.tar": b"of a Mac", "n01.tar": inner})
+    assert names_of(outer) == ["n01/a.png"]
 
 
 def test_a_name_that_comes_twice_is_the_later_file(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,15 @@ def test_fit_skips_corrupt_images(here, capfd):
     result = run("fit images --load model.pt --out coded.pt --skip-corrupt")
     assert result == {"images": 2, "skipped": ["below/b.jpg"], "output": "coded.pt"}
     assert "1 images skipped:" in capfd.readouterr().out
+
+
+def test_fit_counts_images_of_one_name_in_two_folders(here):
+    for name in ("one", "two"):
+        (here / name).mkdir()
+        shutil.copy(here / "images" / "a.png", here / name / "ok.png")
+        (here / name / "bad.png").write_bytes(b"cut")
+    result = run("fit one two --load model.pt --out coded.pt --skip-corrupt")
+    assert result == {"images": 2, "skipped": ["bad.png", "bad.png"], "output": "coded.pt"}
 
 
 @pytest.mark.parametrize("flags", ["", " --stages 1", " --entropy-coding"])

@@ -310,6 +310,51 @@ def test_no_metadata_of_the_original_is_paid_for(tmp_path):
             assert next(baseline(read))[1] < 1500, baseline.name
 
 
+@pytest.mark.parametrize("baseline", BASELINES[:3], ids=lambda b: b.name)
+def test_noise_fits_every_quality_of_jpeg(baseline, monkeypatch):
+    """The buffer of Pillow for an optimised JPEG has 8 bits a pixel."""
+    monkeypatch.setattr(baselines, "QUALITIES", (92, 100))
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3), np.uint8)
+    sizes = [size for _, size, _ in baseline(noise)]
+    assert sizes[1] > sizes[0] and sizes[1] > 320 * 320
+
+
+def test_images_too_small_for_ssim_are_said_and_psnr_alone_is_drawn(tmp_path, monkeypatch, capsys):
+    (tmp_path / "val").mkdir()
+    for side in (8, 32):
+        Image.fromarray(pictures(1, 32)[0][:side, :side]).save(tmp_path / "val" / f"{side}.png")
+    monkeypatch.setattr(rd, "BASELINES", BASELINES[:1])
+    run(tmp_path, load=())
+    assert "SSIM is of 1 images" in capsys.readouterr().out
+    (tmp_path / "val" / "32.png").unlink()
+    run(tmp_path, f"--figure={tmp_path / 'rd.png'}", load=())
+    assert (tmp_path / "rd.png").exists()
+
+
+def test_an_image_that_cannot_be_compressed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "val").mkdir()
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "val" / "wide.png")
+
+    def fails(*args):
+        raise OSError("too wide")
+
+    monkeypatch.setattr(rd, "BASELINES", BASELINES[:1])
+    monkeypatch.setattr(rd, "measure", fails)
+    with pytest.raises(
+        ValueError, match=r"wide\.png cannot be compressed \(too wide\): leave it out"
+    ):
+        run(tmp_path, load=())
+
+
+def test_models_of_equal_rates_but_other_bytes_for_each_image_stand_apart():
+    table = {"codec": np.array([[[10, 10, 20, 0, 0], [40, 40, 30, 0, 0]]] * 2, float)}
+    first = np.array([[[10, 10, 25, 0, 0]], [[40, 40, 25, 0, 0]]], float)
+    ours = [first, first[::-1].copy(), first.copy()]
+    rows = [{"rows": [{"bpp": 1.0, "file_bpp": 1.0, "name": i}]} for i in range(3)]
+    rates = rd.rates_of(rows, ours, table, [200, 200])
+    assert sorted(len(rate["ours"]) for rate in rates) == [1, 2]
+
+
 def test_a_format_that_pillow_lacks_is_named_and_the_rest_reported(files, monkeypatch, capsys):
     Image.init()
     monkeypatch.delitem(Image.SAVE, "AVIF", raising=False)

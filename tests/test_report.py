@@ -280,6 +280,7 @@ def test_reproduce_trains_what_is_left_and_report_reads_it(tmp_path):
     before = (first / "results.json").read_bytes()
     second.mkdir()
     (second / "args.json").write_text("{}")  # flags, but no results
+    (runs / "rfsq_2x2048_none-s0.log").write_text("the first part\n")
     tiny = TINY.replace("IMAGES", "images").split()
     done = reproduce(tmp_path, "--only", "fsq_4096", "rfsq_2x2048_none", *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -291,6 +292,17 @@ def test_reproduce_trains_what_is_left_and_report_reads_it(tmp_path):
     assert [row[1] for row in cells(text, "RFSQ-2x2048-None")][:1] == ["22.00"]
     assert "missing" in cells(text, "RFSQ-2x2048-None")[0]
     assert len(cells(text, "FSQ 12 bits")) == 2
+    assert (runs / "rfsq_2x2048_none-s0.log.1").read_text() == "the first part\n"
+
+
+def test_the_parts_of_a_resumed_run_are_told(tmp_path):
+    part = {"command": "python train.py --seed=3 --lr 1 --save=/home/me --resume auto"}
+    gpu = {**part, "first_step": 1, "commit": "a" * 40, "device": "a GPU", "precision": "bf16"}
+    cpu = {**gpu, "first_step": 801, "commit": "b" * 40, "device": "a CPU", "precision": "fp32"}
+    text = report.main([str(make_run(tmp_path / "run", segments=[gpu, cpu, {**cpu}]))])
+    assert "bf16, then fp32" in text and "/home" not in text and "--seed=" not in text
+    assert "from step 1: commit aaaaaaaaaa, a GPU: `python train.py --lr 1`" in text
+    assert text.count("from step") == 2 and "from step 801: commit bbbbbbbbbb, a CPU" in text
 
 
 def make_images(folder: Path) -> Path:
@@ -640,6 +652,7 @@ def test_best_refuses_wrong_flags_before_folders_without_images(tmp_path):
     (tmp_path / "packed" / "index.json").write_text("{}")
     for flags, part in (
         (["--train-data-path=nowhere", "--lr=-1", "--seeds", "0", "1"], "--lr"),
+        (["--skip-corrupt", "--train-data-path=nowhere"], "leave --skip-corrupt out"),
         (["--train-data-path=packed"], "packed is not a folder of image files: set IMAGES_TRAIN"),
     ):
         done = reproduce(tmp_path, *flags, script="best.sh")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_report import make_run
 
-from results import without_places
+from results import read_results, without_places
 from scripts import keep_results, report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,16 @@ def test_no_folder_of_the_machine_is_kept(tmp_path):
     assert "/home" not in file.read_text() and kept["args"]["train_data_path"] == "train"
     assert kept["environment"]["command"] == "python train.py --lr 0.1"
     assert kept["psnr"] == results["psnr"] and kept.keys() == results.keys()
+
+
+def test_runs_are_found_through_links_and_beside_kept_results(tmp_path):
+    first = make_run(tmp_path / "disk" / "first", name="first")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(first.parent if first.is_file() else first)
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs")
+    keep(tmp_path / "runs", make_run(tmp_path / "other", seed=1))
+    found, faults = read_results([str(tmp_path / "runs")])
+    assert sorted(run["seed"] for run in found) == [0, 1] and not faults
 
 
 def test_a_command_that_nobody_has_kept_stays_as_it_is():
