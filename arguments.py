@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
-from output import printable
-from quantizers import QUANTIZERS, Quantizer
+from quantizers import QUANTIZERS
 from quantizers.rfsq import STRATEGIES
 from util import cpu_cores
 
@@ -42,6 +41,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpWithDefaults)
         super().__init__(allow_abbrev=False, **kwargs)
+        # (title of the group, role, flag) of what `add` of a group has declared
+        self.declared: list[tuple[str, str | None, argparse.Action]] = []
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -63,7 +64,8 @@ class Parser(argparse.ArgumentParser):
                 options.update(type=type(kind[0]), choices=kind)
             else:
                 options["type"] = kind
-            group.add_argument(*names.split(), default=default, **options).role = role
+            action = group.add_argument(*names.split(), default=default, **options)
+            self.declared.append((title, role, action))
 
         return add
 
@@ -234,91 +236,6 @@ def _add_run(add: Callable) -> None:
     add("--profile", number(int, 0, 1000), 0, MAY_CHANGE, metavar="N",
         help="record N steps after the first ten with torch.profiler: trace.json in the run folder")
 # fmt: on
-
-
-def architecture_flags() -> tuple[str, ...]:
-    """The flags that decide what the weights of a model mean."""
-    return _with_role(ARCHITECTURE)
-
-
-def may_change_flags() -> tuple[str, ...]:
-    """The flags that may differ when a run is resumed."""
-    return _with_role(MAY_CHANGE)
-
-
-def differing_flags(there: Namespace, here: Namespace, may_change: Collection[str]) -> list[str]:
-    """The flags whose values differ, each as "--name VALUE there, VALUE here"."""
-    before = vars(there)
-    return [
-        f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
-        for name, value in vars(here).items()
-        if name not in may_change and before.get(name) != value
-    ]
-
-
-def _with_role(role: str) -> tuple[str, ...]:
-    return tuple(a.dest for a in get_parser()._actions if getattr(a, "role", None) == role)
-
-
-def flags_of_group(title: str) -> list[str]:
-    """The flags of the group with this title."""
-    group = next(group for group in get_parser()._action_groups if group.title == title)
-    return [action.dest for action in group._group_actions]
-
-
-def unread_flags(quantizer: Quantizer) -> set[str]:
-    """The flags of other quantizers, which make no difference to this one."""
-    return {*flags_of_group("quantizer")} - {"quantizer", "pairs", *quantizer.read_flags()}
-
-
-def current_flags(saved: dict) -> dict:
-    """Flags as a checkpoint or a results.json holds them, under the names that they have today."""
-    renamed = {
-        old.removeprefix("--").replace("-", "_"): action.dest
-        for action in get_parser()._actions
-        for old in action.option_strings
-        if not old.startswith("--no-")
-    }
-    return {renamed.get(name, name): value for name, value in saved.items()}
-
-
-def args_of(checkpoint: dict) -> Namespace:
-    """The flags of a checkpoint; those that are younger than it have their defaults.
-
-    Raises:
-        ValueError: a flag has a value that the command line would refuse, or the model was exported
-            with a flag that does not exist.
-    """
-    args = get_args([])
-    if not isinstance(checkpoint["args"], dict):
-        raise ValueError("its flags are damaged")
-    if unknown := sorted(set(checkpoint.get("architecture", ())) - set(architecture_flags())):
-        raise ValueError(
-            f"the model was exported with --{unknown[0].replace('_', '-')}, which this version does"
-            " not know: use the version of the project that wrote it"
-        )
-    vars(args).update(current_flags(checkpoint["args"]))
-    for action in get_parser()._actions:
-        if hasattr(args, action.dest) and not _allows(action, getattr(args, action.dest)):
-            given = printable(f"{getattr(args, action.dest)!r:.80}")
-            raise ValueError(f"its flag {action.option_strings[0]} cannot be {given}")
-    return args
-
-
-def _allows(action: argparse.Action, value) -> bool:
-    """Whether a flag can have a value of a checkpoint."""
-    if value is None:
-        return action.default is None
-    if action.nargs == 0 or isinstance(value, bool):  # a switch
-        return action.nargs == 0 and isinstance(value, bool)
-    if isinstance(value, list) != (action.nargs == "+"):
-        return False
-    values, kind = value if isinstance(value, list) else [value], action.type or str
-    try:
-        same = all(isinstance(x, int | float | str) and kind(str(x)) == x for x in values)
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-    return same and (not action.choices or value in action.choices) and bool(values)
 
 
 def add_evaluation_flags(parser: Parser, *names: str) -> None:

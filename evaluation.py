@@ -15,7 +15,7 @@ from dataset import build_dataset
 from loaders import val_loader
 from loss import Perceptual, lpips_network
 from metric import CodeUsage, ImageMetrics
-from model import VQVAE, in_evaluation_mode, load_model
+from model import VQVAE, load_model
 from quantizers import Quantized
 
 
@@ -105,7 +105,7 @@ def evaluate_stages(
     # Sums of squares: of z and of the residual after each stage, and of the input of each FSQ.
     squares = torch.zeros(2, quantizer.stages + 1, dtype=torch.float64)
     elements, positions = 0, 0
-    with in_evaluation_mode(model):
+    with util.in_evaluation_mode(model):
         for batch in loader:
             images = batch.to(device).float() / 255
             z = model.to_latent(images).float()

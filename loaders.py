@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util import StopSignals, stop_with_parent
+from exits import StopSignals
+from util import stop_with_parent
 
 LOADER_TIMEOUT = 600  # seconds without a batch after which a loading process is given up
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+import exits
 import output
 import util
 from checkpoint import NotFinite
 from fid import FrechetDistance
 from images import IMAGENET_STD
 from loss.perceptual import Perceptual
-from model import check_range, in_evaluation_mode
-from similarity import l1, psnr, ssim
+from similarity import check_range, l1, psnr, ssim
 
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
 MERGE_ABOVE = 2**20  # codes that may wait to be merged, beside as many as are merged already
@@ -226,7 +226,7 @@ def evaluate(
         and 'rfid' (only with `frechet`).
 
     Raises:
-        util.Interrupted: `stop` ended it.
+        exits.Interrupted: `stop` ended it.
         NotFinite: the model has diverged.
         ValueError: no image, and where `ImageMetrics` and `CodeUsage` raise it.
     """
@@ -235,7 +235,7 @@ def evaluate(
     names = ["model", "bicubic", "mean_colour"] if final else ["model"]
     metrics = {name: ImageMetrics(perceptual, paper=final) for name in names}
     shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
-    with in_evaluation_mode(model):
+    with util.in_evaluation_mode(model):
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
             if stop():
                 break
@@ -255,7 +255,7 @@ def evaluate(
             positions = indices[0].numel() // len(quantizer.codebook_sizes)
             shape = torch.tensor([*images.shape[2:], positions])
     if any(util.from_all(stop())):
-        raise util.Interrupted("the evaluation was stopped")
+        raise exits.Interrupted("the evaluation was stopped")
 
     computed = {name: metric.compute() for name, metric in metrics.items()}
     images = [row.pop("images") for row in computed.values()]

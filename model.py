@@ -7,22 +7,24 @@ reconstruction (B,3,H,W) <--Decoder-- quantized (B,C,H/f,W/f) <-----------------
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from arguments import architecture_flags, args_of, differing_flags
 from checkpoint import load_checkpoint
+from flags import architecture_flags, args_of, differing_flags
 from images import IMAGENET_MEAN, IMAGENET_STD
 from networks import NETWORKS
 from quantizers import Quantized, build_quantizer
+from similarity import check_range
+from util import in_evaluation_mode
 
-TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
 MAX_MISSING = 2**20  # numbers; if a checkpoint lacks more, no memory is allocated for the model
 
 
@@ -152,30 +154,6 @@ class VQVAE(nn.Module):
             raise ValueError(f"images of {height}x{width} do not fit: {wanted}")
 
 
-def check_range(images: Tensor) -> None:
-    """Raises ValueError if images are not floats in [0, 1], such as normalised ones."""
-    if not images.numel():
-        return
-    low, high = (value.item() for value in images.aminmax())
-    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
-        raise ValueError(
-            f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: give them "
-            "without normalisation"
-        )
-
-
-@contextlib.contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within `with`, all modules are in evaluation mode; afterwards each is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
     """The model of a checkpoint, which knows its own architecture: (model, its flags, checkpoint).
 
@@ -225,3 +203,20 @@ def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:
         differ = differing_flags(flags, args, {*vars(args)} - {*architecture_flags()})
         raise ValueError(f"checkpoint {path} is of another architecture: {'; '.join(differ)}")
     model.load_state_dict(saved["model"])
+
+
+def fingerprint(
+    model: VQVAE, flags: dict, parts: Sequence[str] = ("decoder", "quantizer")
+) -> bytes:
+    """8 bytes of a SHA-256 over the flags of the architecture and the weights of `parts`.
+
+    The default is all that decoding depends on.
+    """
+    digest = hashlib.sha256()
+    shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
+    digest.update(json.dumps(shape).encode())
+    for part in parts:
+        for name, value in getattr(model, part).state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.digest()[:8]

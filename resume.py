@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import util
-from arguments import args_of, differing_flags, may_change_flags, unread_flags
+import exits
 from checkpoint import load_checkpoint, restore_random_states
+from flags import args_of, differing_flags, may_change_flags, unread_flags
 from quantizers import Quantizer
 from run import RunFolder
 
@@ -132,5 +132,5 @@ def restore(
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{resumed['path']} holds the training state of another model, or is damaged "
-            f"({util.one_line(error)}): use an older checkpoint"
+            f"({exits.one_line(error)}): use an older checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""Two batches of images compared image by image: L1, PSNR, SSIM."""
+"""Batches of images: their range, and two of them compared image by image: L1, PSNR, SSIM."""
 
 import math
 
@@ -8,6 +8,19 @@ from torch import Tensor
 PSNR_CAP = 100.0  # dB; what an exact reconstruction counts as, since a mean must stay finite
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels: side of the Gaussian window, its standard deviation
 SSIM_K = (0.01, 0.03)  # K1 and K2
+TOLERANCE = 0.02  # how far outside [0, 1] an image may lie
+
+
+def check_range(images: Tensor) -> None:
+    """Raises ValueError if images are not floats in [0, 1], such as normalised ones."""
+    if not images.numel():
+        return
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
+        raise ValueError(
+            f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: give them "
+            "without normalisation"
+        )
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import exits
 import util
 from arguments import get_args
 from checkpoint import NotFinite, random_states
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     Raises:
         ValueError: for bad input, before anything is written; later, for a loss that stays not
             finite, a damaged image or a disk that cannot be written.
-        util.Interrupted: a signal stopped the run; after the first step its checkpoint is saved.
+        exits.Interrupted: a signal stopped the run; after the first step its checkpoint is saved.
     """
     with contextlib.ExitStack() as stack:
         training = Training(get_args(argv), stack)
@@ -84,7 +85,7 @@ class Training:
         util.share_cores(args.num_workers)
         util.set_float32_precision("ieee")  # also in bf16, where the quantizer stays in float32
         util.seed_everything(args.seed)
-        self.stop = stack.enter_context(util.StopSignals())
+        self.stop = stack.enter_context(exits.StopSignals())
         self.main_process = util.rank() == 0
         self.progress_shown = self.main_process and sys.stderr.isatty()
 
@@ -293,7 +294,7 @@ class Training:
                     final=step == self.steps,
                     stop=lambda: self.stop.received is not None,
                 )
-            except util.Interrupted as error:
+            except exits.Interrupted as error:
                 raise self.interrupted(step) from error
             except NotFinite:
                 util.on_main(lambda: self.run.discard(step))
@@ -313,9 +314,9 @@ class Training:
                 )
         return result
 
-    def interrupted(self, step: int) -> util.Interrupted:
+    def interrupted(self, step: int) -> exits.Interrupted:
         """The exception that ends a run which a signal has stopped."""
-        return util.Interrupted(
+        return exits.Interrupted(
             f"stopped by {self.stop.received or 'another process'} after step {step}; to go on: "
             f"the same command with --resume {self.run.path}"
         )
@@ -393,4 +394,4 @@ def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageFile
 
-import util
-from codec.codec import is_grey
+import exits
+from codec.pixels import is_grey
 
 SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 QUALITIES = (0, 2, 4, 6, 8, 12, 16, 20, 26, 32, 40, 48, 56, 64, 72, 78, 84, 88, 92, 95, 98, 100)
@@ -103,7 +103,7 @@ class Baseline:
         try:
             next(self(np.zeros((16, 16, 3), np.uint8)))
         except Exception as error:  # no such format, no encoder, an unknown option
-            return f"unavailable in this Pillow ({type(error).__name__}: {util.one_line(error)})"
+            return f"unavailable in this Pillow ({type(error).__name__}: {exits.one_line(error)})"
         return None
 
 

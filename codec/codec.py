@@ -13,20 +13,18 @@ more than the network's reach, so that memory is bounded and no seam is visible.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import util
-from arguments import architecture_flags
 from codec import bitstream, entropy
+from codec.pixels import is_grey, to_grey
 from codec.tiles import in_pixels, reach, tiles
-from model import VQVAE, load_model
+from model import fingerprint, load_model
 from quantizers import Quantized
 
 ENTROPY_MODEL = "entropy_model"  # its key in a checkpoint
@@ -322,41 +320,6 @@ def _arrays(rows) -> entropy.Rows:
         [x.numpy() for x in row if isinstance(x, torch.Tensor) and x.dtype in integers]
         for row in rows
     ]
-
-
-def is_grey(image: np.ndarray) -> bool:
-    """Whether the three channels of an image (H, W, 3) are equal."""
-    return all(np.array_equal(image[..., 0], image[..., channel]) for channel in (1, 2))
-
-
-def to_grey(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> the same shape; each channel is the mean of the three, rounded."""
-    mean = (image.sum(axis=2, dtype=np.uint16) + 1) // 3
-    return np.repeat(mean.astype(np.uint8)[..., None], 3, axis=2)
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """PSNR in dB of two uint8 images (H, W, 3), peak 255; infinite for equal ones."""
-    # Row by row: a large image as integers would take four times its memory.
-    square = sum(int(np.square(x.astype(np.int32) - y).sum()) for x, y in zip(a, b, strict=True))
-    return 10 * math.log10(255**2 * a.size / square) if square else math.inf
-
-
-def fingerprint(
-    model: VQVAE, flags: dict, parts: Sequence[str] = ("decoder", "quantizer")
-) -> bytes:
-    """8 bytes of a SHA-256 over the flags of the architecture and the weights of `parts`.
-
-    The default is all that decoding depends on.
-    """
-    digest = hashlib.sha256()
-    shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
-    digest.update(json.dumps(shape).encode())
-    for part in parts:
-        for name, value in getattr(model, part).state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.digest()[:8]
 
 
 def _stages(stages: int | None, most: int, who: str) -> int:

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
 import timing
 import util
@@ -366,4 +367,4 @@ def images_per_second(dataset: Dataset, workers: int) -> float:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

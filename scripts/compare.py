@@ -22,8 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
-import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from evaluation import prepare
 from files import write_whole
@@ -105,4 +105,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

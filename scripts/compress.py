@@ -27,12 +27,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
 import util
 from arguments import LOAD_HELP, Parser, number
 from checkpoint import save_checkpoint
 from codec import bitstream
-from codec.codec import Codec, is_grey, psnr
+from codec.codec import Codec
+from codec.pixels import is_grey, psnr
 from files import make_folder, write_json, write_whole
 from images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
@@ -317,4 +319,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

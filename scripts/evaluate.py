@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
@@ -87,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

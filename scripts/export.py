@@ -21,17 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
-import util
-from arguments import (
-    DEFAULTS_OF_MODEL,
-    LOAD_HELP,
-    Parser,
-    architecture_flags,
-    unread_flags,
-)
+from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser
 from checkpoint import CONFIG, WEIGHTS, save_export
 from files import make_folder, write_whole
+from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
 from results import RESULTS, without_places
 
@@ -131,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import exits
 import timing
 import util
 from arguments import LPIPS_NETS, Parser, number
@@ -227,7 +228,7 @@ class Check:
             try:
                 record |= {"state": "done", "rows": part()}
             except (RuntimeError, OSError, LookupError, ValueError, TypeError) as error:
-                record |= {"state": "failed", "error": util.one_line(error)}
+                record |= {"state": "failed", "error": exits.one_line(error)}
             record["seconds"] = time.monotonic() - start
             write_json(self.out / f"{name}.json", record)
             print(f"{name}: {record['state']}, {record['seconds']:.0f} s {record.get('error', '')}")
@@ -273,4 +274,4 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
-import util
-from arguments import Parser, args_of, differing_flags, may_change_flags
+from arguments import Parser
 from files import make_folder, write_json
+from flags import args_of, differing_flags, may_change_flags
 from results import portable, read_results
 
 
@@ -82,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -26,15 +26,15 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import tokens
 import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
-from codec.codec import fingerprint
 from dataset import SkipCorrupt, build_dataset
 from files import check_room, remove_leftovers
 from loaders import batch_loader
 from meter import Progress
-from model import VQVAE, load_model
+from model import VQVAE, fingerprint, load_model
 from packed import as_lines
 
 SECONDS_A_FLUSH = 10  # how much work a power failure costs
@@ -179,4 +179,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

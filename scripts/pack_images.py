@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import packed
 import util
 from arguments import Parser, number
@@ -213,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

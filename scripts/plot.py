@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
-import util
 from arguments import Parser
 from files import write_whole
 from results import find_runs
@@ -100,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

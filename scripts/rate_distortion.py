@@ -23,12 +23,14 @@ from PIL import features
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
 import util
 from arguments import LOAD_HELP, LPIPS_NETS, Parser, add_evaluation_flags, number
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
-from codec.codec import Codec, is_grey, psnr
+from codec.codec import Codec
+from codec.pixels import is_grey, psnr
 from files import write_json, write_whole
 from images import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
@@ -249,6 +251,47 @@ def rates_of(
     return result
 
 
+def measure_all(
+    files: Sequence[Path], img_size: int | None, coders: Sequence, perceptual: Perceptual | None
+) -> tuple[list[np.ndarray], list[int]]:
+    """Measurements (images, settings, 5) of each coder, and the pixels of each image.
+
+    Raises:
+        ValueError: an image cannot be read, or a coder refuses it.
+    """
+    measured, pixels = [], []
+    for path in output.progress(files, "image"):
+        image = read_image(path)
+        image = np.asarray(fit(image, img_size) if img_size else image)
+        pixels.append(image.shape[0] * image.shape[1])
+        try:
+            measured.append([measure(image, coder, perceptual) for coder in coders])
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{output.printable(str(path))} cannot be compressed ({exits.one_line(error)}): "
+                "leave it out, or give --img-size"
+            ) from error
+    return [np.stack(images) for images in zip(*measured, strict=True)], pixels
+
+
+def method(values: np.ndarray, area: float, perceptual: Perceptual | None) -> str:
+    """What the numbers mean; `values`: measurements (images, settings, 5), `area`: mean pixels."""
+    images = len(values)
+    with_ssim, with_lpips = np.isfinite(values[:, 0, SSIM:]).sum(0).tolist()
+    counts = {"SSIM": with_ssim, "LPIPS": with_lpips if perceptual else images}
+    small = "".join(
+        f" {name} is of {count} images: the others are too small."
+        for name, count in counts.items()
+        if count < images
+    )
+    return (
+        f"{images} images, {area:.0f} pixels on average. bpp: all bits / all pixels. PSNR (peak "
+        "255, uint8), SSIM and LPIPS: mean over images. Baselines: one quality for all images, at "
+        "the rate without headers or of the whole file. Last column: every image gets the bytes "
+        "that our file of it has (or, without a checkpoint, the bytes of this rate)." + small
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure as the flags say, and return what `--json` writes. ValueError for bad input."""
     parser = Parser(prog="rate_distortion.py", description=__doc__.split("\n")[0])
@@ -273,19 +316,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     problems = {baseline.name: baseline.problem() for baseline in BASELINES}
     baselines = [baseline for baseline in BASELINES if problems[baseline.name] is None]
     perceptual = lpips_network(flags.lpips_net, device, needed=False)
-    measured, pixels = [], []
-    for path in output.progress(files, "image"):
-        image = read_image(path)
-        image = np.asarray(fit(image, flags.img_size) if flags.img_size else image)
-        pixels.append(image.shape[0] * image.shape[1])
-        try:
-            measured.append([measure(image, c, perceptual) for c in (*ours, *baselines)])
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"{output.printable(str(path))} cannot be compressed ({util.one_line(error)}): "
-                "leave it out, or give --img-size"
-            ) from error
-    values = [np.stack(images) for images in zip(*measured, strict=True)]  # (images, settings, 5)
+    values, pixels = measure_all(files, flags.img_size, [*ours, *baselines], perceptual)
     our_values, table = values[: len(ours)], values[len(ours) :]
     area = float(np.mean(pixels))
     checkpoints, curves, names = [], [], [coder.name for coder in ours]
@@ -300,23 +331,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
         curves.append({**about, "rows": rows})
     table = dict(zip([b.name for b in baselines], table, strict=True))
     libraries = [x for x in ("libjpeg_turbo", "webp", "avif") if x in features.get_supported()]
-    with_ssim, with_lpips = np.isfinite(values[0][:, 0, SSIM:]).sum(0).tolist()
-    small = {"SSIM": with_ssim, "LPIPS": with_lpips} if perceptual else {"SSIM": with_ssim}
-    small = {name: count for name, count in small.items() if count < len(files)}
-    too_small = "".join(
-        f" {name} is of {count} images: the others are too small." for name, count in small.items()
-    )
     result = {
         "images": len(files),
         "pixels": sum(pixels),
         "data": flags.images,
         "img_size": flags.img_size,
         "lpips_net": perceptual and perceptual.net,
-        "method": f"{len(files)} images, {area:.0f} pixels on average. "
-        "bpp: all bits / all pixels. PSNR (peak 255, uint8), SSIM and LPIPS: mean over images. "
-        "Baselines: one quality for all images, at the rate without headers or of the whole file. "
-        "Last column: every image gets the bytes that our file of it has (or, without a "
-        f"checkpoint, the bytes of this rate).{too_small}",
+        "method": method(values[0], area, perceptual),
         "rates": rates_of(checkpoints, our_values, table, pixels),
         "checkpoints": checkpoints,
         "curves": curves,
@@ -333,4 +354,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -21,10 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
-import util
-from arguments import Parser, args_of, flags_of_group, get_args, may_change_flags
+from arguments import Parser, get_args
 from files import write_whole
+from flags import args_of, flags_of_group, may_change_flags
 from quantizers import QUANTIZERS, build_quantizer
 from quantizers.rfsq import STRATEGIES
 from results import read_results
@@ -378,4 +379,4 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

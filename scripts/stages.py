@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exits
 import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
@@ -138,4 +139,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    util.run_script(main)
+    exits.run_script(main)

@@ -17,7 +17,7 @@ from conftest import make_checkpoint
 from test_pack import CORRUPT, FLAGS, SIZE, contents, fill_source, pack_and_die
 
 import archive
-import util
+import exits
 from archive import expand, is_tar, list_archives
 from dataset import ImageFolderDataset, TarDataset, build_dataset
 from loaders import train_loader, val_loader
@@ -316,7 +316,7 @@ def test_damaged_tars_are_one_line_and_code_2(good, tmp_path, capfd):
         ([tmp_path / "text.tar", tmp_path], "are several paths"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda s=sources: pack_images.main([*map(str, s), out, *FLAGS]))
+            exits.run_script(lambda s=sources: pack_images.main([*map(str, s), out, *FLAGS]))
         (line,) = capfd.readouterr().err.splitlines()
         assert caught.value.code == 2 and part in line, line
     assert not os.path.exists(out)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+import exits
 import timing
-import util
 from quantizers import FSQ, LFQ, RFSQ, VectorQuantizeEMA
 from scripts import benchmark
 
@@ -147,7 +147,7 @@ def test_peak_memory_is_that_of_the_tensors():
 )
 def test_bad_input_is_one_line_and_code_2(flag, part, capsys):
     with pytest.raises(SystemExit) as caught:
-        util.run_script(lambda: benchmark.main([*TINY, flag]))
+        exits.run_script(lambda: benchmark.main([*TINY, flag]))
     captured = capsys.readouterr()
     assert caught.value.code == 2 and not captured.out
     assert len(captured.err.strip().splitlines()) == 1 and part in captured.err

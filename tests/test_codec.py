@@ -18,7 +18,8 @@ from conftest import make_checkpoint
 import util
 from checkpoint import load_checkpoint, save_checkpoint
 from codec import bitstream
-from codec.codec import Codec, psnr
+from codec.codec import Codec
+from codec.pixels import psnr
 from codec.tiles import reach, tiles
 from synthetic import SyntheticDataset
 

@@ -15,8 +15,9 @@ import pytest
 from conftest import make_checkpoint
 from PIL import Image, features
 
-import util
-from codec.codec import Codec, psnr
+import exits
+from codec.codec import Codec
+from codec.pixels import psnr
 from images import IMAGE_SUFFIXES, read_image
 from scripts import compress
 from synthetic import SyntheticDataset
@@ -48,7 +49,7 @@ def refused(line: str, capfd) -> str:
     """The one line on standard error with which a command ends, exit code 2."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
-        util.run_script(lambda: run(line))
+        exits.run_script(lambda: run(line))
     lines = capfd.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and len(lines) == 1, lines
     return lines[0]

@@ -20,10 +20,10 @@ from torchvision.transforms import functional as reference
 
 import dataset
 from dataset import ImageFolderDataset, build_dataset
+from exits import one_line
 from images import UnreadableImage, read_image
 from loaders import StreamSampler, train_loader, val_loader
 from synthetic import SyntheticDataset
-from util import one_line
 
 
 def photo(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:

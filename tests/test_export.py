@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from conftest import make_checkpoint
 
-import util
+import exits
 from arguments import get_args
 from checkpoint import Damaged, load_checkpoint, save_export
 from codec.codec import Codec
@@ -245,7 +245,7 @@ def test_errors_of_the_scripts_are_one_line_and_code_2(exported, tmp_path, capfd
         (export.main, ["--load", "none.pt", "--out", str(tmp_path / "new")], "does not exist"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda main=main, flags=flags: main(flags))
+            exits.run_script(lambda main=main, flags=flags: main(flags))
         assert caught.value.code == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert re.search(part, line), line

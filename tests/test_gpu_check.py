@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import util
+import exits
 from scripts import gpu_check
 
 
@@ -90,5 +90,5 @@ def test_parts_have_the_names_of_the_flag(tmp_path):
 def test_without_a_gpu_it_says_so(flags, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "DEVICE", torch.device("cpu"))
     with pytest.raises(SystemExit) as caught:
-        util.run_script(lambda: gpu_check.main(flags))
+        exits.run_script(lambda: gpu_check.main(flags))
     assert caught.value.code == 2 and "--toy" in capsys.readouterr().err

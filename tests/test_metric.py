@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+import exits
 import metric
-import util
 from checkpoint import NotFinite
 from fid import FrechetDistance
 from images import IMAGENET_STD
@@ -362,7 +362,7 @@ def test_evaluate_stops_between_batches():
         asked.append(True)
         return len(asked) > 2
 
-    with pytest.raises(util.Interrupted):
+    with pytest.raises(exits.Interrupted):
         evaluate(model, pictures(6).split(2), None, "cpu", stop=stop)
     assert model.training and len(asked) == 4  # before each of three batches, and at the end
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from arguments import architecture_flags, current_flags, get_args, get_parser, may_change_flags
+from arguments import get_args, get_parser
 from checkpoint import Damaged, load_checkpoint, save_checkpoint
+from flags import architecture_flags, current_flags, may_change_flags
 from images import IMAGENET_MEAN, IMAGENET_STD
 from model import VQVAE, load_model, load_weights
 from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+import exits
 import meter
 import packed as packed_module
 import train
-import util
 from dataset import ImageFolderDataset, build_dataset
 from files import locked
 from loaders import train_loader, val_loader
@@ -443,7 +443,7 @@ def test_bad_input_is_one_line_and_code_2(source, packed, tmp_path, capfd):
     for name, (given, part) in inputs.items():
         flags = [*FLAGS, *map(str, given)]
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda flags=flags: pack_images.main(flags))
+            exits.run_script(lambda flags=flags: pack_images.main(flags))
         captured = capfd.readouterr()
         lines = captured.err.strip().splitlines()
         assert caught.value.code == 2, name

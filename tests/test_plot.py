@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-import util
+import exits
 from scripts import plot
 
 
@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
         ([], "RUN"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda flags=flags: plot.main(flags))
+            exits.run_script(lambda flags=flags: plot.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import util
+import exits
 from arguments import get_args
 from checkpoint import save_checkpoint
 from codec import baselines
@@ -379,7 +379,7 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd, monkeypatch):
         ([val, "--limit=0"], "--limit"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda flags=flags: rd.main(flags))
+            exits.run_script(lambda flags=flags: rd.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

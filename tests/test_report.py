@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import DEADLINE, script_environment
 
-import util
+import exits
 from arguments import get_args
 from quantizers import build_quantizer
 from scripts import report
@@ -556,10 +556,10 @@ def test_names_that_cannot_be_printed_are_escaped_and_pipes_not_opened(tmp_path,
     for stream in ("stdout", "stderr"):  # as strict as a terminal's
         streams[stream] = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
         monkeypatch.setattr(sys, stream, streams[stream])
-    util.run_script(lambda: report.main([str(tmp_path)]))
-    util.run_script(lambda: report.main([str(tmp_path), f"--out={tmp_path / 'out.md'}"]))
+    exits.run_script(lambda: report.main([str(tmp_path)]))
+    exits.run_script(lambda: report.main([str(tmp_path), f"--out={tmp_path / 'out.md'}"]))
     with pytest.raises(SystemExit):
-        util.run_script(lambda: report.main([name]))
+        exits.run_script(lambda: report.main([name]))
     for stream in streams.values():
         stream.flush()
     out, err = (stream.buffer.getvalue().decode() for stream in streams.values())
@@ -585,7 +585,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd):
         (): "RUNS",
     }.items():
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda flags=flags: report.main(flags))
+            exits.run_script(lambda flags=flags: report.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
 

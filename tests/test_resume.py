@@ -22,6 +22,7 @@ import torch
 from processes import DEADLINE, child, children, ended, exists, free_port, wait_for
 from torchvision.utils import save_image
 
+import exits
 import loaders
 import train
 import util
@@ -131,7 +132,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def test_interrupted_and_resumed_is_uninterrupted(step, flags, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(patched, step)
-        with pytest.raises(util.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
+        with pytest.raises(exits.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
             run(tmp_path / "cut", *flags)
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
     run(tmp_path / "cut", *flags, "--resume=auto")
@@ -142,7 +143,7 @@ def test_workers_and_many_interruptions(whole, tmp_path, monkeypatch):
     for step, number in ((2, signal.SIGUSR1), (1, signal.SIGINT), (4, signal.SIGTERM)):
         with monkeypatch.context() as patched:
             interrupt_after(patched, step, number)
-            with pytest.raises(util.Interrupted):
+            with pytest.raises(exits.Interrupted):
                 run(tmp_path / "cut", "--resume=auto", "--num-workers=1")
     run(tmp_path / "cut", "--resume=auto", "--num-workers=2")
     assert_same_run(whole(), tmp_path / "cut")
@@ -157,7 +158,7 @@ def test_a_signal_in_an_evaluation_loses_nothing(
     with monkeypatch.context() as patched:
         signal_now = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
         before_call(patched, "train.evaluate", evaluation, signal_now)
-        with pytest.raises(util.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
+        with pytest.raises(exits.Interrupted, match=f"SIGTERM after step {step};.*--resume"):
             run(tmp_path / "cut", *flags)
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == step
     run(tmp_path / "cut", *flags, "--resume=auto")
@@ -168,14 +169,14 @@ def test_a_signal_in_an_evaluation_loses_nothing(
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("number", util.StopSignals.SIGNALS)
+@pytest.mark.parametrize("number", exits.StopSignals.SIGNALS)
 def test_a_signal_before_the_first_step_ends_at_once(number, tmp_path, monkeypatch):
-    before = [signal.getsignal(number) for number in util.StopSignals.SIGNALS]
+    before = [signal.getsignal(number) for number in exits.StopSignals.SIGNALS]
     before_call(monkeypatch, "train.build_dataset", 1, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(util.Interrupted, match=f"by {number.name} before the first step"):
+    with pytest.raises(exits.Interrupted, match=f"by {number.name} before the first step"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert [signal.getsignal(number) for number in util.StopSignals.SIGNALS] == before
+    assert [signal.getsignal(number) for number in exits.StopSignals.SIGNALS] == before
 
 
 def test_a_signal_after_the_last_step_leaves_whole_results(tmp_path, monkeypatch):
@@ -193,7 +194,7 @@ def test_images_of_a_folder_in_mid_epoch(tmp_path, monkeypatch):
     run(tmp_path / "whole", data)
     with monkeypatch.context() as patched:
         interrupt_after(patched, 4)
-        with pytest.raises(util.Interrupted):
+        with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut", data)
     resume = ["--resume", str(tmp_path / "cut" / "last.pt")]
     # Another number of images would come in another order.
@@ -215,7 +216,7 @@ def test_other_images_of_equal_count_are_refused(tmp_path, monkeypatch, capsys):
     data = [f"--train-data-path={tmp_path / name}" for name in ("images", "others", "packed")]
     with monkeypatch.context() as patched:
         interrupt_after(patched, 4)
-        with pytest.raises(util.Interrupted):
+        with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut", data[0])
     with pytest.raises(ValueError, match=r"other training images \(their sizes.*--allow-other-im"):
         run(tmp_path / "cut", data[1], "--resume=auto")
@@ -229,7 +230,7 @@ def test_other_images_of_equal_count_are_refused(tmp_path, monkeypatch, capsys):
 def test_speed_counts_the_time_before_the_interruption(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(patched, 7)
-        with pytest.raises(util.Interrupted):
+        with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut")
     saved = load_checkpoint(tmp_path / "cut" / "step_0000007.pt")
     assert 0 < saved["interval_seconds"] < saved["seconds"]
@@ -247,7 +248,7 @@ def fork_group(world: int, work, output: str | Path = os.devnull) -> list[int]:
     def process(rank: int) -> None:
         sizes = {name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         os.environ.update(place, **sizes, RANK=str(rank), LOCAL_RANK=str(rank))
-        util.run_script(lambda: work(rank))
+        exits.run_script(lambda: work(rank))
 
     return [
         ended(pid)
@@ -274,7 +275,7 @@ def test_two_processes_stop_together_and_continue_to_the_bit(name, interval, sto
         return fork_group(2, lambda rank: work(folder, signalled, rank))
 
     assert group("whole") == [0, 0]
-    assert group("cut", signalled=True) == [util.EXIT_INTERRUPTED] * 2
+    assert group("cut", signalled=True) == [exits.EXIT_INTERRUPTED] * 2
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stopped
     shutil.copytree(tmp_path / "cut", tmp_path / "one")
     assert group("cut") == [0, 0]
@@ -422,7 +423,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_used(
 ):
     with monkeypatch.context() as patched:
         interrupt_after(patched, 12)
-        with pytest.raises(util.Interrupted):
+        with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut")
     newest = sorted((tmp_path / "cut").glob("step_*.pt"))[-1]
     content = bytearray(newest.read_bytes())
@@ -455,7 +456,7 @@ def test_evaluations_and_checkpoints_have_intervals_of_their_own(tmp_path):
 def test_damaged_lines_of_the_log_are_skipped_with_a_warning(whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         interrupt_after(patched, 12)
-        with pytest.raises(util.Interrupted):
+        with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut")
     with open(tmp_path / "cut" / "metrics.jsonl", "ab") as log:
         log.write(b'\xff\xfe\n{"kind": "train"}\n[1, 2]\n{"kind": "val", "step": 1')
@@ -535,7 +536,7 @@ def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
 
 def test_flags_that_make_another_run_are_refused(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 3)
-    with pytest.raises(util.Interrupted):
+    with pytest.raises(exits.Interrupted):
         run(tmp_path / "run")
     others = ["--lr 0.02", "--seed 1", "--channel 32", "--warmup 0", "--rfsq-stage-dropout 0.5"]
     others += ["--rfsq-strategy geometric"]
@@ -670,7 +671,7 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_kept(tmp_path, mon
     if not first:
         with monkeypatch.context() as patched:
             interrupt_after(patched, 5)
-            with pytest.raises(util.Interrupted):
+            with pytest.raises(exits.Interrupted):
                 run(folder)
     new = folder / "step_0000014.pt"
     before_call(
@@ -763,7 +764,7 @@ def test_a_folder_that_becomes_read_only(whole, tmp_path):
             os.seteuid(65534)
         with pytest.MonkeyPatch.context() as patched:
             before_call(patched, "Meter.compute", 3, lambda: folder.chmod(0o555))
-            util.run_script(lambda: run(folder))
+            exits.run_script(lambda: run(folder))
 
     try:
         assert ended(child(work, out)) == 2
@@ -831,12 +832,12 @@ def test_a_signal_to_the_whole_group_saves_and_says_how_to_go_on(number, tmp_pat
 
     def work():
         os.setsid()
-        util.run_script(lambda: train.main([*SMALL, *DATA, *endless, f"--save={folder}"]))
+        exits.run_script(lambda: train.main([*SMALL, *DATA, *endless, f"--save={folder}"]))
 
     pid = child(work, out)
     wait_for(lambda: trains(folder))
     os.killpg(pid, number)
-    assert ended(pid) == util.EXIT_INTERRUPTED
+    assert ended(pid) == exits.EXIT_INTERRUPTED
     text = out.read_text()
     assert text.strip().splitlines()[-1].startswith(f"stopped by {number.name} after step")
     assert "Traceback" not in text
@@ -860,7 +861,7 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path):
 
     wait_for(trains_and_is_read)
     os.close(terminal)
-    assert ended(pid) == util.EXIT_INTERRUPTED
+    assert ended(pid) == exits.EXIT_INTERRUPTED
     assert load_checkpoint(folder / "last.pt")["step"] > 0
 
 
@@ -888,8 +889,8 @@ def test_loading_processes_end_where_the_end_of_the_run_is_cut_short(tmp_path):
     code = (
         "import sys, train, util\n"
         "def cut_short(self, *_): raise RuntimeError('DataLoader worker (pid 1) is killed')\n"
-        "util.StopSignals.__exit__ = cut_short\n"
-        "util.run_script(lambda: train.main(sys.argv[1:]))"
+        "exits.StopSignals.__exit__ = cut_short\n"
+        "exits.run_script(lambda: train.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *flags, f"--save={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
@@ -902,10 +903,10 @@ def test_a_loading_process_that_dies_at_the_end_of_a_script_interrupts_no_explan
         "dead = RuntimeError('DataLoader worker (pid 1) is killed')\n"
         "def handler(*_): raise dead\n"  # as PyTorch's
         "def main(): signal.signal(signal.SIGCHLD, handler); raise dead\n"
-        "explain = util._explain_dead_worker\n"
+        "explain = exits._explain_dead_worker\n"
         "def late(*error): os.kill(os.getpid(), signal.SIGCHLD); explain(*error)\n"
-        "util._explain_dead_worker = late\n"
-        "util.run_script(main)"
+        "exits._explain_dead_worker = late\n"
+        "exits.run_script(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -921,7 +922,7 @@ def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, 
     exec(compile(receive, "/python/multiprocessing/connection.py", "exec"), names)
     try:
         with pytest.raises((EOFError, OSError, RuntimeError)) as caught:
-            util.run_script(lambda: exec(compile("receive()", file, "exec"), names))
+            exits.run_script(lambda: exec(compile("receive()", file, "exec"), names))
         sys.excepthook(caught.type, caught.value, caught.tb)
     finally:
         signal.signal(signal.SIGCHLD, handler)
@@ -935,7 +936,7 @@ def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("loaders.LOADER_TIMEOUT", 3)
     monkeypatch.setattr(SyntheticDataset, "__getitem__", lambda self, i: time.sleep(3600))
     with pytest.raises(RuntimeError) as caught:
-        util.run_script(lambda: run(tmp_path / "run", "--num-workers=1"))
+        exits.run_script(lambda: run(tmp_path / "run", "--num-workers=1"))
     sys.excepthook(caught.type, caught.value, caught.tb)
     sys.excepthook = sys.__excepthook__
     assert "error: DataLoader timed out after 3 seconds" in capsys.readouterr().err
@@ -950,7 +951,7 @@ def test_a_signal_to_a_loading_process_that_has_just_started(monkeypatch):
         start_worker(deferred, worker)
 
     monkeypatch.setattr(loaders, "_start_worker", signalled)
-    with util.StopSignals() as stop:
+    with exits.StopSignals() as stop:
         stop.defer()
         batches = loaders.val_loader(SyntheticDataset(8, 0, 4), 2, num_workers=1, stop=stop)
         assert len(list(batches)) == 2

@@ -12,8 +12,8 @@ import torch
 from conftest import make_checkpoint
 from PIL import Image
 
+import exits
 import loss.perceptual
-import util
 from evaluation import evaluate_stages, prepare
 from images import IMAGENET_MEAN, IMAGENET_STD
 from model import load_model
@@ -181,7 +181,7 @@ def test_json_and_two_figures_for_several_checkpoints(files, tmp_path, capsys):
 def test_figures_without_matplotlib_are_one_line(files, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit) as caught:
-        util.run_script(lambda: run(files, "none", figures=tmp_path / "figures"))
+        exits.run_script(lambda: run(files, "none", figures=tmp_path / "figures"))
     lines = capfd.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and len(lines) == 1 and "pip install" in lines[0]
     assert not (tmp_path / "figures").exists()
@@ -339,7 +339,7 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
         (compare, [*sizes, val, out], "give --img-size"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(lambda script=script, flags=flags: script.main(flags))
+            exits.run_script(lambda script=script, flags=flags: script.main(flags))
         lines = capfd.readouterr().err.strip().splitlines()
         assert caught.value.code == 2 and len(lines) == 1 and part in lines[0], (flags, lines)
     assert not (tmp_path / "x.png").exists() and not absent.exists()

@@ -19,8 +19,8 @@ from PIL import Image
 from processes import wait_for
 
 import dataset
+import exits
 import tokens
-import util
 from codec.codec import Codec
 from dataset import ImageFolderDataset, build_dataset
 from loaders import val_loader
@@ -337,7 +337,7 @@ def test_bad_input_is_one_line_and_code_2(images, checkpoints, made, tmp_path, c
         (tmp_path / "bad", "fsq", tmp_path / "none", [], "none of the 1 images can be read"),
     ):
         with pytest.raises(SystemExit) as caught:
-            util.run_script(
+            exits.run_script(
                 lambda a=data, b=checkpoints / f"{model}.pt", c=out, d=flags: make(a, b, c, *d)
             )
         assert caught.value.code == 2

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+import exits
 import train
-import util
 from arguments import get_args
 from checkpoint import load_checkpoint, save_checkpoint
 from model import VQVAE, load_model
@@ -393,7 +393,7 @@ def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, capfd, monkeypa
         base = [*TINY, "--train-iters=2", "--save=run"] if script == "train" else []
         if script in mains:
             with pytest.raises(SystemExit) as caught:
-                util.run_script(lambda s=script, b=base, f=flags: mains[s]([*b, *f]))
+                exits.run_script(lambda s=script, b=base, f=flags: mains[s]([*b, *f]))
             code, errors = caught.value.code, capfd.readouterr().err
         else:
             command = ["bash", str(ROOT / "scripts" / script), *flags]
@@ -432,7 +432,7 @@ def test_broken_image_in_a_real_process(photographs, tmp_path):
 
 def test_a_reader_that_has_read_enough_is_no_error():
     """As after `| head -1`."""
-    code = "import util; util.run_script(lambda: [print(i, flush=True) for i in range(10**5)])"
+    code = "import exits; exits.run_script(lambda: [print(i, flush=True) for i in range(10**5)])"
     options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], **options) as script:
         assert script.stdout.readline() == b"0\n"

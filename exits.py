@@ -1,0 +1,173 @@
+"""How a script ends: stop signals, exit codes, errors in one line."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import re
+import select
+import signal
+import stat
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from files import is_of_a_file
+from output import printable
+from util import from_all, world_size
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal; what it had to save is saved."""
+
+
+class StopSignals:
+    """Within `with`, some signals stop the run.
+
+    They are SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is closed; ignored under `nohup`) and
+    SIGUSR1 (a scheduler's warning).
+
+    Until `defer` is called, a signal raises `Interrupted` at once. Afterwards it is only noted in
+    `received`, so that the run can finish its step and save.
+
+    Attributes:
+        received: the name of the signal, or None.
+        deferred: (1,) bool in shared memory: loading processes ignore signals while it is True,
+            because the step that is being finished needs them.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.deferred = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+    def __enter__(self) -> StopSignals:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self._note) for n in self.heeded()}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.deferred.fill_(False)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @classmethod
+    def heeded(cls) -> list[signal.Signals]:
+        """SIGNALS, without SIGHUP under `nohup`, which has it ignored.
+
+        SIGINT is handled even where it is ignored, as a shell sets it for background jobs.
+        """
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        return [number for number in cls.SIGNALS if not (nohup and number == signal.SIGHUP)]
+
+    def defer(self) -> None:
+        """From now on, note signals instead of raising `Interrupted`."""
+        self.deferred.fill_(True)
+        # `__exit__` may be cut short: where a loading process has died, PyTorch raises an error
+        # from a signal handler, anywhere. The others would then ignore the signal that ends them.
+        atexit.register(self.deferred.fill_, False)
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`. A collective: several processes agree every 16 steps."""
+        if world_size() == 1:
+            return self.received is not None
+        return step % 16 == 0 and any(from_all(self.received is not None))
+
+    def _note(self, number: int, _) -> None:
+        self.received = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if not self.deferred:
+            raise Interrupted(f"stopped by {self.received} before the first step: nothing to save")
+
+
+def _leave_terminal() -> None:
+    """Let output to a terminal go nowhere: to one that is closed, it would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # a stream that is closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one printable line, also from a DataLoader's worker."""
+    text = str(error).strip() or type(error).__name__
+    if "\nOriginal Traceback" in text:  # its last line is "package.TypeOfError: message"
+        text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1].strip())
+    return printable(text)
+
+
+def _explain_dead_worker(kind, error, trace) -> None:
+    # Before PyTorch's own error, receiving from the loading process may fail, with any error.
+    dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    files = [Path(frame.filename) for frame in traceback.extract_tb(trace)]
+    dead |= any(file.name == "dataloader.py" for file in files) and any(
+        "multiprocessing" in file.parts for file in files
+    )
+    problem = "a loading process died; it may have run out of memory: give fewer --num-workers"
+    if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
+        dead, problem = True, f"{one_line(error)}: a loading process, or the disk, hangs"
+    if not dead:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more, as after `| head`; if so, it leads nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in output.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+def run_script(main: Callable) -> None:
+    """Run a script's `main`: bad input ends it with one line on standard error and code 2.
+
+    So does a file that cannot be read or written. A signal ends a training run with code 75: after
+    its checkpoint is saved, or before the first step without one.
+    """
+    sys.excepthook = _explain_dead_worker
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            main()
+        finally:
+            # PyTorch raises an error of a dead loading process from a signal handler, anywhere: in
+            # these lines at the latest, and not where errors are explained.
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            except RuntimeError:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                raise
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(128 + signal.SIGPIPE)
+        if isinstance(error, OSError) and not is_of_a_file(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
