@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 
 def check_integer(name: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -12,13 +14,28 @@ def check_integer(name: str, value: object, least: int = 1, most: int | None = N
     Raises:
         ValueError: naming the argument and what was given.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or not least <= value <= (value if most is None else most)
-    ):
+    number = _integer(value)
+    if number is None or not least <= number <= (number if most is None else most):
         span = f"of {least} or more" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {span}, not {value!r}")
+    return number
+
+
+def _integer(value: object) -> int | None:
+    """An integer of any kind, NumPy's too, as an int; None for anything else, and for a bool."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    return operator.index(value)
+
+
+def check_weight(name: str, value: float) -> float:
+    """Return `value`, the weight of a term of a loss, if it is a finite number of 0 or more.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a number of 0 or more, not {value}")
     return value
 
 
@@ -39,16 +56,19 @@ def check_levels(levels: Sequence[int]) -> list[int]:
     Raises:
         ValueError: naming the level or the product that does not fit.
     """
-    levels = list(levels)
-    if not levels:
+    if not isinstance(levels, Iterable) or not (given := list(levels)):
         raise ValueError(
-            "levels is empty: give the number of levels of each channel, as in 8 8 8 8"
+            f"levels must be the number of levels of each channel, as in [8, 8, 8, 8], not {levels}"
         )
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int) or level < 2:
+    levels = []
+    for value in given:
+        level = _integer(value)
+        if level is None or level < 2:
             raise ValueError(
-                f"every level must be an integer of 2 or more, but {level!r} is among {levels}"
+                f"every level must be an integer of 2 or more, but {value!r} is among {given}"
             )
+        levels.append(level)
+    for level in levels:
         if level > 512:
             # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of the L levels
             # only if (L-1) eps / 2 is below one half.

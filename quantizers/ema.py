@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Quantizer, exporting, processes, rank, straight_through, sum_over_processes
-from .checks import check_integer
+from .checks import check_integer, check_weight
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
 # its cache, on a GPU more.
@@ -75,9 +75,9 @@ class VectorQuantizeEMA(Quantizer):
         restart_threshold: float = 0.3,
     ):
         super().__init__()
-        check_integer("codebook_size", codebook_size, least=2)
-        check_integer("dim", dim)
-        check_integer("stages", stages)
+        codebook_size = check_integer("codebook_size", codebook_size, least=2)
+        dim, stages = check_integer("dim", dim), check_integer("stages", stages)
+        check_weight("commitment_loss_weight", commitment_loss_weight)
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         if not 0 <= restart_threshold < 1:

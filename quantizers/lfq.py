@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Quantizer, mean_over_processes, per_channel, straight_through
-from .checks import check_integer
+from .checks import check_integer, check_weight
 
 MAX_GROUP_BITS = 24
 
@@ -69,12 +69,16 @@ class LFQ(Quantizer):
         entropy_groups: int | None = None,
     ):
         super().__init__()
-        check_integer("dim", dim, most=62)
+        dim = check_integer("dim", dim, most=62)
+        check_weight("entropy_loss_weight", entropy_loss_weight)
+        check_weight("commitment_loss_weight", commitment_loss_weight)
+        check_weight("diversity_gamma", diversity_gamma)
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, not {temperature}")
         if entropy_groups is None:
             entropy_groups = math.ceil(dim / MAX_GROUP_BITS)
-        largest = math.ceil(dim / check_integer("entropy_groups", entropy_groups, most=dim))
+        entropy_groups = check_integer("entropy_groups", entropy_groups, most=dim)
+        largest = math.ceil(dim / entropy_groups)
         if largest > MAX_GROUP_BITS:
             raise ValueError(
                 f"entropy_groups={entropy_groups} leaves {largest} bits a group; "

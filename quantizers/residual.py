@@ -59,7 +59,7 @@ class ResidualFSQ(Quantizer):
         stage_dropout: float,
     ):
         super().__init__()
-        check_integer("stages", stages)
+        stages = check_integer("stages", stages)
         if levels is None and stages not in PAPER_LEVELS:
             raise ValueError(
                 f"{stages} stages have no default levels (2 and 4 do): give levels, one number a "

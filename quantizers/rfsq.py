@@ -103,6 +103,8 @@ class RFSQ(ResidualFSQ):
             )
         if statistics not in ("global", "image"):
             raise ValueError(f"statistics {statistics!r} is unknown: choose from global, image")
+        if statistics == "image" and strategy != "layernorm":
+            raise ValueError(f"statistics 'image' needs strategy 'layernorm', not {strategy!r}")
         if not (math.isfinite(initial_scale) and initial_scale > 0):
             raise ValueError(f"initial_scale must be a positive number, not {initial_scale}")
         super().__init__(strategy, stages, levels, momentum, stage_dropout)

@@ -104,18 +104,19 @@ class SVQ(Quantizer):
         momentum: float = 0.01,
     ):
         super().__init__()
-        check_integer("bits", bits, 8, 60)
+        bits, classes = check_integer("bits", bits, 8, 60), check_integer("classes", classes)
+        stages = check_integer("stages", stages)
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
         if bits > MOST * dim:
             raise ValueError(
                 f"{bits} bits are too many for {dim} channels: at most {MOST} a channel, so give "
                 f"at least {-(-bits // MOST)}"
             )
-        if check_integer("classes", classes) > 2 ** (bits - 4):
+        if classes > 2 ** (bits - 4):
             raise ValueError(
                 f"{classes} classes are too many for {bits} bits: at most {2 ** (bits - 4)}"
             )
-        if check_integer("stages", stages) > bits:
+        if stages > bits:
             raise ValueError(f"{bits} bits make at most {bits} tokens, not {stages}")
         self.dim, self.classes = dim, classes
         self.index_bits = bits

@@ -8,16 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, CHAINS, RESIDUAL, TRACKING, latent, run, same_bits, trained
 
 from arguments import get_args
 from quantizers import (
+    FSQ,
+    LFQ,
     QUANTIZERS,
+    RFSQ,
+    SVQ,
     GeometricRFSQ,
     Quantized,
     Quantizer,
+    VectorQuantizeEMA,
     build_quantizer,
     counting,
     svq_search,
@@ -33,6 +39,20 @@ def test_every_registered_quantizer_is_asked():
     known = {*QUANTIZERS.values(), GeometricRFSQ}
     assert {case.cls for case in CASES.values()} == known
     assert all(issubclass(kind, Quantizer) for kind in known)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor], ids=["int", "numpy", "torch"])
+def test_integers_of_any_kind_are_taken(kind):
+    two, levels = kind(2), [kind(4)] * 3
+    for quantizer in (
+        FSQ(levels),
+        RFSQ(two, levels=levels),
+        LFQ(kind(6), entropy_groups=two),
+        VectorQuantizeEMA(kind(8), kind(3), two),
+        SVQ(kind(10), kind(4), two, two),
+    ):
+        numbers = [quantizer.dim, *quantizer.codebook_sizes, *(quantizer.levels or [])]
+        assert all(type(number) is int for number in numbers), quantizer.name
 
 
 @pytest.mark.parametrize("name", TRACKING)

@@ -226,6 +226,7 @@ def test_the_codebook_takes_no_gradient():
         ({"decay": 1}, "decay.*1"),
         ({"decay": -0.1}, "decay.*-0.1"),
         ({"restart_threshold": 1}, "restart_threshold.*1"),
+        ({"commitment_loss_weight": -0.1}, "commitment_loss_weight.*-0.1"),
     ],
 )
 def test_arguments_that_cannot_be(kwargs, named):

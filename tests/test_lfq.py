@@ -160,11 +160,15 @@ def test_a_prime_number_of_bits_is_not_split_into_single_ones():
 # ---------------------------------------------------------------------------------------
 # Refusals
 # ---------------------------------------------------------------------------------------
+WEIGHTS = ("entropy_loss_weight", "commitment_loss_weight", "diversity_gamma")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
         *(({"dim": dim}, f"dim.*{dim!r}") for dim in (0, -1, 63, 12.0, True)),
         *(({"temperature": t}, f"temperature.*{t}") for t in (0, -1, math.inf, math.nan)),
+        *(({name: w}, f"{name}.*{w}") for name in WEIGHTS for w in (-1, math.inf, math.nan)),
         *(({"dim": 12, "entropy_groups": g}, f"entropy_groups.*12.*{g}") for g in (0, 13)),
     ],
 )

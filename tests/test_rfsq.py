@@ -492,6 +492,7 @@ def test_stages_without_default_levels(stages):
         ({"strategy": "batchnorm"}, "'batchnorm'.*none, scale, layernorm"),
         ({"strategy": "geometric"}, "'geometric'.*GeometricRFSQ"),
         ({"statistics": "batch"}, "'batch'.*global, image"),
+        ({"strategy": "scale", "statistics": "image"}, "'image' needs .*'layernorm', not 'scale'"),
         ({"stages": 0, "levels": [4]}, "stages.*0"),
         ({"stages": 2.0}, "stages.*2.0"),
         ({"strategy": "scale", "initial_scale": 0}, "initial_scale.*0"),
