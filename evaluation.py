@@ -19,12 +19,19 @@ from model import VQVAE, load_model
 from quantizers import Quantized
 
 
+class Checkpoint(NamedTuple):
+    """A trained model and where it comes from."""
+
+    path: str
+    name: str  # of the configuration (`--name`), or of the quantizer
+    step: int | None  # training steps
+    model: VQVAE  # in evaluation mode, on the device of the evaluation
+
+
 class Evaluation(NamedTuple):
     """Checkpoints and the images to measure them on."""
 
-    models: list[VQVAE]  # in evaluation mode, on `device`
-    names: list[str]  # of the configurations (`--name`), or of the quantizers
-    steps: list[int | None]  # training steps of each model
+    checkpoints: list[Checkpoint]
     images: Dataset  # uint8 (3, img_size, img_size) each
     img_size: int  # pixels a side
     loader: DataLoader  # batches of this process's share of `images`
@@ -58,24 +65,26 @@ def prepare(
     device = util.setup_processes()
     util.share_cores(num_workers)
     util.set_float32_precision("ieee")
-    models, args, checkpoints = zip(*map(load_model, paths), strict=True)
-    for path, own in zip(paths, args, strict=True):
-        if img_size is None and own.img_size != args[0].img_size:
+    checkpoints, first = [], None  # the flags of the first one
+    for path in paths:
+        model, args, saved = load_model(path)
+        first = first or args
+        if img_size is None and args.img_size != first.img_size:
             raise ValueError(
-                f"{path} was trained at {own.img_size} pixels, {paths[0]} at {args[0].img_size}: "
+                f"{path} was trained at {args.img_size} pixels, {paths[0]} at {first.img_size}: "
                 "give --img-size"
             )
-    size = img_size or args[0].img_size
-    images = build_dataset(data, size, args[0].seed, train=False)
+        name = args.name or model.quantizer.name
+        checkpoints.append(Checkpoint(path, name, saved.get("step"), model.to(device)))
+    size = img_size or first.img_size
+    images = build_dataset(data, size, first.seed, train=False)
     share = dict(rank=util.rank(), world_size=util.world_size(), device=device)
     return Evaluation(
-        models=[model.to(device) for model in models],
-        names=[a.name or model.quantizer.name for a, model in zip(args, models, strict=True)],
-        steps=[checkpoint.get("step") for checkpoint in checkpoints],
+        checkpoints=checkpoints,
         images=images,
         img_size=size,
         loader=val_loader(images, batch_size, num_workers, **share),
-        perceptual=lpips_network(lpips_net or args[0].lpips_net, device, needed=False, side=size),
+        perceptual=lpips_network(lpips_net or first.lpips_net, device, needed=False, side=size),
         device=device,
     )
 

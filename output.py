@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import is_stream
+from files import is_stream, write_whole
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -41,15 +41,15 @@ def check_outputs(*paths: str | None) -> None:
             )
 
 
-def check_picture(out: str) -> Path:
-    """The path of --out, after the checks that come before the work of drawing it.
+def check_picture(flag: str, out: str) -> Path:
+    """The path that `flag` gives, after the checks that come before the work of drawing it.
 
     Raises:
         ValueError: it is no PNG or cannot be written, or matplotlib is not installed.
     """
     path = Path(out)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--out {path} is no PNG: give a name that ends in .png")
+        raise ValueError(f"{flag} {path} is no PNG: give a name that ends in .png")
     check_outputs(out)
     load_figure()
     return path
@@ -68,6 +68,18 @@ def load_figure() -> type:
             "figures need matplotlib: pip install '.[figures]', or leave them out"
         ) from error
     return Figure
+
+
+def save_picture(figure, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all."""
+    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+
+
+def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The names; if two are equal, such as those of several seeds, each with its path."""
+    if len({*names}) == len(names):
+        return list(names)
+    return [f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
 
 
 def progress(items: Sequence, unit: str) -> Iterable:

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import exits
 import output
+import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
 from evaluation import prepare
-from files import write_whole
 from images import some
 from model import VQVAE
 from similarity import psnr, ssim
@@ -87,19 +87,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     add("--amplify", type=number(float, 0), default=4.0, help=help_text)
     add_evaluation_flags(parser, "--val-data-path", "--img-size")
     flags = parser.parse_args(argv)
-    out = output.check_picture(flags.out)
+    out = output.check_picture("--out", flags.out)
+    util.refuse_torchrun()
 
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, lpips_net="none")
     chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]
     originals = torch.stack(chosen).to(setup.device).float() / 255
-    names = setup.names
-    if len({*names}) < len(names):  # such as several seeds: add the run folders
-        folders = [Path(path).resolve().parent.name for path in flags.load]
-        names = [f"{name} {folder}" for name, folder in zip(names, folders, strict=True)]
-    models = zip(names, setup.models, strict=True)
-    rows = [(name, *reconstruct(model, originals)) for name, model in models]
+    names = output.distinct([c.name for c in setup.checkpoints], flags.load)
+    rows = [
+        (name, *reconstruct(checkpoint.model, originals))
+        for name, checkpoint in zip(names, setup.checkpoints, strict=True)
+    ]
     figure = draw(originals, rows, flags.amplify)
-    write_whole(out, lambda file: figure.savefig(file, format="png"))
+    output.save_picture(figure, out)
     print(f"{len(chosen)} images through {len(rows)} checkpoints: {out}")
     return out
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     loading = flags.batch_size, flags.num_workers
     setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
-    model, name, step = setup.models[0], setup.names[0], setup.steps[0]
+    ((_, name, step, model),) = setup.checkpoints
     frechet = inception_distance(setup.device) if flags.fid else None
     bar = util.rank() == 0 and sys.stderr.isatty()
     options = dict(progress=bar, frechet=frechet)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 from arguments import Parser
-from files import write_whole
 from results import find_runs
 from run import RunFolder
 
@@ -91,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     text = "what is drawn, in this order; default: all"
     parser.add_argument("--panels", nargs="+", choices=tuple(PANELS), help=text)
     flags = parser.parse_args(argv)
-    out = output.check_picture(flags.out)
+    out = output.check_picture("--out", flags.out)
     curves = read_curves(flags.runs, list(dict.fromkeys(flags.panels or PANELS)))
     figure = draw(curves)
-    write_whole(out, lambda file: figure.savefig(file, dpi=150, format="png"))
+    output.save_picture(figure, out)
     print(f"{len(curves)} panels: {out}")
     return out
 

@@ -31,7 +31,7 @@ from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec
 from codec.pixels import is_grey, psnr
-from files import write_json, write_whole
+from files import write_json
 from images import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from similarity import PSNR_CAP, SSIM_WINDOW, ssim
@@ -224,7 +224,7 @@ def draw(result: dict, path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    output.save_picture(figure, path)
 
 
 def rates_of(
@@ -305,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add_evaluation_flags(parser, "--json")
     add("--figure", metavar="PNG", help="draw the curves there (matplotlib)")
     flags = parser.parse_args(argv)
-    output.check_outputs(flags.json, flags.figure)
+    output.check_outputs(flags.json)
     if flags.figure:
-        output.load_figure()
+        output.check_picture("--figure", flags.figure)
     util.refuse_torchrun()
     device = util.setup_processes()
     util.set_float32_precision("ieee")
@@ -319,10 +319,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     values, pixels = measure_all(files, flags.img_size, [*ours, *baselines], perceptual)
     our_values, table = values[: len(ours)], values[len(ours) :]
     area = float(np.mean(pixels))
-    checkpoints, curves, names = [], [], [coder.name for coder in ours]
-    for coder, v in zip(ours, our_values, strict=True):
-        if names.count(coder.name) > 1:  # such as several seeds
-            coder.name += f", {coder.path}"
+    checkpoints, curves = [], []
+    names = output.distinct([coder.name for coder in ours], flags.load)
+    for coder, name, v in zip(ours, names, our_values, strict=True):
+        coder.name = name
         rows = as_rows(coder.settings(), v, area)
         checkpoints.append({"name": coder.name, "checkpoint": coder.path, "rows": rows})
     for b, v in zip(baselines, table, strict=True):

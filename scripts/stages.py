@@ -21,7 +21,7 @@ import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from evaluation import evaluate_stages, prepare
-from files import make_folder, write_json, write_whole
+from files import make_folder, write_json
 
 COLUMNS = {  # column: (heading, decimals)
     "stage": ("stage", 0),
@@ -65,15 +65,14 @@ def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: st
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    output.save_picture(figure, path)
     print(path)
 
 
 def draw_all(results: Sequence[dict], folder: Path) -> None:
     """Draw residuals.png and quality.png from the results of `main`."""
-    labels = [result["name"] for result in results]
-    if len({*labels}) < len(labels):  # such as several seeds
-        labels = [f"{result['name']} ({result['checkpoint']})" for result in results]
+    names, paths = ([result[key] for result in results] for key in ("name", "checkpoint"))
+    labels = output.distinct(names, paths)
 
     def column(name: str) -> list[list]:
         return [[row[name] for row in result["stages"]] for result in results]
@@ -108,17 +107,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     loading = flags.batch_size, flags.num_workers
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
-    for model in setup.models:
-        if not model.quantizer.stage_axis:
+    for checkpoint in setup.checkpoints:
+        quantizer = checkpoint.model.quantizer
+        if not quantizer.stage_axis:
             raise ValueError(
-                f"{model.quantizer.name} has no stages: give checkpoints of RFSQ, or of VQ-EMA "
-                "or SVQ with --ema-stages or --svq-stages above 1"
+                f"{quantizer.name} has no stages: give checkpoints of RFSQ, or of VQ-EMA or SVQ "
+                "with --ema-stages or --svq-stages above 1"
             )
     if flags.figures:
         make_folder(flags.figures, "give another --figures")
     results, main_process = [], util.rank() == 0
-    checkpoints = zip(flags.load, setup.names, setup.steps, setup.models, strict=True)
-    for path, name, step, model in checkpoints:
+    for path, name, step, model in setup.checkpoints:
         rows = evaluate_stages(model, setup.loader, setup.perceptual, setup.device)
         results.append({"name": name, "checkpoint": path, "step": step, "stages": rows})
         if main_process:

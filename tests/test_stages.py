@@ -230,7 +230,7 @@ def test_a_configuration_has_the_name_that_it_was_trained_with(files, tmp_path):
     make_checkpoint(tmp_path / "named.pt", *SMALL, "--name=RFSQ of tests")
     paths = [str(tmp_path / "named.pt"), str(files / "none.pt")]
     setup = prepare(paths, str(files / "val"), lpips_net="none")
-    assert setup.names == ["RFSQ of tests", "rfsq-2x2048-none"]
+    assert [c.name for c in setup.checkpoints] == ["RFSQ of tests", "rfsq-2x2048-none"]
     assert setup.img_size == SIDE and len(setup.images) == IMAGES and setup.perceptual is None
 
 
