@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     setup = prepare(flags.load, flags.val_data_path, flags.img_size, lpips_net="none")
     chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]
     originals = torch.stack(chosen).to(setup.device).float() / 255
-    names = output.distinct([c.name for c in setup.checkpoints], flags.load)
+    folders = [Path(path).resolve().parent.name for path in flags.load]  # paths are long labels
+    names = output.distinct([c.name for c in setup.checkpoints], folders)
     rows = [
         (name, *reconstruct(checkpoint.model, originals))
         for name, checkpoint in zip(names, setup.checkpoints, strict=True)

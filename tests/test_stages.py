@@ -308,7 +308,7 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_folders(files, tmp_path
     monkeypatch.setattr(compare, "draw", lambda a, b, c: rows.extend(b) or draw(a, b, c))
     flags = [f"--out={tmp_path / 'x.png'}", f"--val-data-path={files / 'val'}", "--images=1"]
     compare.main(["--load", *loads, *flags])
-    assert [row[0] for row in rows] == ["rfsq-2x2048-none run-s0", "rfsq-2x2048-none run-s1"]
+    assert [row[0] for row in rows] == [f"rfsq-2x2048-none (run-s{seed})" for seed in (0, 1)]
 
 
 # ---------------------------------------------------------------------------------------
