@@ -22,7 +22,7 @@ TRAINING_STATE = {  # what `train.py` adds to weights and flags
     **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
     **dict.fromkeys(("segments", "skipped_images"), list),
 }
-YOUNGER = ("train_fingerprint", "segments", "skipped_images")  # older checkpoints lack them
+YOUNGER = ("train_fingerprint", "segments", "skipped_images")
 
 MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
@@ -41,13 +41,31 @@ def find_resumed(
     Raises:
         ValueError: there is none, it is damaged, or it belongs to another run.
     """
+    found = _find(args, default_name)
+    if found is None:
+        return None
+    path, saved, checkpoints = found
+    # Older checkpoints lack some.
+    saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
+    whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
+    whole = whole and saved["step"] >= 0
+    whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
+    if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
+        raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
+    _check_same_run(path, saved, args, quantizer, train_set)
+    run = str(path.parent)
+    return {**saved, "path": str(path), "run": run, "checkpoints": checkpoints}
+
+
+def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | None:
+    """The checkpoint of --resume: its file, what it holds, and the checkpoints beside it."""
     if args.resume is None:
         return None
     automatic = args.resume == "auto"
     path = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
     folder = path.parent if path.is_file() else path
     # Before the newest one is read: one that another process saves from now on is not known.
-    checkpoints = [path.name for _, path in RunFolder(folder).checkpoints()]
+    checkpoints = [each.name for _, each in RunFolder(folder).checkpoints()]
     if path.is_file():
         saved = load_checkpoint(path)
         if not (folder / "args.json").is_file():
@@ -70,12 +88,13 @@ def find_resumed(
             f"--resume {args.resume} continues the run in {folder}, not in --save {args.save}: "
             "leave --save out, or start a new run from the weights with --load"
         )
-    saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
-    whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
-    whole = whole and saved["step"] >= 0
-    whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
-    if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
-        raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
+    return path, saved, checkpoints
+
+
+def _check_same_run(
+    path: Path, saved: dict, args: Namespace, quantizer: Quantizer, train_set: Dataset
+) -> None:
+    """Raises ValueError if the images or the flags make another run than the checkpoint's."""
     if saved["train_images"] != len(train_set):
         raise ValueError(
             f"{path} is of a run on {saved['train_images']:,} training images, but "
@@ -92,15 +111,14 @@ def find_resumed(
         raise ValueError(
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )
-    # Checkpoints from before fingerprints have none; a packed folder has names, and no sizes.
-    before, now = saved["train_fingerprint"], train_set.fingerprint()
-    other = [what for what in now if what in before and now[what] != before[what]]
+    # A packed folder has names, and no sizes.
+    there, here = saved["train_fingerprint"], train_set.fingerprint()
+    other = [what for what in here if what in there and here[what] != there[what]]
     if other and not args.allow_other_images:
         raise ValueError(
             f"{path} is of a run on other training images (their {' and '.join(other)} differ): "
             "give the same images, or --allow-other-images to resume it with these"
         )
-    return {**saved, "path": str(path), "run": str(folder), "checkpoints": checkpoints}
 
 
 def restore(

@@ -88,13 +88,20 @@ class Training:
         self.stop = stack.enter_context(exits.StopSignals())
         self.main_process = util.rank() == 0
         self.progress_shown = self.main_process and sys.stderr.isatty()
+        self._find_images()
+        self.model = VQVAE(args)
+        resumed = self._find_start()
+        self._build_step(resumed)
+        self._start_loaders()
+        self._open_run(resumed, stack)
 
-        # Data
-        processes = util.world_size()
-        if args.batch_size % processes:
+    def _find_images(self) -> None:
+        """The images, and the length of an epoch and of the run in steps."""
+        args = self.args
+        if args.batch_size % util.world_size():
             raise ValueError(
-                f"--batch-size {args.batch_size} does not divide among {processes} processes: "
-                f"give a multiple of {processes}"
+                f"--batch-size {args.batch_size} does not divide among {util.world_size()} "
+                f"processes: give a multiple of {util.world_size()}"
             )
         common = dict(img_size=args.img_size, seed=args.seed, skip_corrupt=args.skip_corrupt)
         self.train_set = build_dataset(args.train_data_path, train=True, **common)
@@ -103,11 +110,11 @@ class Training:
         steps = max(1, args.max_train_epochs * len(self.train_set) // args.batch_size)
         self.steps = min(steps, args.train_iters or steps)
 
-        # Model, loss and optimizer
-        self.model = VQVAE(args)
-        quantizer = self.model.quantizer
-        name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
-        resumed = util.on_main(lambda: find_resumed(args, name, quantizer, self.train_set))
+    def _find_start(self) -> dict | None:
+        """The checkpoint of --resume and its step, or the weights of --load."""
+        args, quantizer = self.args, self.model.quantizer
+        self.name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
+        resumed = util.on_main(lambda: find_resumed(args, self.name, quantizer, self.train_set))
         if resumed:
             args.load = resumed["args"].get("load")  # where the run began
         elif args.load:
@@ -119,40 +126,7 @@ class Training:
                 f"the checkpoint is at step {self.first_step}, but these flags end the run at step "
                 f"{self.steps}: give more --max-train-epochs or --train-iters"
             )
-        self.fingerprint = util.on_main(self.train_set.fingerprint)
-        self.validation = util.on_main(self.val_set.fingerprint)["names"][:32]
-        self._build_step(resumed)
-
-        # Loaders
-        share = dict(num_workers=args.num_workers, rank=util.rank(), world_size=processes)
-        share |= dict(device=self.device, stop=self.stop)
-        order = dict(steps=self.steps, start_step=self.first_step, seed=args.seed)
-        per_process = args.batch_size // processes
-        self.batches = train_loader(self.train_set, per_process, **order, **share)
-        self.val_batches = val_loader(self.val_set, min(args.batch_size, 64), **share)
-        if args.num_workers:
-            iter(self.val_batches)  # starts its processes, before there are threads to fork beside
-
-        # Run folder
-        folder = resumed["run"] if resumed else None
-        folder = folder or util.on_main(lambda: str(RunFolder.create(args, name).path))
-        self.run = RunFolder(folder, self.first_step)
-        stack.enter_context(self.run.explained_errors(args))
-        util.on_main(lambda: stack.enter_context(self.run.locked()))
-        self.environment = util.environment(self.device)
-        util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))
-        self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
-        if resumed:
-            self.meter.load_state_dict(resumed)
-            if resumed.get("validation", self.validation) == self.validation:
-                self.best = max([resumed["best_psnr"], *self._validated().values()])
-            seconds = resumed["seconds"]
-        self.started = time.perf_counter() - seconds  # as if there had been no interruption
-        here = {key: self.environment[key] for key in ("command", "commit", "device")}
-        self.segments = resumed["segments"] if resumed else []
-        self.skipped_before = resumed["skipped_images"] if resumed else []
-        here |= {"precision": self.precision, "compiled": self.compiled}
-        self.segments.append({"first_step": self.first_step + 1, **here})
+        return resumed
 
     def _build_step(self, resumed: dict | None) -> None:
         """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
@@ -178,6 +152,42 @@ class Training:
         if util.world_size() > 1:
             # The quantizers keep their own statistics equal in all processes.
             self.step = DistributedDataParallel(self.step, broadcast_buffers=False)
+
+    def _start_loaders(self) -> None:
+        """This process's batches for training and validation."""
+        args, processes = self.args, util.world_size()
+        share = dict(num_workers=args.num_workers, rank=util.rank(), world_size=processes)
+        share |= dict(device=self.device, stop=self.stop)
+        order = dict(steps=self.steps, start_step=self.first_step, seed=args.seed)
+        self.batches = train_loader(self.train_set, args.batch_size // processes, **order, **share)
+        self.val_batches = val_loader(self.val_set, min(args.batch_size, 64), **share)
+        if args.num_workers:
+            iter(self.val_batches)  # starts its processes, before there are threads to fork beside
+
+    def _open_run(self, resumed: dict | None, stack: contextlib.ExitStack) -> None:
+        """Lock and begin the run folder, and take up what the checkpoint says of the run so far."""
+        args = self.args
+        self.fingerprint = util.on_main(self.train_set.fingerprint)
+        self.validation = util.on_main(self.val_set.fingerprint)["names"][:32]
+        folder = resumed["run"] if resumed else None
+        folder = folder or util.on_main(lambda: str(RunFolder.create(args, self.name).path))
+        self.run = RunFolder(folder, self.first_step)
+        stack.enter_context(self.run.explained_errors(args))
+        util.on_main(lambda: stack.enter_context(self.run.locked()))
+        self.environment = util.environment(self.device)
+        util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))
+        self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
+        self.segments, self.skipped_before = [], []
+        if resumed:
+            self.meter.load_state_dict(resumed)
+            if resumed.get("validation", self.validation) == self.validation:
+                self.best = max([resumed["best_psnr"], *self._validated().values()])
+            seconds = resumed["seconds"]
+            self.segments, self.skipped_before = resumed["segments"], resumed["skipped_images"]
+        self.started = time.perf_counter() - seconds  # as if there had been no interruption
+        here = {key: self.environment[key] for key in ("command", "commit", "device")}
+        here |= {"precision": self.precision, "compiled": self.compiled}
+        self.segments.append({"first_step": self.first_step + 1, **here})
 
     def announce(self) -> None:
         """Print what is about to be trained."""

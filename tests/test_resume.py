@@ -887,7 +887,7 @@ def test_loading_processes_end_where_the_end_of_the_run_is_cut_short(tmp_path):
     """By the error that PyTorch raises from a signal handler, for a loading process that died."""
     flags = [*SMALL, *DATA, "--train-iters=2", "--num-workers=1", "--lpips-net=none"]
     code = (
-        "import sys, train, util\n"
+        "import exits, sys, train\n"
         "def cut_short(self, *_): raise RuntimeError('DataLoader worker (pid 1) is killed')\n"
         "exits.StopSignals.__exit__ = cut_short\n"
         "exits.run_script(lambda: train.main(sys.argv[1:]))"
@@ -899,7 +899,7 @@ def test_loading_processes_end_where_the_end_of_the_run_is_cut_short(tmp_path):
 
 def test_a_loading_process_that_dies_at_the_end_of_a_script_interrupts_no_explanation():
     code = (
-        "import os, signal, util\n"
+        "import exits, os, signal\n"
         "dead = RuntimeError('DataLoader worker (pid 1) is killed')\n"
         "def handler(*_): raise dead\n"  # as PyTorch's
         "def main(): signal.signal(signal.SIGCHLD, handler); raise dead\n"
