@@ -80,6 +80,18 @@ def set_float32_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Within `with`, or in a decorated function, as `set_float32_precision`; then as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    set_float32_precision(precision)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def peak_memory_mib(device: torch.device) -> int:
     """The most memory that this process has held: on the GPU, or in all on a CPU, in MiB."""
     if device.type == "cuda":

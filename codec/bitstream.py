@@ -97,19 +97,25 @@ def read_header(data: bytes) -> Header:
     Raises ValueError: another format or version, no valid size, or the end within the header.
     """
     if not data:
-        raise ValueError("is empty (zero bytes)")
+        raise ValueError("the file is empty (zero bytes)")
     if data[:4] != MAGIC[: len(data)]:
-        raise ValueError(f"is not an {MAGIC.decode()} file: it starts with {bytes(data[:4])!r}")
+        raise ValueError(
+            f"the file is not an {MAGIC.decode()} file: it starts with {bytes(data[:4])!r}"
+        )
     if len(data) > 4 and data[4] != VERSION:
         kind = "a newer" if data[4] > VERSION else "an unknown"
-        raise ValueError(f"has {kind} version, {data[4]}: this program reads version {VERSION}")
+        raise ValueError(
+            f"the file has {kind} version, {data[4]}: this program reads version {VERSION}"
+        )
     if len(data) < HEAD_BYTES:
-        raise ValueError(f"is truncated: it ends within the header, after {len(data)} bytes")
+        raise ValueError(
+            f"the file is truncated: it ends within the header, after {len(data)} bytes"
+        )
     _, _, flags, stages, fingerprint, width, height = _HEAD.unpack_from(data)
     try:
         check_size(width, height)
     except ValueError as error:
-        raise ValueError(f"has an invalid size in its header: {error}") from error
+        raise ValueError(f"the file has an invalid size in its header: {error}") from error
     payload = struct.unpack_from("<I", data, _HEAD.size)[0] if flags & CODED else None
     return Header(stages, fingerprint, width, height, payload, flags)
 

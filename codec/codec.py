@@ -50,7 +50,6 @@ class Codec:
     ):
         self.model, self.args, self.checkpoint = load_model(checkpoint)
         self.device = torch.device(device)
-        util.set_float32_precision("ieee")
         self.model.to(self.device)
         quantizer = self.model.quantizer
         self.sizes, self.bits = quantizer.codebook_sizes, quantizer.bits
@@ -80,7 +79,7 @@ class Codec:
 
         The channels of a file with the grey flag are equal.
 
-        Raises ValueError: what is wrong, as a sentence that lacks its subject, the file's name.
+        Raises ValueError: the file is damaged, or of another version or another model.
         """
         image = self.decode_indices(*self.read(data, stages))
         return to_grey(image) if bitstream.read_header(data).flags & bitstream.GREY else image
@@ -133,7 +132,7 @@ class Codec:
             statistics = np.frombuffer(data[header.size : end], "<f2").reshape(kept, 2, -1)[:k]
             if not (np.isfinite(statistics).all() and (statistics[:, 1] > 0).all()):
                 raise ValueError(
-                    "is damaged: its image statistics are not positive, finite numbers"
+                    "the file is damaged: its image statistics are not positive, finite numbers"
                 )
         payload, shape = data[end:-4], self.grid(header.height, header.width)
         try:
@@ -142,7 +141,7 @@ class Codec:
             else:
                 indices = bitstream.unpack(payload, math.prod(shape), self.sizes[:kept])
         except ValueError as error:
-            raise ValueError(f"is damaged: {error}") from error
+            raise ValueError(f"the file is damaged: {error}") from error
         self.seconds["packing"] += time.perf_counter() - start
         return indices.reshape(*shape, kept)[..., :k], statistics, (header.height, header.width)
 
@@ -154,26 +153,28 @@ class Codec:
         if not bitstream.intact(data):
             if known and len(data) < wanted:
                 raise ValueError(
-                    f"is truncated or damaged: {len(data)} of the {wanted} bytes that its header "
-                    "says"
+                    f"the file is truncated or damaged: {len(data)} of the {wanted} bytes that its "
+                    "header says"
                 )
-            raise ValueError("is damaged: its checksum is wrong")
+            raise ValueError("the file is damaged: its checksum is wrong")
         if header.flags & ~(bitstream.CODED | bitstream.GREY):
-            raise ValueError(f"has the unknown flags {header.flags:#04x}: a newer version wrote it")
+            raise ValueError(
+                f"the file has the unknown flags {header.flags:#04x}: a newer version wrote it"
+            )
         if coded and self.entropy_model is None:
             raise ValueError(
-                "is entropy-coded, and the checkpoint has no entropy model: give the one that "
-                "encoded it (from `compress.py fit`)"
+                "the file is entropy-coded, and the checkpoint has no entropy model: give the one "
+                "that encoded it (from `compress.py fit`)"
             )
         if not known:
             model = "model or entropy model" if coded else "model"
             raise ValueError(
-                f"was written with another {model}: give the checkpoint that encoded it"
+                f"the file was written with another {model}: give the checkpoint that encoded it"
             )
         if not 1 <= header.stages <= self.stages:
-            raise ValueError(f"claims {header.stages} stages: the model has {self.stages}")
+            raise ValueError(f"the file claims {header.stages} stages: the model has {self.stages}")
         if len(data) != wanted:
-            raise ValueError(f"has {len(data)} bytes, but its header says {wanted}")
+            raise ValueError(f"the file has {len(data)} bytes, but its header says {wanted}")
         if self.entropy_model and header.payload is not None:
             positions = math.prod(self.grid(header.height, header.width))
             self.entropy_model.check_length(header.payload, positions, header.stages)
@@ -198,7 +199,9 @@ class Codec:
         known = header.fingerprint == self._mark(header.flags)
         limit = self.length(header) if known else bitstream.MAX_PIXELS
         if size > limit:
-            raise ValueError(f"is damaged: it has {size} bytes, more than the {limit} it can have")
+            raise ValueError(
+                f"the file is damaged: it has {size} bytes, more than the {limit} it can have"
+            )
 
     def _mark(self, flags: int) -> bytes:
         """The fingerprint in a header; an entropy-coded file depends on the entropy model too."""
@@ -240,6 +243,7 @@ class Codec:
         return self.checkpoint
 
     @torch.inference_mode()
+    @util.float32_precision("ieee")
     def encode_indices(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """uint8 (H, W, 3) -> indices (h, w, stages), int64, and statistics (stages, 2, C) or None.
 
@@ -273,6 +277,7 @@ class Codec:
         return indices, statistics
 
     @torch.inference_mode()
+    @util.float32_precision("ieee")
     def decode_indices(
         self, indices: np.ndarray, statistics: np.ndarray | None, size: tuple[int, int]
     ) -> np.ndarray:

@@ -129,7 +129,9 @@ class EntropyModel:
         """Raises ValueError if a payload of so many bytes is too short for the positions."""
         symbols = positions * sum(len(row) for row in self.digits[:stages])
         if symbols * MIN_BITS > 8 * payload + SLACK_BITS:
-            raise ValueError(f"claims {positions} positions in a payload of {payload} bytes")
+            raise ValueError(
+                f"the file claims {positions} positions in a payload of {payload} bytes"
+            )
 
     def _parts(self, planes: np.ndarray, passes: Sequence[context.Pass], order: Callable):
         """What is coded at a time, from the first (order `iter`) or the last (`reversed`).

@@ -98,7 +98,7 @@ def prepare(
 def read_coded(codec: Codec, path: Path) -> bytes:
     """The bytes of a `.rfsq` file, read whole only if it is no larger than its header allows."""
     if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError("is not a regular file")
+        raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         head = file.read(bitstream.HEAD_BYTES)
         codec.check_claim(head, path.stat().st_size)
@@ -123,18 +123,20 @@ def existing(
         header = codec.check(data)
         stages, coded = flags.stages or codec.stages, bool(header.flags & bitstream.CODED)
         if header.stages != stages:
-            raise ValueError(f"has {header.stages} stages, not {stages}")
+            raise ValueError(f"the file has {header.stages} stages, not {stages}")
         if coded != flags.entropy_coding:
-            raise ValueError(f"is {'' if coded else 'not '}entropy-coded")
+            raise ValueError(f"the file is {'' if coded else 'not '}entropy-coded")
         if image is not None:
             size, grey = (header.height, header.width), bool(header.flags & bitstream.GREY)
             if size != image.shape[:2] or grey != is_grey(image):
-                raise ValueError("is of another image: its size, or whether it is grey, differs")
+                raise ValueError(
+                    "the file is of another image: its size, or whether it is grey, differs"
+                )
     except ValueError as error:
         if flags.force:
             return None
         advice = "give another --out, or --force to replace it"
-        raise ValueError(f"{out} cannot be kept: it {error}; {advice}") from error
+        raise ValueError(f"{out} cannot be kept: {error}; {advice}") from error
     return data
 
 
@@ -248,7 +250,7 @@ def decode(flags: Namespace) -> dict:
             data = read_coded(codec, path)
             image = codec.decode(data, flags.stages)
         except ValueError as error:
-            raise ValueError(f"{path} {error}") from error
+            raise ValueError(f"{path}: {error}") from error
         make_folder(out.parent, "give another --out")
         grey = bitstream.read_header(data).flags & bitstream.GREY
         png = Image.fromarray(image[..., 0] if grey else image)

@@ -322,6 +322,15 @@ def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
         Codec(tmp_path / "wrong.pt")
 
 
+def test_a_codec_leaves_the_precision_of_its_host(folder):
+    matmul, image = torch.backends.cuda.matmul, np.zeros((16, 16, 3), np.uint8)
+    for given in (True, False):
+        matmul.allow_tf32 = given
+        codec = Codec(folder / "two.pt")
+        codec.decode(codec.encode(image))
+        assert matmul.allow_tf32 == given
+
+
 # ---------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------

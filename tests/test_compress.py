@@ -301,7 +301,7 @@ def test_a_pipe_named_like_a_file_is_not_opened(here, capfd):
     Path("pipes").mkdir()
     os.mkfifo("pipes/x.rfsq")
     line = refused("decode pipes --load model.pt --out back", capfd)
-    assert "pipes/x.rfsq is not a regular file" in line
+    assert "pipes/x.rfsq: it is not a regular file" in line
 
 
 def test_names_that_are_not_utf_8(here, capfd):
@@ -436,5 +436,5 @@ def test_as_a_command(here):
         text=True,
     )
     assert done.returncode == 2 and done.stdout == "" and not Path("back").exists()
-    assert done.stderr.startswith("compress.py: error: coded/a.rfsq is truncated")
+    assert done.stderr.startswith("compress.py: error: coded/a.rfsq: the file is truncated")
     assert len(done.stderr.splitlines()) == 1
