@@ -15,8 +15,7 @@ from importlib.util import find_spec
 
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
-from quantizers import QUANTIZERS
-from quantizers.rfsq import STRATEGIES
+from quantizers import QUANTIZERS, STRATEGIES
 from util import cpu_cores
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags

@@ -14,7 +14,7 @@ from .rfsq import RFSQ
 from .svq import SVQ
 
 # The choices of --quantizer. To add one: a file with a class that keeps the contract of base.py,
-# and a line here. `RFSQ.from_args` builds a GeometricRFSQ for --rfsq-strategy geometric.
+# and a line here.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQ,
     "rfsq": RFSQ,
@@ -22,6 +22,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ema": VectorQuantizeEMA,
     "svq": SVQ,
 }
+
+
+STRATEGIES = (*RFSQ.STRATEGIES, "geometric")  # of --rfsq-strategy; the last is GeometricRFSQ
 
 
 def build_quantizer(args: Namespace) -> Quantizer:
@@ -34,7 +37,8 @@ def build_quantizer(args: Namespace) -> Quantizer:
         raise ValueError(
             f"quantizer {args.quantizer!r} is unknown: choose from {', '.join(QUANTIZERS)}"
         )
-    quantizer = QUANTIZERS[args.quantizer].from_args(args)
+    geometric = args.quantizer == "rfsq" and args.rfsq_strategy == "geometric"
+    quantizer = (GeometricRFSQ if geometric else QUANTIZERS[args.quantizer]).from_args(args)
     return Pairs(quantizer) if args.pairs else quantizer
 
 
@@ -43,6 +47,7 @@ __all__ = [
     "LFQ",
     "QUANTIZERS",
     "RFSQ",
+    "STRATEGIES",
     "SVQ",
     "GeometricRFSQ",
     "Pairs",

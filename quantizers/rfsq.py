@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Quantizer, per_channel, straight_through
+from .base import per_channel, straight_through
 from .fsq import Grid
-from .geometric import GeometricRFSQ
 from .residual import ResidualFSQ, running_std, update_moments
 
-# The values of --rfsq-strategy. The last is a class of its own, GeometricRFSQ.
-STRATEGIES = ("none", "scale", "layernorm", "geometric")
 LEAST_STD = 1e-3  # of an image
 
 
@@ -74,6 +70,7 @@ class RFSQ(ResidualFSQ):
         >>> one_stage = rfsq.indices_to_codes(indices[..., :1])     # the first stage alone
     """
 
+    STRATEGIES: ClassVar = ("none", "scale", "layernorm")
     flags: ClassVar[dict[str, str]] = {
         "rfsq_stages": "stages",
         "rfsq_strategy": "strategy",
@@ -93,13 +90,10 @@ class RFSQ(ResidualFSQ):
         momentum: float = 0.01,
         stage_dropout: float = 0.0,
     ):
-        if strategy == "geometric":
+        if strategy not in self.STRATEGIES:
             raise ValueError(
-                "strategy 'geometric' is the class GeometricRFSQ: use GeometricRFSQ(stages, levels)"
-            )
-        if strategy not in STRATEGIES:
-            raise ValueError(
-                f"strategy {strategy!r} is unknown: choose from {', '.join(STRATEGIES[:-1])}"
+                f"strategy {strategy!r} is unknown: choose from {', '.join(self.STRATEGIES)}; "
+                "geometric stages are the class GeometricRFSQ"
             )
         if statistics not in ("global", "image"):
             raise ValueError(f"statistics {statistics!r} is unknown: choose from global, image")
@@ -124,13 +118,6 @@ class RFSQ(ResidualFSQ):
         elif self.statistics == "image":
             self.name += "-image"
             self.side_bits = 16.0 * 2 * self.dim * stages
-
-    @classmethod
-    def from_args(cls, args: Namespace) -> Quantizer:
-        """Build the quantizer of `--rfsq-strategy`: an RFSQ, or a GeometricRFSQ."""
-        if args.rfsq_strategy == "geometric":
-            return GeometricRFSQ.from_args(args)
-        return super().from_args(args)
 
     def read_flags(self) -> list[str]:
         """The flags of the command line that this quantizer reads."""

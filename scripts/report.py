@@ -26,8 +26,7 @@ import output
 from arguments import Parser, get_args
 from files import write_whole
 from flags import args_of, flags_of_group, may_change_flags
-from quantizers import QUANTIZERS, build_quantizer
-from quantizers.rfsq import STRATEGIES
+from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
 from results import read_results
 
 # The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arguments import get_args
-from quantizers import RFSQ, GeometricRFSQ
+from quantizers import RFSQ, GeometricRFSQ, build_quantizer
 
 MEAN, STD = 0.7, 2.5
 
@@ -166,7 +166,7 @@ def test_the_flag_builds_the_class():
         "5",
         "4",
     ]
-    rfsq = RFSQ.from_args(get_args([*flags, "--rfsq-stage-dropout=0.3"]))
+    rfsq = build_quantizer(get_args([*flags, "--rfsq-stage-dropout=0.3"]))
     assert type(rfsq) is GeometricRFSQ and rfsq.name == "rfsq-3x20-geometric"
     assert (rfsq.stages, rfsq.levels, rfsq.stage_dropout) == (3, [5, 4], 0.3)
     assert rfsq.slope.tolist() == pytest.approx([0.2, 0.2])

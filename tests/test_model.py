@@ -16,7 +16,7 @@ from flags import architecture_flags, current_flags, may_change_flags
 from images import IMAGENET_MEAN, IMAGENET_STD
 from model import VQVAE, load_model, load_weights
 from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
-from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA, build_quantizer
 from util import peak_memory_mib
 
 ROOT = Path(__file__).parent.parent
@@ -297,7 +297,7 @@ def test_flags_reach_the_quantizer():
     assert (rfsq.stages, rfsq.strategy, rfsq.levels) == (3, "scale", [5, 4, 3])
     assert rfsq.log_scale.exp().tolist() == pytest.approx([2.5] * 3)
     assert RFSQ.from_args(parse("--rfsq-statistics image")).statistics == "image"
-    geometric = RFSQ.from_args(parse("--rfsq-strategy geometric --rfsq-slope 0.2"))
+    geometric = build_quantizer(parse("--rfsq-strategy geometric --rfsq-slope 0.2"))
     assert geometric.slope.tolist() == pytest.approx([0.2] * 4)
     assert FSQ.from_args(parse("--quantizer fsq")).levels == [8, 8, 8, 8]
     assert FSQ.from_args(parse("--quantizer fsq --levels 7 5")).levels == [7, 5]
