@@ -158,8 +158,16 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     plain = size.round()
     v = torch.where(fits(plain), plain, shrunk(high + SLACK))
-    # A vector that no multiplier has brought within the budget is cut: the first channel that is
-    # too long gets what is left of it, and the channels after it 0.
+    v, left = _cut(v, table, limit)
+    return _spend(v, size, table, left)
+
+
+def _cut(v: Tensor, table: Lengths, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut vectors that no multiplier has brought within the budget; (v, what each has left).
+
+    The first channel that is too long gets what is left of it, and the channels after it 0; such a
+    vector has nothing left.
+    """
     sums = v.new_ones(len(v), len(v)).tril() @ (table.of(v) - table.zero)
     fit = sums <= limit
     whole, cut = fit[-1:], fit.sum(0).clamp(max=len(v) - 1)
@@ -168,9 +176,14 @@ def _nearest(size: Tensor, table: Lengths, budget: Tensor) -> Tensor:
     most = run * (((left - first + zero) / step).floor() + 1).clamp(min=0)
     last = v.gather(0, cut[None])
     v = v.mul_(fit).scatter_(0, cut[None], torch.where(whole, last, last.minimum(most)))
-    # What is left is spent: some times 1 more in the channel that gains most for its length, to
-    # which OVERHEAD is added, because a rest that is too short for anything is lost.
-    left = left * whole
+    return v, left * whole
+
+
+def _spend(v: Tensor, size: Tensor, table: Lengths, left: Tensor) -> Tensor:
+    """Spend what is left: FILLS times 1 more in the channel that gains most for its length.
+
+    OVERHEAD is added to the length, because a rest that is too short for anything is lost.
+    """
     change = table.step - table.first + table.zero
     for _ in range(FILLS):
         more = torch.addcmul(table.first - table.zero, v.clamp(max=1), change)
