@@ -12,6 +12,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
@@ -42,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
         # (title of the group, role, flag) of what `add` of a group has declared
         self.declared: list[tuple[str, str | None, argparse.Action]] = []
+
+    @classmethod
+    def of(cls, file: str, doc: str | None) -> Parser:
+        """The parser of a script: its `__file__`, and the first line of its `__doc__`."""
+        return cls(prog=Path(file).name, description=(doc or "").split("\n")[0])
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

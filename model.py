@@ -154,11 +154,25 @@ class VQVAE(nn.Module):
             raise ValueError(f"images of {height}x{width} do not fit: {wanted}")
 
 
-def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
-    """The model of a checkpoint, which knows its own architecture: (model, its flags, checkpoint).
+class Loaded(NamedTuple):
+    """What `load_model` returns.
 
-    The model is on the CPU and in evaluation mode. `path` is all that `load_checkpoint` reads: a
-    checkpoint, a folder of scripts/export.py, or the name of a Hugging Face repository.
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        args: the flags that it was built with, under the names that they have today.
+        checkpoint: all that the file holds, see `checkpoint.load_checkpoint`.
+    """
+
+    model: VQVAE
+    args: Namespace
+    checkpoint: dict
+
+
+def load_model(path: str | Path) -> Loaded:
+    """The model of a checkpoint, which knows its own architecture: (model, args, checkpoint).
+
+    `path` is all that `load_checkpoint` reads: a checkpoint, a folder of scripts/export.py, or the
+    name of a Hugging Face repository.
 
     Raises:
         ValueError: one line, if there is no such model, or its weights are not of its flags.
@@ -189,7 +203,7 @@ def load_model(path: str | Path) -> tuple[VQVAE, Namespace, dict]:
     except RuntimeError as error:
         reason = " ".join(str(error).split(":", 1)[-1].split())[:200]
         raise ValueError(f"the weights in {path} do not fit the model: {reason}") from error
-    return model.eval(), args, saved
+    return Loaded(model.eval(), args, saved)
 
 
 def load_weights(model: VQVAE, args: Namespace, path: str | Path) -> None:

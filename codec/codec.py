@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 import util
+from checkpoint import ENTROPY_MODEL
 from codec import bitstream, entropy
 from codec.pixels import is_grey, to_grey
 from codec.tiles import in_pixels, reach, tiles
 from model import fingerprint, load_model
 from quantizers import Quantized
-
-ENTROPY_MODEL = "entropy_model"  # its key in a checkpoint
 
 
 class Codec:

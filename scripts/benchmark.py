@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def get_flags(argv: Sequence[str] | None) -> Namespace:
     """The flags of the command line, or of the list `argv`; the defaults suit the device."""
-    parser, count = Parser(prog="benchmark.py", description=__doc__.split("\n")[0]), number(int, 1)
+    parser, count = Parser.of(__file__, __doc__), number(int, 1)
     add = parser.group("all sections")
     everything = ",".join(SECTIONS)
     add("--only", lambda names: names.split(","), everything, metavar="A,B", help="what to measure")

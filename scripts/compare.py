@@ -78,7 +78,7 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw as the flags say and return the path of the picture. ValueError for bad input."""
-    parser = Parser(prog="compare.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     add = parser.add_argument
     add("--load", required=True, nargs="+", metavar="MODEL", help=f"each a {LOAD_HELP}")
     add("--out", required=True, metavar="PNG", help="the picture")

@@ -280,7 +280,7 @@ def fit(flags: Namespace) -> dict:
 
 def get_parser() -> Parser:
     """The parser of the three commands."""
-    parser = Parser(prog="compress.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for run, inputs, where, out in (
         (encode, "IMAGE", "DIR", "folder for the files"),

@@ -46,7 +46,7 @@ def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Evaluate as the flags say and return the results. ValueError for bad input."""
-    parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
     text = "also report rFID: torch-fidelity's InceptionV3, against the images of the split"
     parser.add_argument("--fid", action="store_true", help=text)

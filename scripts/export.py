@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser
-from checkpoint import CONFIG, WEIGHTS, save_export
+from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
 from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
@@ -64,7 +64,7 @@ def model_card(
         f"# {name}",
         "An image tokenizer of the RFSQ project (residual finite scalar quantization). In a "
         "checkout of it, every `--load` takes this folder, and in Python:",
-        '```python\nfrom model import load_model\n\nmodel, args, _ = load_model("FOLDER")\n'
+        '```python\nfrom model import load_model\n\nmodel = load_model("FOLDER").model\n'
         "indices = model.encode(images)  # float images (B, 3, H, W) in [0, 1]\n"
         "images = model.decode(indices).clamp(0, 1)\n```",
         output.markdown_table(("", "value"), rows),
@@ -111,14 +111,14 @@ def export(flags: Namespace) -> Path:
     write_whole(out / CARD, lambda file: file.write(card.encode()))
     size = (out / WEIGHTS).stat().st_size
     print(f"{name}, step {step}: {out}, {size:,} bytes of weights")
-    if "entropy_model" in saved:
+    if ENTROPY_MODEL in saved:
         print("the entropy model of `compress.py fit` is not exported: run `fit` on the export")
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Export as the flags say, and return the folder. ValueError for bad input."""
-    parser = Parser(prog="export.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace the model in DIR")

@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def get_flags(argv: Sequence[str] | None) -> Namespace:
     """The flags of the command line, or of the list `argv`."""
-    parser = Parser(prog="gpu_check.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     add = parser.group("flags")
     add("--minutes", number(float, 1, 600), 9.0, help="of this call; start it again for the rest")
     add("--out", str, "gpu_check", metavar="DIR", help="where the results go")

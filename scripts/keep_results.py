@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         ValueError: damaged results, two runs of one name, or a file of a run with other flags;
             nothing is written then.
     """
-    parser = Parser(prog="keep_results.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     text = "folder for the copies; existing copies of the same runs are replaced"

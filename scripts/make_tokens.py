@@ -139,7 +139,7 @@ def begin(out: Path, settings: dict) -> dict | None:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Make tokens as the flags say, and return their index. ValueError for bad input."""
-    parser = Parser(prog="make_tokens.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     parser.add_argument("data", metavar="DATA", help=IMAGES_HELP)
     parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
     add = parser.add_argument

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     Raises:
         ValueError: for bad input.
     """
-    parser = Parser(prog="pack_images.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     parser.add_argument(
         "source", nargs="*", metavar="SRC", help="a folder of images, nested too, or tars"
     )

@@ -83,7 +83,7 @@ def draw(curves: dict[str, dict[str, list]]):
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw as the flags say and return the path of the picture. ValueError for bad input."""
-    parser = Parser(prog="plot.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     text = "run folders, folders of them, metrics.jsonl, globs"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     parser.add_argument("--out", default="curves.png", metavar="PNG", help="the picture")

@@ -294,7 +294,7 @@ def method(values: np.ndarray, area: float, perceptual: Perceptual | None) -> st
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure as the flags say, and return what `--json` writes. ValueError for bad input."""
-    parser = Parser(prog="rate_distortion.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     add = parser.add_argument
     add("images", metavar="DIR", help="a folder of images, nested or flat")
     add("--load", nargs="+", default=[], metavar="MODEL", help=f"each a {LOAD_HELP}")

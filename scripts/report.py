@@ -347,7 +347,7 @@ def _has_flags(run: dict, faults: list[str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Print the tables, or write them to `--out`; return them."""
-    parser = Parser(prog="report.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     text = "run folders, folders of them or of kept results, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")

@@ -93,7 +93,7 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Return what `--json` writes: the stages of every checkpoint. ValueError for bad input."""
-    parser = Parser(prog="stages.py", description=__doc__.split("\n")[0])
+    parser = Parser.of(__file__, __doc__)
     text = f"each a {LOAD_HELP}"
     parser.add_argument("--load", required=True, nargs="+", metavar="MODEL", help=text)
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
