@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Quantizer, per_channel, round_straight_through_
+from .base import Quantizer, per_channel, round_straight_through_, traced
 from .checks import check_levels
 
 EPS = 1e-3
@@ -117,6 +117,18 @@ class FSQ(Quantizer):
         return rounded / self.grid(rounded).half_levels
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """Index (B, *positions) of `codes` (B, C, *positions) as `forward` returns them."""
+        """Index (B, *positions) of `codes` (B, C, *positions) as `forward` returns them.
+
+        Raises:
+            ValueError: numbers that are no codes of this quantizer.
+        """
         self._check_input(codes)
-        return self.pack((codes * self.grid(codes).half_levels).round())
+        scaled = codes.float() * self.grid(codes).half_levels
+        indices = self.pack(scaled.round())
+        # A quarter of a step: codes may have been rounded to half precision.
+        if not traced() and not ((self.unpack(indices) - scaled).abs() < 0.25).all():
+            raise ValueError(
+                f"numbers from {codes.min():.3g} to {codes.max():.3g} are not all codes of "
+                f"{self.name}: give what forward or indices_to_codes returned"
+            )
+        return indices

@@ -237,6 +237,17 @@ def test_levels_that_cannot_be(levels, named):
         FSQ(levels)
 
 
+@pytest.mark.parametrize("wrong", [7.3, 0.1, -1.25, math.nan, math.inf])
+def test_numbers_that_are_no_codes_have_no_index(wrong):
+    fsq = FSQ([8, 5])
+    codes = fsq.indices_to_codes(torch.arange(40)[:, None])
+    for half in (torch.float16, torch.bfloat16):
+        assert fsq.codes_to_indices(codes.to(half))[:, 0].tolist() == list(range(40))
+    codes[7, 1, 0] = wrong
+    with pytest.raises(ValueError, match="not all codes of fsq-8x5"):
+        fsq.codes_to_indices(codes)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5), (4,), ()])
 def test_wrong_number_of_channels_names_both(shape):
     given_channels = str(shape[1]) if len(shape) > 1 else "no"
