@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Quantizer, per_channel, round_straight_through_, traced
+from .base import HALF_PRECISION, Quantizer, per_channel, round_straight_through_, traced
 from .checks import check_levels
 
 EPS = 1e-3
@@ -125,8 +125,8 @@ class FSQ(Quantizer):
         self._check_input(codes)
         scaled = codes.float() * self.grid(codes).half_levels
         indices = self.pack(scaled.round())
-        # A quarter of a step: codes may have been rounded to half precision.
-        if not traced() and not ((self.unpack(indices) - scaled).abs() < 0.25).all():
+        near = 0.25 if codes.dtype in HALF_PRECISION else 1e-3  # steps; half precision is coarse
+        if not traced() and not ((self.unpack(indices) - scaled).abs() < near).all():
             raise ValueError(
                 f"numbers from {codes.min():.3g} to {codes.max():.3g} are not all codes of "
                 f"{self.name}: give what forward or indices_to_codes returned"
