@@ -241,7 +241,7 @@ def parts_of(run: dict) -> list[dict]:
     """
     known = {"first_step": 1, **run["environment"]}
     known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
-    return [{**known, **part} for part in run.get("segments", [{}])]
+    return [{**known, **part} for part in run.get("segments") or [{}]]
 
 
 def origins(row: Row) -> str:
