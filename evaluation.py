@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import util
 from dataset import build_dataset
-from loaders import val_loader
+from dataset.loaders import val_loader
 from loss import Perceptual, lpips_network
 from metric import CodeUsage, ImageMetrics
 from model import VQVAE, load_model

@@ -24,8 +24,8 @@ import exits
 import output
 import util
 from checkpoint import NotFinite
+from dataset.images import IMAGENET_STD
 from fid import FrechetDistance
-from images import IMAGENET_STD
 from loss.perceptual import Perceptual
 from similarity import check_range, l1, psnr, ssim
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint
+from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from flags import architecture_flags, args_of, differing_flags
-from images import IMAGENET_MEAN, IMAGENET_STD
 from networks import NETWORKS
 from quantizers import Quantized, build_quantizer
 from similarity import check_range

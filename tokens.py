@@ -27,8 +27,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dataset.packed import as_lines
 from files import locked, make_folder, write_json, write_whole
-from packed import as_lines
 
 HEAD = {"format": "rfsq tokens", "version": 1}
 INDEX, NAMES, LABELS = "index.json", "names.txt", "labels.npy"

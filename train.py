@@ -26,7 +26,7 @@ import util
 from arguments import get_args
 from checkpoint import NotFinite, random_states
 from dataset import build_dataset, print_skipped, skipped_images
-from loaders import train_loader, val_loader
+from dataset.loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_network
 from meter import Meter
 from metric import evaluate, format_results

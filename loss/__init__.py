@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from images import IMAGENET_STD
+from dataset.images import IMAGENET_STD
 from loss.perceptual import Perceptual, lpips_network
 from pretrained import WeightsMissing
 

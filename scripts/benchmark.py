@@ -46,9 +46,9 @@ import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
+from dataset.images import some
+from dataset.loaders import train_loader
 from files import write_json
-from images import some
-from loaders import train_loader
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, VectorQuantizeEMA

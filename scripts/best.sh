@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from arguments import Parser, get_args
-from images import IMAGE_SUFFIXES, list_files
+from dataset.images import IMAGE_SUFFIXES, list_files
 
 parser = Parser(prog="best.sh", add_help=False)  # the flags of reproduce.sh
 parser.add_argument("--dry-run", action="store_true")

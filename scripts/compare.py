@@ -26,8 +26,8 @@ import exits
 import output
 import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags, number
+from dataset.images import some
 from evaluation import prepare
-from images import some
 from model import VQVAE
 from similarity import psnr, ssim
 

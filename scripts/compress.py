@@ -35,8 +35,8 @@ from checkpoint import save_checkpoint
 from codec import bitstream
 from codec.codec import Codec
 from codec.pixels import is_grey, psnr
+from dataset.images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 from files import make_folder, write_json, write_whole
-from images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 
 SUFFIX = ".rfsq"
 

@@ -31,11 +31,11 @@ import tokens
 import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
 from dataset import SkipCorrupt, build_dataset
+from dataset.loaders import batch_loader
+from dataset.packed import as_lines
 from files import check_room, remove_leftovers
-from loaders import batch_loader
 from meter import Progress
 from model import VQVAE, fingerprint, load_model
-from packed import as_lines
 
 SECONDS_A_FLUSH = 10  # how much work a power failure costs
 FLIPPED = "-flipped"

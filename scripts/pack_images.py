@@ -5,8 +5,8 @@
     python scripts/pack_images.py 'shard-{000000..000146}.tar' OUT
     python train.py --train-data-path OUT
 
-OUT holds the same pixels that SRC gives, in the same order; packed.py describes its files. A tar is
-read in place and gives what the folder gives that it is unpacked into (archive.py).
+OUT holds the same pixels that SRC gives, in the same order; dataset/packed.py describes its files.
+A tar is read in place and gives what the folder gives that it is unpacked into.
 
 After an interruption at any time, the same command continues at the first shard that is incomplete;
 index.json is written last. A source that cannot be decoded is listed and skipped. A source that
@@ -29,14 +29,13 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import exits
-import packed
 import util
 from arguments import Parser, number
-from dataset import Images, image_files
+from dataset import Images, image_files, packed
+from dataset.images import UnreadableImage
+from dataset.packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 from files import check_room, locked, make_folder, remove_leftovers, write_json
-from images import UnreadableImage
 from meter import Progress
-from packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
 AGAIN = "fix that and run the same command again: it continues where it stopped"

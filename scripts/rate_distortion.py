@@ -31,8 +31,8 @@ from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec
 from codec.pixels import is_grey, psnr
+from dataset.images import IMAGE_SUFFIXES, find, fit, read_image, some
 from files import write_json
-from images import IMAGE_SUFFIXES, find, fit, read_image, some
 from loss import Perceptual, lpips_network
 from similarity import PSNR_CAP, SSIM_WINDOW, ssim
 

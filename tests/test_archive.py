@@ -16,11 +16,10 @@ import torch
 from conftest import make_checkpoint
 from test_pack import CORRUPT, FLAGS, SIZE, contents, fill_source, pack_and_die
 
-import archive
 import exits
-from archive import expand, is_tar, list_archives
-from dataset import ImageFolderDataset, TarDataset, build_dataset
-from loaders import train_loader, val_loader
+from dataset import ImageFolderDataset, TarDataset, archive, build_dataset
+from dataset.archive import expand, is_tar, list_archives
+from dataset.loaders import train_loader, val_loader
 from scripts import make_tokens, pack_images
 
 SUFFIXES = (".png", ".jpg", ".webp", ".tif")

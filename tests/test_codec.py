@@ -21,7 +21,7 @@ from codec import bitstream
 from codec.codec import Codec
 from codec.pixels import psnr
 from codec.tiles import reach, tiles
-from synthetic import SyntheticDataset
+from dataset.synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS = {

@@ -18,9 +18,9 @@ from PIL import Image, features
 import exits
 from codec.codec import Codec
 from codec.pixels import psnr
-from images import IMAGE_SUFFIXES, read_image
+from dataset.images import IMAGE_SUFFIXES, read_image
+from dataset.synthetic import SyntheticDataset
 from scripts import compress
-from synthetic import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 

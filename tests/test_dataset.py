@@ -20,10 +20,10 @@ from torchvision.transforms import functional as reference
 
 import dataset
 from dataset import ImageFolderDataset, build_dataset
+from dataset.images import UnreadableImage, read_image
+from dataset.loaders import StreamSampler, train_loader, val_loader
+from dataset.synthetic import SyntheticDataset
 from exits import one_line
-from images import UnreadableImage, read_image
-from loaders import StreamSampler, train_loader, val_loader
-from synthetic import SyntheticDataset
 
 
 def photo(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -366,13 +366,14 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path):
 
 def test_the_same_bytes_in_another_process():
     code = (
-        "import hashlib, synthetic; assert synthetic._textures.cache_info().currsize == 0\n"
+        "import hashlib; from dataset import synthetic\n"
+        "assert synthetic._textures.cache_info().currsize == 0\n"
         "images = synthetic.SyntheticDataset(32, 5, 9)\n"
         "print(hashlib.sha256(b''.join(images[i].numpy().tobytes() for i in (7, 2))).hexdigest())"
     )
     there = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(dataset.__file__).parent,
+        cwd=Path(dataset.__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,

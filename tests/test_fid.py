@@ -13,9 +13,9 @@ from conftest import make_checkpoint
 from PIL import Image
 from scipy.linalg import sqrtm
 
+from dataset.synthetic import SyntheticDataset
 from fid import WEIGHTS, FrechetDistance, frechet_distance, inception_distance
 from scripts import evaluate
-from synthetic import SyntheticDataset
 
 F64 = dict(dtype=torch.float64)
 

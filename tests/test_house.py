@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {
         "scheduler",
-        "synthetic",
         "files",
         "output",
         "results",
@@ -21,8 +20,9 @@ FLOORS = (
     },
     {"board", "checkpoint", "util"},
     {"exits"},
-    {"packed", "meter", "tokens", "archive", "pretrained", "images"},
-    {"dataset", "loaders"},
+    {"meter", "pretrained"},
+    {"dataset"},
+    {"tokens"},
     {"arguments"},
     {"flags"},
     {"loss", "fid"},
@@ -35,7 +35,7 @@ FLOORS = (
 )
 FILES = sorted(
     path
-    for folder in (".", "quantizers", "loss", "codec", "scripts")
+    for folder in (".", "dataset", "quantizers", "loss", "codec", "scripts")
     for path in (ROOT / folder).glob("*.py")
 )
 every_file = pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])

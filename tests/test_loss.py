@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from images import IMAGENET_MEAN, IMAGENET_STD
+from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from loss import Perceptual, TrainingLoss, WeightsMissing, perceptual
 
 FILES = {

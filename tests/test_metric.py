@@ -13,8 +13,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 import exits
 import metric
 from checkpoint import NotFinite
+from dataset.images import IMAGENET_STD
 from fid import FrechetDistance
-from images import IMAGENET_STD
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results
 from similarity import PSNR_CAP, l1, psnr, ssim

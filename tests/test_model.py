@@ -12,8 +12,8 @@ import torch
 
 from arguments import get_args, get_parser
 from checkpoint import Damaged, load_checkpoint, save_checkpoint
+from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from flags import architecture_flags, current_flags, may_change_flags
-from images import IMAGENET_MEAN, IMAGENET_STD
 from model import VQVAE, load_model, load_weights
 from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA, build_quantizer

@@ -19,14 +19,14 @@ from PIL import Image
 
 import exits
 import meter
-import packed as packed_module
 import train
 from dataset import ImageFolderDataset, build_dataset
+from dataset import packed as packed_module
+from dataset.loaders import train_loader, val_loader
+from dataset.packed import PackedDataset
+from dataset.synthetic import SyntheticDataset
 from files import locked
-from loaders import train_loader, val_loader
-from packed import PackedDataset
 from scripts import pack_images
-from synthetic import SyntheticDataset
 
 SIZE = 16
 FLAGS = [f"--img-size={SIZE}", "--num-workers=0"]

@@ -18,12 +18,12 @@ from arguments import get_args
 from checkpoint import save_checkpoint
 from codec import baselines
 from codec.baselines import BASELINES, avif_header, jpeg_header, webp_header
-from images import read_image
+from dataset.images import read_image
+from dataset.synthetic import SyntheticDataset
 from model import VQVAE
 from scripts import compress
 from scripts import rate_distortion as rd
 from similarity import ssim
-from synthetic import SyntheticDataset
 
 SIDE, IMAGES = 32, 3
 

@@ -308,7 +308,7 @@ def test_the_parts_of_a_resumed_run_are_told(tmp_path):
 def make_images(folder: Path) -> Path:
     from PIL import Image
 
-    from synthetic import SyntheticDataset
+    from dataset.synthetic import SyntheticDataset
 
     (folder / "made").mkdir()
     for i, image in enumerate(SyntheticDataset(32, 0, 3)):

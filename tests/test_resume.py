@@ -23,17 +23,17 @@ from processes import DEADLINE, child, children, ended, exists, free_port, wait_
 from torchvision.utils import save_image
 
 import exits
-import loaders
 import train
 import util
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset import loaders
+from dataset.synthetic import SyntheticDataset
 from loss import TrainingLoss
 from meter import Meter
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
 from run import RunFolder
 from scripts import pack_images
-from synthetic import SyntheticDataset
 from train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -933,7 +933,7 @@ def test_a_broken_connection_to_a_worker_is_explained_and_no_other(error, file, 
 
 
 def test_a_worker_that_hangs_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("loaders.LOADER_TIMEOUT", 3)
+    monkeypatch.setattr("dataset.loaders.LOADER_TIMEOUT", 3)
     monkeypatch.setattr(SyntheticDataset, "__getitem__", lambda self, i: time.sleep(3600))
     with pytest.raises(RuntimeError) as caught:
         exits.run_script(lambda: run(tmp_path / "run", "--num-workers=1"))

@@ -14,12 +14,12 @@ from PIL import Image
 
 import exits
 import loss.perceptual
+from dataset.images import IMAGENET_MEAN, IMAGENET_STD
+from dataset.synthetic import SyntheticDataset
 from evaluation import evaluate_stages, prepare
-from images import IMAGENET_MEAN, IMAGENET_STD
 from model import load_model
 from scripts import compare, evaluate, stages
 from similarity import psnr, ssim
-from synthetic import SyntheticDataset
 
 pytestmark = pytest.mark.usefixtures("no_lpips")
 CONFIGURATIONS = {

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from arguments import get_args
+from dataset.synthetic import SyntheticDataset
 from loss import TrainingLoss
 from model import VQVAE
-from synthetic import SyntheticDataset
 
 QUANTIZERS = {
     "fsq": ["--quantizer=fsq"],

@@ -23,11 +23,11 @@ import exits
 import tokens
 from codec.codec import Codec
 from dataset import ImageFolderDataset, build_dataset
-from loaders import val_loader
+from dataset.loaders import val_loader
+from dataset.synthetic import SyntheticDataset
 from metric import ImageMetrics, evaluate
 from model import load_model
 from scripts import make_tokens, pack_images
-from synthetic import SyntheticDataset
 
 SIZE, BATCH = 16, 3
 TWO = ("--flip", "--batch-size=6")  # two batches

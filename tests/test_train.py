@@ -20,9 +20,9 @@ import exits
 import train
 from arguments import get_args
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset.synthetic import SyntheticDataset
 from model import VQVAE, load_model
 from scripts import evaluate
-from synthetic import SyntheticDataset
 
 pytestmark = pytest.mark.usefixtures("no_lpips")
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from codec.codec import Codec
+from dataset.synthetic import SyntheticDataset
 from model import load_model
 from similarity import psnr
-from synthetic import SyntheticDataset
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 BITS = {"rfsq_2x2048_ln": 22, "rfsq_4x1024_ln": 40, "svq_22bit": 22, "svq_40bit": 40}

@@ -1,6 +1,11 @@
 """Images in: folders, tars, packed and generated images.
 
-    build_dataset(path) -> dataset[i]: uint8 (3, S, S) -> loaders.py
+    build_dataset(path) -> dataset[i]: uint8 (3, S, S) -> loaders: batches, in training's order
+
+    images     files found, decoded, resized and cropped
+    archive    tars, read in place
+    packed     arrays that scripts/pack_images.py wrote
+    synthetic  generated images
 
 Datasets return bytes: a quarter of the traffic of float32 between workers, host and GPU.
 """
@@ -16,11 +21,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import archive
-from images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image, some
+from dataset import archive
+from dataset.images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image, some
+from dataset.packed import PackedDataset, is_packed
+from dataset.synthetic import SyntheticDataset
 from output import printable
-from packed import PackedDataset, is_packed
-from synthetic import SyntheticDataset
 from util import from_all
 
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
