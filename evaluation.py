@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import util
 from dataset import build_dataset
 from dataset.loaders import val_loader
-from loss import Perceptual, lpips_network
+from loss import Perceptual, lpips_if_available
 from metric import CodeUsage, ImageMetrics
 from model import VQVAE, load_model
 from quantizers import Quantized
@@ -84,7 +84,7 @@ def prepare(
         images=images,
         img_size=size,
         loader=val_loader(images, batch_size, num_workers, **share),
-        perceptual=lpips_network(lpips_net or first.lpips_net, device, needed=False, side=size),
+        perceptual=lpips_if_available(lpips_net or first.lpips_net, device, size),
         device=device,
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import util
-from pretrained import build_in_all, load_pretrained
+from pretrained import WeightsMissing, build_in_all, load_pretrained
 
 WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -104,7 +104,10 @@ def inception_distance(device: torch.device) -> FrechetDistance | None:
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=file
         )
 
-    network, problem = build_in_all(lambda: load_pretrained("rFID", WEIGHTS, build).to(device))
-    if problem and util.rank() == 0:
-        print(f"rFID will be missing from the evaluation: {problem}", flush=True)
-    return None if network is None else FrechetDistance(lambda images: network(images)[0])
+    try:
+        network = build_in_all(lambda: load_pretrained("rFID", WEIGHTS, build).to(device))
+    except WeightsMissing as error:
+        if util.rank() == 0:
+            print(f"rFID will be missing from the evaluation: {error}", flush=True)
+        return None
+    return FrechetDistance(lambda images: network(images)[0])

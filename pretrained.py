@@ -47,10 +47,13 @@ def load_pretrained(name: str, url: str, build: Callable[[dict[str, Tensor]], Ne
         socket.setdefaulttimeout(timeout)
 
 
-def build_in_all(build: Callable[[], Network]) -> tuple[Network | None, str | None]:
-    """(network, None) in all processes of a group, or (None, why its weights are missing) in all.
+def build_in_all(build: Callable[[], Network]) -> Network:
+    """What `build` returns, in all processes of a group. A collective.
 
-    A collective. One process of each machine goes first, so that weights are downloaded once.
+    One process of each machine goes first, so that weights are downloaded once.
+
+    Raises:
+        WeightsMissing: in all processes, if they are missing in one.
     """
     network, problem = None, None
     for first in (True, False):
@@ -60,4 +63,6 @@ def build_in_all(build: Callable[[], Network]) -> tuple[Network | None, str | No
             except WeightsMissing as error:
                 problem = str(error)
         problem = next(filter(None, util.from_all(problem)), None)
-    return (None, problem) if problem else (network, None)
+    if problem:
+        raise WeightsMissing(problem)
+    return network

@@ -27,7 +27,7 @@ from arguments import get_args
 from checkpoint import NotFinite, random_states
 from dataset import build_dataset, print_skipped, skipped_images
 from dataset.loaders import train_loader, val_loader
-from loss import TrainingLoss, lpips_network
+from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
@@ -135,8 +135,8 @@ class Training:
         self.precision = args.precision or ("bf16" if gpu else "fp32")
         self.compiled = gpu if args.compile is None else args.compile
         self.model.to(device, memory_format=torch.channels_last)
-        needed = args.perceptual_weight > 0
-        self.perceptual = lpips_network(args.lpips_net, device, needed, side=args.img_size)
+        load = lpips_network if args.perceptual_weight else lpips_if_available
+        self.perceptual = load(args.lpips_net, device, args.img_size)
         weights = (args.l1_weight, args.perceptual_weight, args.quantizer_loss_weight)
         criterion = TrainingLoss(*weights, self.perceptual)
         criterion.to(device, memory_format=torch.channels_last)

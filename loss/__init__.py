@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dataset.images import IMAGENET_STD
-from loss.perceptual import Perceptual, lpips_network
+from loss.perceptual import Perceptual, lpips_if_available, lpips_network
 from pretrained import WeightsMissing
 
-__all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_network"]
+__all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_if_available", "lpips_network"]
 
 
 class TrainingLoss(nn.Module):

@@ -151,29 +151,31 @@ def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         ) from error
 
 
-def lpips_network(
-    net: str, device: torch.device, needed: bool, side: int | None = None
-) -> Perceptual | None:
-    """The LPIPS network on `device`, the same answer in all processes of a group.
-
-    If the weights are not available, or images of `side` pixels are too small, a network that is
-    not `needed` is None, which a printed line explains.
+def lpips_network(net: str, device: torch.device, side: int | None = None) -> Perceptual | None:
+    """The LPIPS network on `device` in all processes of a group; None for 'none'. A collective.
 
     Raises:
-        ValueError: the same problems with a network that is needed (WeightsMissing for weights).
+        ValueError: images of `side` pixels are too small for it, or its weights are not available
+            (WeightsMissing).
     """
     if net == "none":
         return None
     smallest = NETS[net][2]
     if side is not None and side < smallest:
-        problem = f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}"
-        if needed:
-            raise ValueError(f"{problem}; give a larger --img-size, or --perceptual-weight 0")
-        network = None
-    else:
-        network, problem = build_in_all(lambda: Perceptual(net).to(device))
-    if problem and needed:
-        raise WeightsMissing(problem)
-    if problem and util.rank() == 0:
-        print(f"LPIPS will be missing from the evaluation: {problem}", flush=True)
-    return network
+        raise ValueError(
+            f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}; give a larger "
+            "--img-size, or --perceptual-weight 0"
+        )
+    return build_in_all(lambda: Perceptual(net).to(device))
+
+
+def lpips_if_available(
+    net: str, device: torch.device, side: int | None = None
+) -> Perceptual | None:
+    """`lpips_network`; where that raises, None, which a printed line explains. A collective."""
+    try:
+        return lpips_network(net, device, side)
+    except ValueError as error:
+        if util.rank() == 0:
+            print(f"LPIPS will be missing from the evaluation: {error}", flush=True)
+        return None

@@ -33,7 +33,7 @@ from codec.codec import Codec
 from codec.pixels import is_grey, psnr
 from dataset.images import IMAGE_SUFFIXES, find, fit, read_image, some
 from files import write_json
-from loss import Perceptual, lpips_network
+from loss import Perceptual, lpips_if_available
 from similarity import PSNR_CAP, SSIM_WINDOW, ssim
 
 # Columns of measurements: bytes without header, bytes of the file, dB, similarity, distance.
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     ours = [Ours(path, device) for path in flags.load]
     problems = {baseline.name: baseline.problem() for baseline in BASELINES}
     baselines = [baseline for baseline in BASELINES if problems[baseline.name] is None]
-    perceptual = lpips_network(flags.lpips_net, device, needed=False)
+    perceptual = lpips_if_available(flags.lpips_net, device)
     values, pixels = measure_all(files, flags.img_size, [*ours, *baselines], perceptual)
     our_values, table = values[: len(ours)], values[len(ours) :]
     area = float(np.mean(pixels))
