@@ -201,7 +201,7 @@ def evaluate(
     device: torch.device | str,
     progress: bool = False,
     final: bool = True,
-    stop: Callable[[], bool] = bool,
+    stop: Callable[[], bool] = lambda: False,
     frechet: FrechetDistance | None = None,
 ) -> dict:
     """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
