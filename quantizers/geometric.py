@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .base import per_channel, straight_through
-from .residual import ResidualFSQ, running_std, update_moments
+from .moments import next_batch, running_std, update_moments
+from .residual import ResidualFSQ
 
 MAX_CELLS = 2**20  # of a channel, all stages together: float32 cannot resolve more
 
@@ -103,7 +104,7 @@ class GeometricRFSQ(ResidualFSQ):
         The indices are (B, *positions, K), and `quantized` is like `z`.
         """
         if self.training:
-            batch = self._next_batch()
+            batch = next_batch(self.batches, self.momentum)
             ((mean, var),) = self._running_moments(z)
             self._store_moments([update_moments(mean, var, z, batch.weight)], batch)
         bounded, kept = self._bound(z), self._stages_kept(z)

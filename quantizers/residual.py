@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, processes, rank
+from .base import Quantizer, processes, rank
 from .checks import check_integer, check_momentum
 from .fsq import FSQ
+from .moments import Batch, store_if
 
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}
-VAR_EPS = 1e-10
-
-
-class Batch(NamedTuple):
-    """A batch in training."""
-
-    number: Tensor  # how many there were, this one included
-    weight: Tensor  # in the running moments
 
 
 class ResidualFSQ(Quantizer):
@@ -83,10 +75,6 @@ class ResidualFSQ(Quantizer):
         self.register_buffer("running_var", torch.ones(rows, self.dim, dtype=torch.float32))
         self.register_buffer("batches", torch.zeros((), dtype=torch.float32))
 
-    def _next_batch(self) -> Batch:
-        number = self.batches + 1
-        return Batch(number, number.reciprocal().clamp_(min=self.momentum))
-
     def _running_moments(self, like: Tensor) -> list[tuple[Tensor, ...]]:
         """Running mean and variance (1, dim, 1, ...) of each row, to broadcast against `like`.
 
@@ -98,18 +86,16 @@ class ResidualFSQ(Quantizer):
 
     @torch.no_grad()
     def _store_moments(self, moments: list[tuple[Tensor, ...]], batch: Batch) -> None:
-        """Store means and variances of all rows as the running ones, unless one is not finite.
-
-        The training loop skips the step of such a batch; the moments skip it too.
-        """
+        """Store means and variances of all rows as the running ones, unless one is not finite."""
         new = torch.stack([mean for mean, _ in moments] + [var for _, var in moments])
-        new = new.view(2, *self.running_mean.shape)
-        bad = (new - new).any()  # x - x is 0 or NaN, and NaN counts as true
-        old = torch.stack([self.running_mean, self.running_var])
-        mean, var = torch.where(bad, old, new).unbind()
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        self.batches.copy_(torch.where(bad, self.batches, batch.number))
+        mean, var = new.view(2, *self.running_mean.shape).unbind()
+        good = ~(new - new).any()  # x - x is 0 or NaN, and NaN counts as true
+        store_if(
+            good,
+            (self.running_mean, mean),
+            (self.running_var, var),
+            (self.batches, batch.number),
+        )
 
     def _stages_kept(self, like: Tensor) -> Tensor | None:
         """How many stages each image of `like` keeps, (B, 1, ...); None without stage dropout.
@@ -125,30 +111,3 @@ class ResidualFSQ(Quantizer):
             drop < self.stage_dropout, 1 + (k * (self.stages - 1)).floor(), self.stages
         )
         return kept[rank() * each :][:each].view(-1, *[1] * (like.dim() - 1))
-
-
-@torch.no_grad()
-def update_moments(mean: Tensor, var: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Running mean and variance (1, C, 1, ...) after a batch `x` (B, C, *positions).
-
-    Args:
-        mean, var: the running moments before this batch.
-        x: this process's part of the batch; all processes are averaged.
-        weight: weight of the batch, a scalar.
-    """
-    share = torch.full_like(weight, mean.numel() / x.numel())
-    # About the running mean, because a large mean would cancel most digits of the variance. Sums
-    # instead of `torch.var_mean`, which is much slower on a CPU.
-    centred = x - mean
-    shift = centred.sum_to_size(mean.shape) * share
-    square = centred.mul_(centred).sum_to_size(mean.shape) * share
-    if processes() > 1:
-        shift, square = mean_over_processes(torch.stack([shift, square])).unbind()
-    # Not below 0 by rounding, as of a constant channel; a NaN stays one.
-    batch_var = torch.addcmul(square, shift, shift, value=-1).clamp(min=0)
-    return torch.addcmul(mean, weight, shift), torch.lerp(var, batch_var, weight)
-
-
-def running_std(var: Tensor) -> Tensor:
-    """The standard deviation of a running variance."""
-    return (var + VAR_EPS).sqrt()

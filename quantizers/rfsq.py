@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .base import per_channel, straight_through
 from .fsq import Grid
-from .residual import ResidualFSQ, running_std, update_moments
+from .moments import next_batch, running_std, update_moments
+from .residual import ResidualFSQ
 
 LEAST_STD = 1e-3  # of an image
 
@@ -132,7 +133,7 @@ class RFSQ(ResidualFSQ):
         """
         grid, kept, running = self.fsq.grid(z), self._stages_kept(z), self._running(z)
         updating = self.training and self.statistics == "global"
-        batch = self._next_batch() if updating else None
+        batch = next_batch(self.batches, self.momentum) if updating else None
         # From 0.0, because rounding can give -0.0, which an index does not keep.
         residual, quantized = z, z.new_zeros(())
         indices, statistics = [], []

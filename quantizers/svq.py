@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Quantizer, mean_over_processes, per_channel, straight_through
 from .checks import check_integer, check_momentum
 from .counting import Counts, count, inverse, rank, unrank
-from .residual import running_std, update_moments
+from .moments import next_batch, running_std, store_if, update_moments
 from .svq_search import log_scale, search, suited
 
 MOST = 16  # bits a channel: with more, lengths of 1/8 bit are too coarse
@@ -212,11 +212,9 @@ class SVQ(Quantizer):
     def _track(self, z: Tensor) -> Tensor:
         """Update mean, variance and scales by a batch, then the steps and code lengths.
 
-        Returns whether the batch is finite. The training loop skips the step of one that is not,
-        and so does the state.
+        Returns whether the batch is finite.
         """
-        number = self.batches + 1
-        weight = number.reciprocal().clamp(min=self.momentum)
+        number, weight = next_batch(self.batches, self.momentum)
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
         mean, var = update_moments(mean, var, z, weight)
         vectors = (z - mean).transpose(0, 1).flatten(1)
@@ -224,13 +222,13 @@ class SVQ(Quantizer):
         shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
         new = torch.stack([self.log_scale[0] + shift, (square - shift.square()).clamp(min=0)])
         finite = new.isfinite().all()
-        for state, value in (
+        store_if(
+            finite,
             (self.running_mean, mean.flatten()),
             (self.running_var, var.flatten()),
             (self.log_scale, self.log_scale.lerp(new, weight)),
             (self.batches, number),
-        ):
-            state.copy_(torch.where(finite, value, state))
+        )
         self._design()
         return finite
 
