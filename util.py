@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from quantizers.base import processes as world_size
-from quantizers.base import rank
+from quantizers.functional import processes as world_size
+from quantizers.functional import rank
 
 Result = TypeVar("Result")
 

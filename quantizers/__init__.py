@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from .base import Quantized, Quantizer, straight_through
+from .base import Quantized, Quantizer
 from .ema import VectorQuantizeEMA
 from .fsq import FSQ
+from .functional import straight_through
 from .geometric import GeometricRFSQ
 from .lfq import LFQ
 from .pairs import Pairs

@@ -1,4 +1,4 @@
-"""The contract that every quantizer keeps, and the functions that they share.
+"""The contract that every quantizer keeps.
 
 z (B, C, *positions) ──forward──> quantized (B, C, *positions), indices (B, *positions[, stages])
                                                                     │
@@ -13,10 +13,9 @@ from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+from .functional import HALF_PRECISION, output_dtype, traced
 
 
 class Quantized(NamedTuple):
@@ -34,77 +33,6 @@ class Quantized(NamedTuple):
     indices: Tensor
     loss: Tensor | None = None
     statistics: Tensor | None = None
-
-
-def straight_through(source: Tensor, value: Tensor) -> Tensor:
-    """Straight-through estimator (Bengio et al., arXiv 1308.3432).
-
-    Returns exactly `value`, bit for bit; the gradient goes to `source` unchanged. The usual
-    `source + (value - source).detach()` has a rounding error, so that a decoder, which starts from
-    indices, would not return the same values as the forward.
-
-    Shapes: `source`, `value` and the result have the same shape.
-    """
-    value = value.detach()
-    # The result has the gradient of `source`, and the shape in vmap and the strides of `value`. Its
-    # values are then overwritten through `detach`, unseen by autograd, which saves none of them.
-    out = torch.lerp(value, source, 1.0)
-    out.detach().copy_(value)
-    return out
-
-
-def round_straight_through_(x: Tensor) -> Tensor:
-    """Round `x` in place, with the gradient of not rounding it: `straight_through(x, x.round())`.
-
-    In place, because an autograd function written in Python costs more than all of the arithmetic
-    around it. No operation may have saved `x` for its backward: autograd raises a RuntimeError if
-    one has.
-    """
-    x.detach().round_()  # shares the memory of x, unseen by autograd
-    return x
-
-
-def traced() -> bool:
-    """Whether tensors have no values: in torch.compile, export, and transforms of torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def exporting() -> bool:
-    """Whether this is torch.export (torch 2.7 and later), whose sizes may be unknown too."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-
-
-def output_dtype(z: Tensor) -> torch.dtype:
-    """That of `z` where the model around is of half precision itself; float32 under autocast."""
-    autocast = not z.is_meta and torch.is_autocast_enabled(z.device.type)
-    return z.dtype if z.dtype in HALF_PRECISION and not autocast else torch.float32
-
-
-def processes() -> int:
-    """The number of processes of the default process group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """The rank of this process in the default process group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes without gradient; `x` itself if there is one."""
-    if processes() > 1:
-        x = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-    return x
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes without gradient; `x` itself if there is one."""
-    return sum_over_processes(x) / processes() if processes() > 1 else x
 
 
 class Quantizer(nn.Module):
@@ -357,9 +285,3 @@ class Quantizer(nn.Module):
                     f"but {low if low < 0 else top} was given"
                 )
         return indices
-
-
-def per_channel(x: Tensor, like: Tensor) -> Tensor:
-    """View `x` (C,) or (B, C) so that it broadcasts against `like` (B, C, *positions)."""
-    lead = x.shape if x.dim() == 2 else (1, *x.shape)
-    return x.view(*lead, *[1] * (like.dim() - 2))

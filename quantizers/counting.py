@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import exporting
+from .functional import exporting
 
 # Larger counts become this one. Those that an index is made of are at most 2^60.
 SATURATED = 2**61

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, exporting, processes, rank, straight_through, sum_over_processes
+from .base import Quantizer
 from .checks import check_integer, check_weight
+from .functional import exporting, processes, rank, straight_through, sum_over_processes
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
 # its cache, on a GPU more.

@@ -9,8 +9,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import HALF_PRECISION, Quantizer, per_channel, round_straight_through_, traced
+from .base import Quantizer
 from .checks import check_levels
+from .functional import HALF_PRECISION, per_channel, round_straight_through_, traced
 
 EPS = 1e-3
 

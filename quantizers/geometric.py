@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import per_channel, straight_through
+from .functional import per_channel, straight_through
 from .moments import next_batch, running_std, update_moments
 from .residual import ResidualFSQ
 

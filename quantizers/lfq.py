@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, per_channel, straight_through
+from .base import Quantizer
 from .checks import check_integer, check_weight
+from .functional import mean_over_processes, per_channel, straight_through
 
 MAX_GROUP_BITS = 24
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import mean_over_processes, processes
+from .functional import mean_over_processes, processes
 
 VAR_EPS = 1e-10
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Quantizer, processes, rank
+from .base import Quantizer
 from .checks import check_integer, check_momentum
 from .fsq import FSQ
+from .functional import processes, rank
 from .moments import Batch, store_if
 
 PAPER_LEVELS = {2: [8, 8, 8, 4], 4: [4, 4, 4, 4, 4]}

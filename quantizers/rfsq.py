@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import per_channel, straight_through
 from .fsq import Grid
+from .functional import per_channel, straight_through
 from .moments import next_batch, running_std, update_moments
 from .residual import ResidualFSQ
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer, mean_over_processes, per_channel, straight_through
+from .base import Quantizer
 from .checks import check_integer, check_momentum
 from .counting import Counts, count, inverse, rank, unrank
+from .functional import mean_over_processes, per_channel, straight_through
 from .moments import next_batch, running_std, store_if, update_moments
 from .svq_search import log_scale, search, suited
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import traced
 from .counting import Lengths, compiled_form, inverse, opaque
+from .functional import traced
 
 SEARCHED = 4  # classes for each vector
 FINER = 0.2  # octaves by which the best step is below that of the scale, on average

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantizers import FSQ, straight_through
-from quantizers.base import round_straight_through_
+from quantizers.functional import round_straight_through_
 
 # L: (z, code, digit), from h = (L-1) 0.999 / 2, offset 1/2 and shift tan(offset/h) for even L.
 # L = 4, z = 0.5: h = 1.4985, shift = tan(0.33367) = 0.34668; 1.4985 tanh(0.84668) - 0.5 = 0.533,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from quantizers import Quantized, straight_through
-from quantizers.base import round_straight_through_
+from quantizers.functional import round_straight_through_
 
 ROOT = Path(__file__).parent.parent
 
