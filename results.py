@@ -87,6 +87,12 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
             faults.append(f"{path} lacks {', '.join(missing)}: give what train.py has written")
         else:
             results.append({**run, "path": path})
+    # A kept copy beside the run that it was made of is the same run.
+    runs = [run for run in results if run["path"].name == "results.json"]
+    kept = [run for run in results if run["path"].name != "results.json"]
+    if runs and kept:
+        same = [portable(run) for run in runs]
+        results = [*runs, *(run for run in kept if portable(run) not in same)]
     return results, faults
 
 

@@ -84,12 +84,19 @@ def set_float32_precision(precision: str) -> None:
 def float32_precision(precision: str) -> Iterator[None]:
     """Within `with`, or in a decorated function, as `set_float32_precision`; then as before."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    old, new = "allow_tf32", "fp32_precision"  # the names before torch 2.9, and since
+    conv, rnn = getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)
+    before = []
+    for part, name in ((matmul, old), (cudnn, old), (matmul, new), (conv, new), (rnn, new)):
+        # PyTorch raises a RuntimeError when the old name is read after the new one was set.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            before.append((part, name, getattr(part, name)))
     set_float32_precision(precision)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 def peak_memory_mib(device: torch.device) -> int:

@@ -164,7 +164,7 @@ def lpips_network(net: str, device: torch.device, side: int | None = None) -> Pe
     if side is not None and side < smallest:
         raise ValueError(
             f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}; give a larger "
-            "--img-size, or --perceptual-weight 0"
+            "--img-size, or --lpips-net vgg"
         )
     return build_in_all(lambda: Perceptual(net).to(device))
 

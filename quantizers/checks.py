@@ -23,9 +23,13 @@ def check_integer(name: str, value: object, least: int = 1, most: int | None = N
 
 def _integer(value: object) -> int | None:
     """An integer of any kind, NumPy's too, as an int; None for anything else, and for a bool."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if boolean or not isinstance(value, SupportsIndex):
         return None
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor or an array of other numbers, or of several
+        return None
 
 
 def check_weight(name: str, value: float) -> float:
@@ -56,7 +60,8 @@ def check_levels(levels: Sequence[int]) -> list[int]:
     Raises:
         ValueError: naming the level or the product that does not fit.
     """
-    if not isinstance(levels, Iterable) or not (given := list(levels)):
+    several = isinstance(levels, Iterable) and getattr(levels, "ndim", 1)
+    if not several or not (given := list(levels)):
         raise ValueError(
             f"levels must be the number of levels of each channel, as in [8, 8, 8, 8], not {levels}"
         )

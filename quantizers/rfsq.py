@@ -164,10 +164,10 @@ class RFSQ(ResidualFSQ):
         Args:
             indices: integers, as `forward` returns them, or their first k stages.
             statistics: (B, >= k, 2, dim), as `forward` returns them with image statistics; required
-                then, and refused otherwise.
+                then.
 
         Raises:
-            ValueError: for indices out of range, or statistics that do not fit.
+            ValueError: for statistics that are missing or do not fit.
         """
         self._check_statistics(indices, statistics)
         like = indices[..., 0].unsqueeze(1)  # (B, 1, *positions)

@@ -331,6 +331,19 @@ def test_a_codec_leaves_the_precision_of_its_host(folder):
         assert matmul.allow_tf32 == given
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9")
+def test_a_codec_works_in_a_host_that_sets_the_precision_by_its_new_name(folder):
+    code = (
+        "import sys, numpy, torch; from codec.codec import Codec\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "codec = Codec(sys.argv[1])\n"
+        "codec.decode(codec.encode(numpy.zeros((16, 16, 3), numpy.uint8)))\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'"
+    )
+    command = [sys.executable, "-c", code, str(folder / "two.pt")]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
+
+
 # ---------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------

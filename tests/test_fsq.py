@@ -227,6 +227,9 @@ def test_round_trip_of_any_levels(data):
         (["8"], "'8'"),
         ([], "levels must be .*not \\[\\]"),
         (8, "levels must be .*not 8"),
+        (torch.tensor(8), "levels must be .*not 8"),
+        (torch.tensor([8.0, 8.0]), r"tensor\(8\.\) is among"),
+        ([torch.tensor(True), 4], "True"),
         ([8, 513], "513"),
         ([4] * 32, r"2\^64"),
         ([3] + [4] * 31, r"2\^63"),
@@ -235,6 +238,18 @@ def test_round_trip_of_any_levels(data):
 def test_levels_that_cannot_be(levels, named):
     with pytest.raises(ValueError, match=named):
         FSQ(levels)
+
+
+@pytest.mark.parametrize("level", [300, 511, 512])
+def test_codes_of_many_levels_in_half_precision(level):
+    fsq, every = FSQ([level]), torch.arange(level)[:, None]
+    codes = fsq.indices_to_codes(every)
+    exact = (codes.bfloat16().float() * (level // 2)).round() == codes * (level // 2)
+    found = fsq.codes_to_indices(codes.bfloat16())
+    assert torch.equal(found[exact[:, 0]], every[exact[:, 0]])
+    assert torch.equal(fsq.codes_to_indices(codes.half()), every)
+    meta = torch.empty(2, 1, 3, device="meta")
+    assert fsq.codes_to_indices(meta).shape == (2, 3)
 
 
 @pytest.mark.parametrize("wrong", [7.3, 0.1, -1.25, math.nan, math.inf])

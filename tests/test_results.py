@@ -70,6 +70,7 @@ def test_runs_are_found_through_links_and_beside_kept_results(tmp_path):
     (tmp_path / "runs" / "first").symlink_to(first.parent if first.is_file() else first)
     (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs")
     keep(tmp_path / "runs", make_run(tmp_path / "other", seed=1))
+    keep(tmp_path / "runs", tmp_path / "runs" / "first")  # its copy is no other run
     found, faults = read_results([str(tmp_path / "runs")])
     assert sorted(run["seed"] for run in found) == [0, 1] and not faults
 

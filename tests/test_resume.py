@@ -67,7 +67,6 @@ def no_nohup():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
-    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
 
 
 def run(folder: Path, *flags: str) -> dict:

@@ -149,7 +149,6 @@ class Reads(TorchDispatchMode):
 @every
 def test_no_wait_between_log_lines(flags, tmp_path, monkeypatch):
     monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
-    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
 
     def reads(steps: int) -> int:
         # However many steps, there is one log line, one checkpoint and one evaluation.
@@ -166,7 +165,6 @@ def test_no_wait_between_log_lines(flags, tmp_path, monkeypatch):
 
 def test_precision_and_compile_flags_are_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr("dataset.SYNTHETIC_VAL", 2)
-    monkeypatch.setattr("train.lpips_network", lambda *args, **kwargs: None)
     flags = ["--img-size=32", "--channel=16", "--batch-size=4", "--num-workers=0"]
     flags += ["--train-data-path=synthetic", "--val-data-path=synthetic", "--perceptual-weight=0"]
     flags += ["--train-iters=1", f"--save={tmp_path / 'run'}"]
