@@ -251,7 +251,7 @@ def test_entropy_coded_rows_where_there_is_an_entropy_model(files, capsys):
     # Equal rates share a table: two fixed rates, two coded.
     assert [len(rate["ours"]) for rate in result["rates"]].count(2) == 2
     assert len(result["rates"]) == 4
-    assert "coded.pt, 2 of 2 stages, entropy-coded" in capsys.readouterr().out
+    assert "coded.pt), 2 of 2 stages, entropy-coded" in capsys.readouterr().out
 
 
 @pytest.mark.slow
