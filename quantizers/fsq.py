@@ -75,22 +75,22 @@ class FSQ(Quantizer):
         grid, _ = self.constants(like.device)
         return Grid(*grid.view(4, 1, self.dim, *[1] * (like.dim() - 2)).unbind())
 
-    def bound(self, z: Tensor) -> Tensor:
+    def bound(self, z: Tensor, grid: Grid) -> Tensor:
         """`h tanh(z + shift) - offset` of `z` (B, C, *positions), in a new tensor."""
-        grid = self.grid(z)
         # h tanh(x) = 2h sigmoid(2x) - h: on a CPU the sigmoid takes a tenth of the time.
         share = (z + grid.shift).mul_(2).sigmoid_()
         return (share * (2 * grid.h)).sub_(grid.h + grid.offset)
 
-    def round(self, z: Tensor) -> Tensor:
+    def round(self, z: Tensor, grid: Grid) -> Tensor:
         """The integers `round(bound(z))`, straight-through: with the gradient of the bound."""
-        return round_straight_through_(self.bound(z))
+        return round_straight_through_(self.bound(z, grid))
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, C, *positions) to `(quantized, indices)`, indices (B, *positions)."""
-        rounded = self.round(z)
+        grid = self.grid(z)
+        rounded = self.round(z, grid)
         # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
-        quantized = rounded / self.grid(z).half_levels + 0.0
+        quantized = rounded / grid.half_levels + 0.0
         return quantized, self.pack(rounded)
 
     def pack(self, rounded: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class RFSQ(ResidualFSQ):
                 running[k] = update_moments(mean, var, residual, batch.weight)
             mean_std = self._statistics(residual, running[k])
             a, b = affine(gain, bias, *mean_std)
-            rounded = self.fsq.round(a * residual + b)  # FSQ(A_k(r_k)) floor(L/2)
+            rounded = self.fsq.round(a * residual + b, grid)  # FSQ(A_k(r_k)) floor(L/2)
             codes = denormalise(rounded, a, b, grid)  # q_k = A_k^-1(FSQ(A_k(r_k)))
             residual = residual - codes
             quantized = quantized + (codes if kept is None else torch.where(kept > k, codes, 0))

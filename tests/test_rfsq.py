@@ -285,7 +285,7 @@ def test_the_parts_of_the_loop_pass_gradcheck(per_image):
 
     def normalised(z, gain, bias, mean, std):
         a, b = affine(gain, bias, mean, std)
-        return fsq.bound(a * z + b)
+        return fsq.bound(a * z + b, fsq.grid(z))
 
     def codes(gain, bias, mean, std):
         return denormalise(n, *affine(gain, bias, mean, std), grid)
