@@ -78,6 +78,18 @@ def make_folder(folder: str | Path, advice: str) -> None:
         raise ValueError(f"folder {folder} cannot be made ({error.strerror}): {advice}") from error
 
 
+def walk(root: Path, onerror: Callable | None = None) -> Iterator[tuple[str, list, list]]:
+    """`os.walk` through links to folders, each folder once: a link to where it has been ends."""
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=onerror, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield folder, subfolders, files
+
+
 def check_room(folder: Path, need: int) -> None:
     """Raises ValueError if the disk of a folder has less than `need` bytes free."""
     free = shutil.disk_usage(folder).free

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from files import walk
 from output import printable
 
 # In every results.json.
@@ -53,15 +54,7 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
 
 def _below(folder: Path, file: str) -> list[Path]:
     """The files of this name in a folder, to any depth, through links to folders."""
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        found += [Path(place, file)] if file in files else []
-    return found
+    return [Path(place, file) for place, _, files in walk(folder) if file in files]
 
 
 def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
@@ -98,13 +91,18 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
 
 def without_places(command: str) -> str:
     """A command of train.py without what is of no use on another machine."""
+    return without_flags(command, PLACES)
+
+
+def without_flags(command: str, flags: Iterable[str]) -> str:
+    """A command of train.py without its folder, --overwrite, and these flags and their values."""
     every = shlex.split(command)
     kept, words = [Path(word).name for word in every[:2]], iter(every[2:])  # python and the script
     for word in words:
         flag, joined, _ = word.partition("=")
-        if flag not in (*PLACES, "--overwrite"):
+        if flag not in (*flags, "--overwrite"):
             kept.append(word)
-        elif flag in PLACES and not joined:
+        elif flag in flags and not joined:
             next(words, None)
     return shlex.join(kept)
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from files import is_of_the_disk, reason_of
+from files import is_of_the_disk, reason_of, walk
 from output import printable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -119,13 +119,8 @@ def list_files(root: Path, suffixes: Sequence[str]) -> tuple[list[str], str | No
     def fail(error: OSError) -> None:
         raise ValueError(f"cannot list folder '{error.filename}': {error.strerror}") from error
 
-    paths, seen = [], set()
-    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to where the walk has been
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
+    paths = []
+    for folder, subfolders, files in walk(root, onerror=fail):
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         below = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         paths += [(below + name).removeprefix("./") for name in files if name[0] != "."]

@@ -37,11 +37,10 @@ def check_same_flags(file: Path, run: dict) -> None:
         return
     (before,), _ = read_results([str(file)])
     differ = differing_flags(args_of(before), args_of(run), may_change_flags())
-    for name in ("train_images", "images", "train_data", "val_data"):
-        there, here = (str(result.get(name)).rsplit("/", 1)[-1] for result in (before, run))
+    given = [{**result, "--load": args_of(result).load} for result in (before, run)]
+    for name in ("train_images", "images", "train_data", "val_data", "--load"):
+        there, here = (str(result.get(name)).rsplit("/", 1)[-1] for result in given)
         differ += [f"{name} {there} there, {here} here"] if there != here else []
-    there, here = (str(args_of(result).load).rsplit("/", 1)[-1] for result in (before, run))
-    differ += [f"--load {there} there, {here} here"] if there != here else []
     if differ:
         raise ValueError(
             f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"

@@ -27,7 +27,7 @@ from arguments import Parser, get_args
 from files import write_whole
 from flags import args_of, flags_of_group, may_change_flags
 from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
-from results import read_results
+from results import read_results, without_flags
 
 # The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.
 PAPER = {
@@ -265,16 +265,9 @@ def origins(row: Row) -> str:
 
 def way(part: dict) -> str:
     """Commit, hardware and command of a part of a run, without what differs between seeds."""
-    words, kept = iter(shlex.split(part["command"])), []
-    for word in words:
-        flag, joined, _ = word.partition("=")
-        if flag in ("--seed", "--save", "--resume"):
-            if not joined:
-                next(words, None)
-        elif word != "--overwrite":
-            kept.append(Path(word).name if word.endswith("/train.py") else word)
+    command = without_flags(part["command"], ("--seed", "--save", "--resume"))
     commit, _, changed = (part["commit"] or "unknown").partition(" ")
-    return f"commit {f'{commit[:10]} {changed}'.strip()}, {part['device']}: `{shlex.join(kept)}`"
+    return f"commit {f'{commit[:10]} {changed}'.strip()}, {part['device']}: `{command}`"
 
 
 def describe(c: dict, others: Sequence[dict]) -> list[str]:
