@@ -22,8 +22,9 @@ PLACES = ("--train-data-path", "--val-data-path", "--save", "--resume", "--load"
 def find_runs(names: Iterable[str], file: str) -> list[Path]:
     """The files named `file` in run folders, folders of them and patterns, each of them once.
 
-    A folder may also have kept results (`KEPT`). Links to folders are followed. A name without
-    either, such as a run that is not finished, is left out with a warning.
+    Kept results (`KEPT`) are found as well, in a folder or by name. Links to folders are
+    followed. A name without either, such as a run that is not finished, is left out with a
+    warning.
 
     Raises:
         ValueError: a name that does not exist, or nothing is found.
@@ -37,8 +38,8 @@ def find_runs(names: Iterable[str], file: str) -> list[Path]:
         for path in paths:
             if path.is_dir():
                 files += _below(path, file)
-                files += path.glob(KEPT) if file == "results.json" else []
-            elif path.suffix == Path(file).suffix:
+                files += path.glob(KEPT)
+            elif path.suffix == Path(file).suffix or path.match(KEPT):
                 files.append(path)
         files = [each for each in files if each.is_file()]  # opening a pipe would wait for ever
         if not files:

@@ -217,10 +217,10 @@ class RunFolder:
         lines = "".join(json.dumps(record) + "\n" for record in kept if step)
         write_whole(self.log_path, lambda file: file.write(lines.encode()))
 
-    def validated(self, images: str) -> dict[int, float]:
-        """Validation PSNR by step, as logged, of one validation set (or of an old log)."""
-        records = [r for r in self.read_log() if r["kind"] == "val"]
-        return {r["step"]: r["psnr"] for r in records if r.get("validation", images) == images}
+    def validations(self, images: str) -> list[dict]:
+        """The evaluations of one validation set (or of an old log), as logged."""
+        records = [record for record in self.read_log() if record["kind"] == "val"]
+        return [record for record in records if record.get("validation", images) == images]
 
     # -----------------------------------------------------------------------------------
     # Checkpoints

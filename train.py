@@ -29,7 +29,7 @@ from dataset import build_dataset, print_skipped, skipped_images
 from dataset.loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
-from metric import evaluate, format_results
+from metric import FIELD, evaluate, format_results
 from model import VQVAE, load_weights
 from resume import find_resumed, restore
 from run import RunFolder
@@ -181,7 +181,7 @@ class Training:
         if resumed:
             self.meter.load_state_dict(resumed)
             if resumed.get("validation", self.validation) == self.validation:
-                self.best = max([resumed["best_psnr"], *self._validated().values()])
+                self.best = max([resumed["best_psnr"], *(v["psnr"] for v in self._validations())])
             seconds = resumed["seconds"]
             self.segments, self.skipped_before = resumed["segments"], resumed["skipped_images"]
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
@@ -260,11 +260,12 @@ class Training:
         done = self.first_step
         if done in (0, self.steps):
             return done > 0
-        return done % eval_interval == 0 and done not in self._validated()
+        return done % eval_interval == 0 and done not in [v["step"] for v in self._validations()]
 
-    def _validated(self) -> dict[int, float]:
-        """PSNR of this validation set by step, as logged. A collective."""
-        return util.on_main(lambda: self.run.validated(self.validation))
+    def _validations(self) -> list[dict]:
+        """Step and metrics of each evaluation of this validation set so far. A collective."""
+        records = util.on_main(lambda: self.run.validations(self.validation))
+        return [{key: record.get(key) for key in ("step", *FIELD)} for record in records]
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective."""
@@ -370,6 +371,7 @@ class Training:
         results = {
             "name": args.name or self.model.quantizer.name,
             **result,
+            "validations": self._validations(),
             "parameters": sum(p.numel() for p in self.parameters),
             "steps": self.steps,
             "batch_size": args.batch_size,

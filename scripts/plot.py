@@ -2,8 +2,9 @@
 
     python scripts/plot.py runs/A runs/B --out curves.png
 
-Reads metrics.jsonl alone, so runs that are still training can be drawn as well. Lines of the log
-that are damaged are skipped with a warning. Needs matplotlib: pip install '.[figures]'.
+Reads metrics.jsonl alone, so runs that are still training can be drawn as well; of kept results
+(`scripts/keep_results.py`), their validation metrics. Damaged lines of a log are skipped with a
+warning. Needs matplotlib: pip install '.[figures]'.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 from arguments import Parser
-from results import find_runs
+from results import find_runs, read_results
 from run import RunFolder
 
 PANELS = {  # a number of the log: kind of its records, title of its panel
@@ -37,28 +38,45 @@ def curve(records: Sequence[dict], kind: str, key: str) -> list[tuple[int, float
     return [(step, value) for step, value in rows if isinstance(value, int | float)]
 
 
-def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[str, list]]:
-    """{title of a panel: {run: curve}}, without empty ones; runs by the folders that differ.
+def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
+    """{label: records of its log} of runs, by the folders that differ, and of kept results.
 
     Raises:
-        ValueError: a name without a log, or nothing to draw in any of them.
+        ValueError: a name without runs.
     """
-    folders = [path.parent for path in find_runs(names, "metrics.jsonl")]
-    parents = [folder.absolute().parent for folder in folders]
-    curves: dict[str, dict[str, list]] = {}
-    for folder in folders:
-        records = RunFolder(folder).read_log()
+    files = find_runs(names, "metrics.jsonl")
+    folders = [file.parent.absolute() for file in files if file.suffix == ".jsonl"]
+    root = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
+    labels = [os.path.relpath(folder, root) for folder in folders]
+    logs = [RunFolder(folder).read_log() for folder in folders]
+    kept, faults = [], []
+    if len(folders) < len(files):
+        kept, faults = read_results([str(file) for file in files if file.suffix != ".jsonl"])
+    for fault in faults:
+        print(f"warning: {output.printable(fault)}", file=sys.stderr)
+    labels += [run["args"].get("name") or run["name"] for run in kept]
+    logs += [[{"kind": "val", **each} for each in run.get("validations", [])] for run in kept]
+    paths = [*map(str, folders), *(run["path"].stem for run in kept)]
+    return dict(zip(output.distinct(labels, paths), logs, strict=True))
+
+
+def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[str, list]]:
+    """{title of a panel: {run: curve}}, without empty ones.
+
+    Raises:
+        ValueError: a name without runs, or nothing to draw in any of them.
+    """
+    curves: dict[str, dict[str, list]] = {PANELS[key][1]: {} for key in panels}
+    for label, records in read_runs(names).items():
         if not records:
-            print(f"warning: {folder} has no whole line in its metrics.jsonl: left out", flush=True)
-        label = os.path.relpath(folder.absolute(), os.path.commonpath(parents))
+            print(f"warning: {label} has no whole record in its log: left out", flush=True)
         for key in panels:
             kind, title = PANELS[key]
             if points := curve(records, kind, key):
-                curves.setdefault(title, {})[label] = points
-    if not curves:
+                curves[title][label] = points
+    if not any(curves.values()):
         raise ValueError(f"{', '.join(names)}: there is nothing to draw yet: give other runs")
-    titles = [PANELS[key][1] for key in panels]
-    return {title: curves[title] for title in titles if title in curves}
+    return {title: lines for title, lines in curves.items() if lines}
 
 
 def draw(curves: dict[str, dict[str, list]]):
@@ -84,7 +102,7 @@ def draw(curves: dict[str, dict[str, list]]):
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw as the flags say and return the path of the picture. ValueError for bad input."""
     parser = Parser.of(__file__, __doc__)
-    text = "run folders, folders of them, metrics.jsonl, globs"
+    text = "run folders, folders of them or of kept results, metrics.jsonl, globs"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     parser.add_argument("--out", default="curves.png", metavar="PNG", help="the picture")
     text = "what is drawn, in this order; default: all"

@@ -27,7 +27,7 @@ FLOORS = (
     {"flags"},
     {"loss", "fid"},
     {"model", "metric"},
-    {"run", "evaluation", "codec"},
+    {"run", "evaluation", "codec", "rows"},
     {"resume"},
     {"train"},
     {"timing"},

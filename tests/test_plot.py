@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from PIL import Image
+from test_report import make_run
 
 import exits
-from scripts import plot
+from scripts import keep_results, plot
 
 
 def make_log(folder, losses, psnr, **others):
@@ -36,7 +37,7 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     assert plot.main([*names, f"--out={out}"]) == out
     said = capsys.readouterr().out
     assert "new/metrics.jsonl: 3 damaged lines skipped" in said
-    assert "empty has no whole line in its metrics.jsonl: left out" in said
+    assert "empty has no whole record in its log: left out" in said
     (figure,) = figures
     shown = {
         axes.get_title(): {
@@ -68,6 +69,27 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     plot.main([*names, f"--out={out}", "--panels", "psnr", "loss", "psnr"])
     titles = [axes.get_title() for axes in figures[2].axes]
     assert titles == ["validation PSNR, dB", "training loss"]
+
+
+def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    curve = [{"step": step, "psnr": float(step), "lpips": None} for step in (1, 2)]
+    for seed in (0, 1):
+        run = make_run(tmp_path / f"{seed}", ["--name=LN"], seed, validations=curve[: 2 - seed])
+        keep_results.main([str(run), "--out", str(tmp_path / "kept")])
+    keep_results.main([str(make_run(tmp_path / "old", ["--name=old"])), f"--out={tmp_path}/kept"])
+    make_log(tmp_path / "run", [0.5], 20.0)
+    curves = plot.read_curves([str(tmp_path / name) for name in ("kept", "run")], ["psnr", "lpips"])
+    assert curves == {
+        "validation PSNR, dB": {
+            f"run ({tmp_path / 'run'})": [(10, 20.0)],
+            "LN (ln-f4-conv-1000-s0)": [(1, 1.0), (2, 2.0)],
+            "LN (ln-f4-conv-1000-s1)": [(1, 1.0)],
+        }
+    }
+    assert "old (old-f4-conv-1000-s0) has no whole record" in capsys.readouterr().out
+    (alone,) = plot.read_curves([f"{tmp_path}/kept/ln*-s0.json"], ["psnr"]).values()
+    assert alone == {"LN": [(1, 1.0), (2, 2.0)]}
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):

@@ -19,6 +19,7 @@ from processes import DEADLINE, script_environment
 import exits
 from arguments import get_args
 from quantizers import build_quantizer
+from rows import PAPER as CLAIMS
 from scripts import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def test_every_configuration_has_a_name_and_the_bits_that_it_states(name):
 def test_names_are_unique_and_those_of_the_paper_are_there():
     names = [get_args(script_flags(name)).name for name in (*PAPER, *BEYOND)]
     assert len(set(names)) == len(names)
-    assert set(report.PAPER) <= set(names) and not set(PAPER) & set(BEYOND)
+    assert set(CLAIMS) <= set(names) and not set(PAPER) & set(BEYOND)
     assert len(PAPER) == 15 and len(BEYOND) >= 6
 
 
@@ -364,6 +365,33 @@ def test_report_states_values_spread_paper_and_floors(tmp_path, capsys):
     assert "L1 normalised" in text and "LPIPS-alex" in text and "LPIPS-alex of [0,1]" in text
     origin = "RFSQ-2x2048-LN: 1,000 steps, 128,000 images seen; seeds 0, 1, 2, commit 0123456789"
     assert f"{origin} (changed), a GPU: `python train.py --lr 0.0008`" in text
+
+
+def test_report_has_the_curves_of_training(tmp_path):
+    """Every step that all seeds have, at most seven of them: the first, and from the last on."""
+
+    def curve(steps, seed):
+        records = [{"step": 10 * i, "psnr": 20.0 + i + seed, "lpips": 0.1 * i} for i in steps]
+        return {"validations": [{**each, "l1": 0.1, "ssim": 0.5} for each in records]}
+
+    for seed in (0, 1):
+        make_run(tmp_path / f"ln{seed}", seed=seed, **curve(range(1, 10 + seed), seed))
+    none = curve(range(2, 10), 0)["validations"]
+    none[-1]["lpips"] = None
+    make_run(tmp_path / "none", ["--rfsq-strategy=none"], validations=none)
+    make_run(tmp_path / "scale", ["--rfsq-strategy=scale"], **curve([9], 0))
+    make_run(tmp_path / "old", ["--quantizer=fsq"])
+    text = report.main([str(tmp_path)])
+    table = text.partition("PSNR dB / LPIPS after steps:\n\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [
+        "|  | 10 | 30 | 50 | 70 | 90 |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| RFSQ-2x2048-None | – | 23.00 / 0.3000 | 25.00 / 0.5000 | 27.00 / 0.7000 | 29.00 / – |",
+        "| RFSQ-2x2048-LN | 21.50 / 0.1000 | 23.50 / 0.3000 | 25.50 / 0.5000 | 27.50 / 0.7000 "
+        "| 29.50 / 0.9000 |",
+    ]
+    other = make_run(tmp_path / "other", ["--lr=1"])
+    assert "after steps" not in report.main([str(other)])
 
 
 def test_report_recomputes_the_claims_from_pairs_of_seeds(tmp_path):

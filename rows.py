@@ -1,0 +1,156 @@
+"""Finished runs as the rows of tables: one configuration each, its seeds together.
+
+Runs that differ in anything else but the seed (data, steps, network, ...) are in separate tables.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+
+import output
+from arguments import get_args
+from flags import args_of, flags_of_group, may_change_flags
+from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
+
+# The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.
+PAPER = {
+    "VQ-EMA 4096": (0.355, 0.489, 12.7),
+    "LFQ 12 bits": (0.241, 0.361, 16.0),
+    "FSQ 12 bits": (0.143, 0.182, 20.3),
+    "RFSQ-2x2048-None": (0.130, 0.159, 21.1),
+    "RFSQ-2x2048-Scale": (0.122, 0.152, 21.5),
+    "RFSQ-2x2048-LN": (0.124, 0.148, 21.3),
+    "RFSQ-4x1024-None": (0.113, 0.121, 22.2),
+    "RFSQ-4x1024-Scale": (0.103, 0.101, 22.9),
+    "RFSQ-4x1024-LN": (0.102, 0.100, 22.9),
+}
+ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
+# Flags that the table states by the results of its runs, and the seed.
+STATED = ("img_size", "batch_size", "lpips_net", "precision", "seed")
+
+
+@dataclass
+class Row:
+    """One configuration in one setting."""
+
+    name: str
+    args: Namespace
+    flags: dict  # that the quantizer reads
+    kind: str  # what the paper's table tells apart: the quantizer without weights and statistics
+    runs: list[dict] = field(default_factory=list)  # results, by seed
+    label: str = ""  # the name, and the flags that are not those of the configuration
+    paper: tuple[float, ...] | None = None  # the paper's figures
+
+
+def configurations(folder: str) -> dict[str, Row]:
+    """The configurations in scripts/`folder`, by name, as rows without runs."""
+    rows = {}
+    for file in sorted((Path(__file__).parent / "scripts" / folder).glob("*.sh")):
+        words = shlex.split(file.read_text().replace("\\\n", " "), comments=True)
+        args = get_args(words[2:-1])  # exec .../paper.sh FLAGS "$@"
+        rows[args.name] = make_row(args.name, args)
+    return rows
+
+
+def make_row(name: str, args: Namespace) -> Row:
+    """A row without runs. Its levels are those of the quantizer, also where no flag gave them."""
+    try:
+        quantizer = build_quantizer(args)
+    except ValueError:  # a quantizer that this version does not know: any flag may matter
+        used, own = flags_of_group("quantizer"), name
+    else:
+        used = quantizer.read_flags()
+        own = quantizer.name.removesuffix("-image")
+        levels = quantizer.levels if "levels" in quantizer.flags else args.levels
+        args = Namespace(**{**vars(args), "levels": levels})
+    flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}
+    return Row(name, args, flags, f"{own} {args.levels}")
+
+
+def setting(run: dict, args: Namespace) -> dict:
+    """All that the rows of one table have in common, by the names that the table prints."""
+    common = {
+        "training images": run["train_images"],
+        "training data": str(Path(run["train_data"])),
+        "steps": run["steps"],
+        "batch size": run["batch_size"],
+        "images seen": run["images_seen"],
+        "validation images": run["images"],
+        "validation data": str(Path(run["val_data"])),
+        "pixels": "x".join(map(str, run["image_size"])),
+        "LPIPS network": run["lpips_net"] or "missing",
+        "precision": ", then ".join(dict.fromkeys(map(itemgetter("precision"), parts_of(run)))),
+    }
+    apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load"}
+    others = tuple(f"{quantizer}_" for quantizer in QUANTIZERS if quantizer != args.quantizer)
+    # A flag that this version does not know may make any difference, if not of another quantizer.
+    kept = [f for f in sorted(vars(args)) if f not in apart and not f.startswith(others)]
+    flags = {flag: getattr(args, flag) for flag in kept}
+    return common | {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()}
+
+
+def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
+    """(setting, rows) of each table; rows by bits and quantizer, runs by seed.
+
+    A run without `--name` has that of the configuration of its kind, else the quantizer's.
+
+    Raises:
+        ValueError: a configuration has two runs of one seed in one setting.
+    """
+    known = {**configurations("beyond"), **configurations("paper")}
+    by_kind = {row.kind: name for name, row in known.items()}
+    tables: dict[str, tuple[dict, dict[str, Row]]] = {}
+    for run in sorted(results, key=lambda run: run["seed"]):
+        row = make_row(run["name"], args_of(run))
+        row.name = output.printable(row.args.name or by_kind.get(row.kind, row.name))
+        common = setting(run, row.args)
+        rows = tables.setdefault(json.dumps(common), (common, {}))[1]
+        row = rows.setdefault(json.dumps([row.name, row.flags]), row)
+        if row.runs and row.runs[-1]["seed"] == run["seed"]:
+            raise ValueError(
+                f"{row.runs[-1]['path']} and {run['path']} are both {row.name} with seed "
+                f"{run['seed']}: leave one of them out"
+            )
+        row.runs.append(run)
+
+    def place(row: Row) -> tuple:
+        quantizer = row.args.quantizer
+        strategy = STRATEGIES.index(row.args.rfsq_strategy)
+        bits = round(row.runs[0]["bits"])
+        return bits, (*ORDER, quantizer).index(quantizer), strategy, row.label
+
+    for _, rows in tables.values():
+        for row in rows.values():
+            namesakes = [other for other in rows.values() if other.name == row.name]
+            others = [known[row.name]] if row.name in known else namesakes
+            row.label = row.name + differences(row, others)
+            if by_kind.get(row.kind) == row.name:
+                row.paper = PAPER.get(row.name)
+    return [(common, sorted(rows.values(), key=place)) for common, rows in tables.values()]
+
+
+def differences(row: Row, others: Iterable[Row]) -> str:
+    """The flags of a row that differ from one of the others, with their values."""
+    text = ""
+    for flag in dict.fromkeys(flag for other in others for flag in (*row.flags, *other.flags)):
+        value = getattr(row.args, flag)
+        if any(getattr(other.args, flag) != value for other in others):
+            words = value if isinstance(value, list) else [value]
+            text += f", {flag.replace('_', ' ')} {' '.join(map(str, words))}"
+    return text
+
+
+def parts_of(run: dict) -> list[dict]:
+    """How a run went on whenever it was resumed: first_step, command, commit, device, precision.
+
+    One part for a run of an older version, which does not say.
+    """
+    known = {"first_step": 1, **run["environment"]}
+    known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
+    return [{**known, **part} for part in run.get("segments") or [{}]]
