@@ -20,6 +20,7 @@ from exits import StopSignals
 from util import stop_with_parent
 
 LOADER_TIMEOUT = 600  # seconds without a batch after which a loading process is given up
+WAITS = 10  # that they are spent in
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,9 +116,32 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.SIGNALS)
         try:
-            return super().__iter__()
+            return _Batches(super().__iter__())
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclasses.dataclass
+class _Batches:
+    """The batches of a DataLoader, which waits for each of them `WAITS` times.
+
+    A job that was suspended (SIGSTOP) while it waited finds its time over when it goes on, though
+    its loading processes stood still as well: that costs it one wait, and not the run.
+    """
+
+    batches: Iterator
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> torch.Tensor | None:
+        for _ in range(WAITS):
+            try:
+                return next(self.batches)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+        raise RuntimeError(f"DataLoader timed out after {LOADER_TIMEOUT} seconds")
 
 
 def _loader(
@@ -133,7 +157,7 @@ def _loader(
         num_workers=num_workers,
         collate_fn=_collate,
         worker_init_fn=functools.partial(_start_worker, (stop or StopSignals()).deferred),
-        timeout=LOADER_TIMEOUT if num_workers else 0,
+        timeout=LOADER_TIMEOUT / WAITS if num_workers else 0,
         # Not `forkserver`, the default from Python 3.14: a signal to the group ends its server.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=torch.device(device).type == "cuda",

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as reference
 
 import dataset
-from dataset import ImageFolderDataset, build_dataset
+from dataset import ImageFolderDataset, build_dataset, loaders
 from dataset.images import UnreadableImage, read_image
 from dataset.loaders import StreamSampler, train_loader, val_loader
 from dataset.synthetic import SyntheticDataset
@@ -483,6 +484,23 @@ def test_epochs_and_seeds_differ():
     (other,) = batches(100, 100, 1, steps=1)
     assert first != second and first != other and second != other
     assert first != list(range(100))
+
+
+def test_time_that_a_job_was_suspended_ends_no_run(monkeypatch):
+    """Such a job finds its wait over when it goes on; here every wait is too short."""
+
+    class Slow(SyntheticDataset):
+        def __getitem__(self, i):
+            time.sleep(1)
+            return super().__getitem__(i)
+
+    monkeypatch.setattr(loaders, "WAITS", 6000)
+    batches = iter(val_loader(Slow(8, 0, length=2), 2, num_workers=1))
+    kind, waits = type(batches.batches), []
+    wait = kind.__next__
+    monkeypatch.setattr(kind, "__next__", lambda self: waits.append(1) or wait(self))
+    assert len(next(batches)) == 2 and len(waits) > 1
+    assert next(batches, None) is None
 
 
 def test_an_iterator_can_be_started_twice():
