@@ -9,6 +9,7 @@ warning. Needs matplotlib: pip install '.[figures]'.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[s
 def draw(curves: dict[str, dict[str, list]]):
     """The picture, a matplotlib Figure: a panel for each title, a colour for each run."""
     labels = list(dict.fromkeys(label for lines in curves.values() for label in lines))
-    size = (SIZE[0] * len(curves), SIZE[1] + 0.2 * len(labels))
+    size = (SIZE[0] * len(curves), SIZE[1] + 0.2 * math.ceil(len(labels) / len(curves)))
     figure = output.load_figure()(figsize=size, layout="constrained")
     handles = {}
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -95,7 +96,8 @@ def draw(curves: dict[str, dict[str, list]]):
         scale = "log" if title == PANELS["loss"][1] and positive else "linear"  # LFQ's: both
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left")
+    legend = dict(loc="outside lower left", ncols=len(curves))
+    figure.legend(handles.values(), handles.keys(), **legend)
     return figure
 
 
