@@ -47,6 +47,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(transparent := image.info.get("transparency"), int):
             levels[levels == transparent] = 65535
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # Pillow has cut the pixels to 8
+        raise ValueError("a transparent colour of 16 bits; save it with 8 bits, or with alpha")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

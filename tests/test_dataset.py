@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -179,6 +180,20 @@ def test_a_transparent_colour_is_white(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", transparency=(1, 2, 3))
     loaded = load(tmp_path, 8)
     assert loaded[0, 0].tolist() == [255, 255, 255] and loaded[1, 1].tolist() == [9, 9, 9]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow gives its pixels with 8 bits, where the colour cannot be found any more."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", crc32(kind + data))
+
+    colour = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)) + chunk(b"tRNS", colour)
+    chunks += chunk(b"IDAT", compress(b"\0" + colour)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.raises(UnreadableImage, match="transparent colour of 16 bits"):
+        load(tmp_path, 1)
 
 
 def test_cmyk(tmp_path):
