@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import util
 from dataset import build_dataset
+from dataset.base import ImageDataset
 from dataset.loaders import val_loader
 from loss import Perceptual, lpips_if_available
 from metric import CodeUsage, ImageMetrics
@@ -32,7 +33,7 @@ class Evaluation(NamedTuple):
     """Checkpoints and the images to measure them on."""
 
     checkpoints: list[Checkpoint]
-    images: Dataset  # uint8 (3, img_size, img_size) each
+    images: ImageDataset
     img_size: int  # pixels a side
     loader: DataLoader  # batches of this process's share of `images`
     perceptual: Perceptual | None  # LPIPS on `device`

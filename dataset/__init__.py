@@ -3,6 +3,7 @@
     build_dataset(path) -> dataset[i]: uint8 (3, S, S) -> loaders: batches, in training's order
 
     images     files found, decoded, resized and cropped
+    base       what all of them can be asked
     archive    tars, read in place
     packed     arrays that scripts/pack_images.py wrote
     synthetic  generated images
@@ -19,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from dataset import archive
+from dataset.base import ImageDataset
 from dataset.images import IMAGE_SUFFIXES, UnreadableImage, fit, list_files, read_image, some
 from dataset.packed import PackedDataset, is_packed
 from dataset.synthetic import SyntheticDataset
@@ -31,7 +32,7 @@ from util import from_all
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 
 
-class Images(Dataset):
+class Images(ImageDataset):
     """Image files by name, in the order of their names.
 
     Item i is uint8 (3, img_size, img_size): `read_image`, then `fit`, which keeps the bytes of an
@@ -168,7 +169,7 @@ def image_files(paths: Sequence[str], img_size: int) -> Images:
     return ImageFolderDataset(paths[0], img_size)
 
 
-class SkipCorrupt(Dataset):
+class SkipCorrupt(ImageDataset):
     """Images without those that cannot be read, which are counted.
 
     In training, the next readable image takes its place, so that batches stay whole; in validation
@@ -201,13 +202,12 @@ class SkipCorrupt(Dataset):
         return self.images.fingerprint()
 
     def skipped(self) -> list[str]:
-        """The files that could not be read so far."""
         return [str(self.images.path(i)) for i in self.bad.nonzero()[:, 0].tolist()]
 
 
 def build_dataset(
     path: str | os.PathLike, img_size: int, seed: int, train: bool, skip_corrupt: bool = False
-) -> Dataset:
+) -> ImageDataset:
     """The dataset that a path names: 'synthetic', a folder of images, packed or not, or tars.
 
     `seed` is for generated images alone, `skip_corrupt` for images that are not packed.
@@ -222,9 +222,9 @@ def build_dataset(
     return SkipCorrupt(images, train) if skip_corrupt else images
 
 
-def skipped_images(*datasets: Dataset) -> set[str]:
+def skipped_images(*datasets: ImageDataset) -> set[str]:
     """The files that any process left out because they could not be read. A collective."""
-    own = [name for images in datasets for name in getattr(images, "skipped", list)()]
+    own = [name for images in datasets for name in images.skipped()]
     return set().union(*from_all(own))
 
 

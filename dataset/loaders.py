@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from dataset.base import ImageDataset
 from exits import StopSignals
 from util import stop_with_parent
 
@@ -169,7 +170,7 @@ def _loader(
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: ImageDataset,
     batch_size: int,
     steps: int,
     seed: int,
@@ -184,8 +185,7 @@ def train_loader(
     `loading` is the `device` that the batches are for, and the run's `stop` signals.
     """
     order = dict(steps=steps, start_step=start_step, rank=rank, world_size=world_size)
-    endless = getattr(dataset, "endless", False)
-    batches = StreamSampler(len(dataset), batch_size, seed, endless=endless, **order)
+    batches = StreamSampler(len(dataset), batch_size, seed, endless=dataset.endless, **order)
     return _loader(dataset, num_workers, batch_sampler=batches, **loading)
 
 

@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from dataset.base import ImageDataset
 from files import write_json, write_whole
 from output import progress
 
@@ -172,7 +172,7 @@ def verify(out: Path, index: dict) -> None:
     print(f"'{out}' is intact: {len(digests)} files have the checksums of the index")
 
 
-class PackedDataset(Dataset):
+class PackedDataset(ImageDataset):
     """What `scripts/pack_images.py` made of a folder: the same images in the same order.
 
     Item i is uint8 (3, img_size, img_size), the same bytes that `ImageFolderDataset` returns.

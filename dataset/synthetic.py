@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+
+from dataset.base import ImageDataset
 
 # fmt: off
 _COLOURS = np.array((  # sRGB bytes: sky, leaves, earth, stone, skin, water, flowers
@@ -184,7 +185,7 @@ def _generate(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.clip(255 * canvas + 0.5, 0, 255).astype(np.uint8)
 
 
-class SyntheticDataset(Dataset):
+class SyntheticDataset(ImageDataset):
     """Endless generated images with the statistics of photographs, to train and test without data.
 
     Item i, for any i >= 0, is uint8 (3, img_size, img_size) and a pure function of (img_size,

@@ -35,7 +35,6 @@ from unittest import mock
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,6 +45,7 @@ import timing
 import util
 from arguments import LPIPS_NETS, Parser, get_args, number
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
+from dataset.base import ImageDataset
 from dataset.images import some
 from dataset.loaders import train_loader
 from files import write_json
@@ -356,7 +356,7 @@ def make_originals(args: Namespace, folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
 
 
-def images_per_second(dataset: Dataset, workers: int) -> float:
+def images_per_second(dataset: ImageDataset, workers: int) -> float:
     """The rate at which batches arrive after the first one; the files are in the page cache."""
     batches = iter(train_loader(dataset, min(LOADER_BATCH, len(dataset)), 10**9, 0, 0, workers))
     next(batches)  # the start of the workers does not count

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +30,7 @@ import tokens
 import util
 from arguments import IMAGES_HELP, LOAD_HELP, Parser, add_evaluation_flags
 from dataset import SkipCorrupt, build_dataset
+from dataset.base import ImageDataset
 from dataset.loaders import batch_loader
 from dataset.packed import as_lines
 from files import check_room, remove_leftovers
@@ -41,7 +41,9 @@ SECONDS_A_FLUSH = 10  # how much work a power failure costs
 FLIPPED = "-flipped"
 
 
-def settings_of(model: VQVAE, saved: dict, images: Dataset, size: int, flags: Namespace) -> dict:
+def settings_of(
+    model: VQVAE, saved: dict, images: ImageDataset, size: int, flags: Namespace
+) -> dict:
     """What tokens depend on, and the shapes of the arrays.
 
     Raises:
@@ -86,7 +88,7 @@ def encode(model: VQVAE, images: Tensor, flip: bool) -> dict[str, np.ndarray]:
 
 
 def encode_rest(
-    model: VQVAE, images: Dataset, settings: dict, device: torch.device, flags: Namespace
+    model: VQVAE, images: ImageDataset, settings: dict, device: torch.device, flags: Namespace
 ) -> float:
     """Write this process's share of the rows that are missing; returns images/s of all processes.
 
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     size = flags.img_size or args.img_size
     images = build_dataset(flags.data, size, 0, train=False, skip_corrupt=flags.skip_corrupt)
     settings = settings_of(model, saved, images, size, flags)
-    names = images.names() if hasattr(images, "names") else None
+    names = images.names()
     as_lines(names or ())  # refuses names with line breaks before the work
     with contextlib.ExitStack() as stack:
         util.on_main(lambda: stack.enter_context(tokens.held(out)))
