@@ -82,6 +82,7 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
     panels = {
         "RMS of the residual / RMS of the latent": ("after stage", 0, residuals),
         "RMS of the input of the FSQ": ("stage", 1, column("fsq_input_rms")),
+        "perplexity of the codes": ("stage", 1, column("perplexity")),
     }
     draw(folder / "residuals.png", labels, panels, "log")
     titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
