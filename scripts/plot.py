@@ -55,7 +55,7 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
         kept, faults = read_results([str(file) for file in files if file.suffix != ".jsonl"])
     for fault in faults:
         print(f"warning: {output.printable(fault)}", file=sys.stderr)
-    labels += [run["args"].get("name") or run["name"] for run in kept]
+    labels += [output.printable(run["args"].get("name") or run["name"]) for run in kept]
     logs += [[{"kind": "val", **each} for each in run.get("validations", [])] for run in kept]
     paths = [*map(str, folders), *(run["path"].stem for run in kept)]
     return dict(zip(output.distinct(labels, paths), logs, strict=True))
