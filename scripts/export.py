@@ -74,8 +74,14 @@ def model_card(
         parts.append("Not measured.")
     else:
         values, table = results
+        ran = values.get("segments") or [values["environment"]]
+        commits = dict.fromkeys(str(part.get("commit") or "unknown") for part in ran)
         command = without_places(values["environment"].get("command", "unknown"))
-        parts += [f"```\n{table.strip()}\n```", f"Trained with\n\n```\n{command}\n```"]
+        parts += [
+            f"```\n{table.strip()}\n```",
+            f"Training saw {values['images_seen']:,} images. Commit {', '.join(commits)}; command:",
+            f"```\n{command}\n```",
+        ]
     return "\n\n".join(parts) + "\n"
 
 

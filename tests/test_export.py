@@ -111,8 +111,11 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     assert "--rfsq-stages" in card and "--svq-bits" not in card  # flags of its own quantizer
     assert "--pairs" not in card and "False" not in card  # nor a switch that is off
     make_checkpoint(tmp_path / "last.pt", *SMALL)
+    command = "python train.py --save '/a b' --x --overwrite --resume=/c"
     results = dict.fromkeys(export.RESULTS) | {
-        "environment": {"command": "python train.py --save '/a b' --x --overwrite --resume=/c"}
+        "images_seen": 12_000,
+        "environment": {"command": command, "commit": "0b"},
+        "segments": [{"commit": "0a"}, {"commit": "0a"}, {"commit": None}],
     }
     (tmp_path / "results.txt").write_text("PSNR 31.4\n")
     for steps, measured in ((2, True), (3, False)):
@@ -122,6 +125,7 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
         text = (out / "README.md").read_text()
         assert ("PSNR 31.4" in text) == ("python train.py --x\n" in text) == measured
         assert ("Not measured." in text) != measured
+        assert ("Training saw 12,000 images. Commit 0a, unknown; command:" in text) == measured
 
 
 # ------------------------------------------------------------------ what is refused
