@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 import subprocess
 import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from operator import truediv
@@ -51,7 +53,7 @@ from dataset.loaders import train_loader
 from files import write_json
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
-from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, VectorQuantizeEMA
+from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, Quantizer, VectorQuantizeEMA
 from timing import CUDA, DEVICE, spread, timer
 from train import TrainingStep
 
@@ -60,28 +62,41 @@ SECTIONS = ("quantizers", "step", "loader", "limits")
 LOADER_BATCH, LOADER_SECONDS = 32, 0.5  # images of a batch; time of a turn
 
 
-def pairs_22bit() -> Pairs:
-    """The quantizer of scripts/beyond/svq_22bit.sh."""
-    return Pairs(SVQ(44, 32, stages=4))
+@dataclass(frozen=True)
+class Case:
+    """A quantizer of ours, and what takes turns with it: `theirs`, "" for nothing."""
+
+    ours: Callable[[], Quantizer]
+    theirs: Callable[[], Quantizer] | str = ""  # another of ours, or a class of the other package
+    arguments: dict = field(default_factory=dict)  # of that class
+    options: dict = field(default_factory=dict)  # of its forward
+
+    def opponent(self, package) -> nn.Module | None:
+        """What takes turns with it; None for nothing, or without the other package."""
+        if callable(self.theirs):
+            return self.theirs().to(DEVICE)
+        if not (self.theirs and package):
+            return None
+        return getattr(package, self.theirs)(**self.arguments).to(DEVICE)
 
 
-# Of each quantizer: ours; class and arguments of theirs, one of ours, or None; arguments of the
-# forward of theirs.
-SCALARS = [(partial(FSQ, [8, 8, 8, 8]), ("FSQ", {"levels": [8, 8, 8, 8]}), {})]
+SCALARS = [Case(partial(FSQ, [8, 8, 8, 8]), "FSQ", {"levels": [8, 8, 8, 8]})]
 for stages, levels in ((2, [8, 8, 8, 4]), (4, [4, 4, 4, 4, 4])):
     residual = {"levels": levels, "num_quantizers": stages, "is_channel_first": True}
     for strategy in ("none", "scale", "layernorm"):
-        SCALARS.append((partial(RFSQ, stages, strategy), ("ResidualFSQ", residual), {}))
+        SCALARS.append(Case(partial(RFSQ, stages, strategy), "ResidualFSQ", residual))
 LOSS = {"entropy_loss_weight": 0.1, "commitment_loss_weight": 0.25, "diversity_gamma": 1.0}
 VQ = {"dim": 256, "codebook_size": 4096, "decay": 0.99, "commitment_weight": 0.25}
 VQ |= {"accept_image_fmap": True, "rotation_trick": False}  # straight through, as ours
+EMA_22BIT = partial(VectorQuantizeEMA, 2048, 16, stages=2)
+EMA_40BIT = partial(VectorQuantizeEMA, 1024, 24, stages=4)
 TOKENS = [
-    (partial(LFQ, 12, **LOSS), ("LFQ", {"dim": 12, **LOSS}), {"inv_temperature": 1.0}),
-    (partial(LFQ, 18, **LOSS), None, {}),
-    (partial(VectorQuantizeEMA, 4096, 256), ("VectorQuantize", VQ), {}),
-    (partial(SVQ, 22, stages=2), partial(VectorQuantizeEMA, 2048, 16, stages=2), {}),
-    (pairs_22bit, partial(VectorQuantizeEMA, 2048, 16, stages=2), {}),
-    (partial(SVQ, 40, 28, stages=4), partial(VectorQuantizeEMA, 1024, 24, stages=4), {}),
+    Case(partial(LFQ, 12, **LOSS), "LFQ", {"dim": 12, **LOSS}, {"inv_temperature": 1.0}),
+    Case(partial(LFQ, 18, **LOSS)),
+    Case(partial(VectorQuantizeEMA, 4096, 256), "VectorQuantize", VQ),
+    Case(partial(SVQ, 22, stages=2), EMA_22BIT),
+    Case(lambda: Pairs(SVQ(44, 32, stages=4)), EMA_22BIT),  # scripts/beyond/svq_22bit.sh
+    Case(partial(SVQ, 40, 28, stages=4), EMA_40BIT),
 ]
 
 
@@ -145,7 +160,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not {*args.only} <= {*SECTIONS}:
         parser.error(f"--only {','.join(args.only)} is not among {everything}")
-    names = [ours().name for ours, *_ in SCALARS + TOKENS]
+    names = [case.ours().name for case in SCALARS + TOKENS]
     if not any(args.match in name for name in names):
         parser.error(f"--match {args.match} is in none of the names: {', '.join(names)}")
     args.model = vars(get_args([f"--channel={args.channel}", f"--img-size={args.img_size}"]))
@@ -160,41 +175,29 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         package, note = None, f"theirs is missing: {INSTALL}"
     util.set_float32_precision("ieee")
     scalars, tokens = (
-        [case for case in cases if args.match in case[0]().name] for cases in (SCALARS, TOKENS)
+        [case for case in cases if args.match in case.ours().name] for cases in (SCALARS, TOKENS)
     )
     work = [(case, batch) for batch in args.z_batch for case in scalars]
     work += [(case, min(args.z_batch)) for case in tokens]
     work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
     rows = []
-    for (ours, theirs, options), batch, mode in output.progress(work, "quantizer"):
+    for case, batch, mode in output.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
-        ours, positions = ours().to(DEVICE), (args.latent, args.latent)
-        z = torch.randn(batch, ours.dim, *positions, device=DEVICE)
-        row = {"quantizer": ours.name, "z": "x".join(map(str, z.shape)), "ours": mode}
+        ours = case.ours().to(DEVICE)
+        shape = (batch, ours.dim, args.latent, args.latent)
+        z = torch.randn(shape, device=DEVICE)
+        row = {"quantizer": ours.name, "z": "x".join(map(str, shape)), "ours": mode}
         calls = {"": timing.forward_backward(ours, z, mode)}
-        if callable(theirs):
-            theirs = theirs().to(DEVICE)
-            z_theirs = torch.randn(batch, theirs.dim, *positions, device=DEVICE)
-            row["against"] = theirs.name
-        elif package and theirs:
-            row["against"], z_theirs = theirs[0], z
-            theirs = getattr(package, theirs[0])(**theirs[1]).to(DEVICE)
-        if "against" in row:
-            row["theirs"] = mode
-            twin = copy.deepcopy(theirs)
-            calls["theirs "] = timing.forward_backward(twin, z_theirs, mode, **options)
-            try:
-                calls["theirs "]()
-            except Exception as error:  # the compiler can raise nearly anything
-                if mode == "eager":
-                    raise
-                row["theirs"] = f"eager ({type(error).__name__})"
-                calls["theirs "] = timing.forward_backward(theirs, z_theirs, "eager", **options)
+        if theirs := case.opponent(package):
+            row["against"] = case.theirs if isinstance(case.theirs, str) else theirs.name
+            if callable(case.theirs):
+                z = torch.randn(batch, theirs.dim, *shape[2:], device=DEVICE)
+            calls["theirs "], row["theirs"] = try_mode(theirs, z, mode, case.options)
         times = timing.turns(calls.values(), args.repeats)
         for (who, call), seconds in zip(calls.items(), times, strict=True):
             row[f"{who}ms"] = spread(1e3 * x for x in seconds)
             row[f"{who}peak MiB"] = timing.peak_memory(call)
-        row["copies"] = row["ms"]["median"] * rates["copy GB/s"] / (2e-6 * 4 * z.numel())
+        row["copies"] = row["ms"]["median"] * rates["copy GB/s"] / (2e-6 * 4 * math.prod(shape))
         if len(times) == 2:
             row["ratio"] = spread(map(truediv, times[1], times[0]))
         rows.append(row)
@@ -205,6 +208,19 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
     title = "entropies of lfq-12, nats; theirs takes log p < 1e-5 as log 1e-5"
     return result | {"entropies": timing.table(title, entropies(package, z))}
+
+
+def try_mode(module: nn.Module, z: Tensor, mode: str, options: dict) -> tuple[Callable, str]:
+    """The call to time, and its mode: what cannot be compiled runs eagerly."""
+    call = timing.forward_backward(copy.deepcopy(module), z, mode, **options)
+    try:
+        call()
+    except Exception as error:  # the compiler can raise nearly anything
+        if mode == "eager":
+            raise
+        call = timing.forward_backward(module, z, "eager", **options)
+        return call, f"eager ({type(error).__name__})"
+    return call, mode
 
 
 @torch.no_grad()
