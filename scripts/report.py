@@ -153,15 +153,17 @@ def describe(c: dict, others: Sequence[dict]) -> list[str]:
 def curves(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of PSNR / LPIPS in mid-training, seeds averaged, at about six steps.
 
-    No rows if all runs were evaluated at their end alone, or by an older version.
+    Without runs that were evaluated at their end alone, or by an older version.
     """
     found: list[tuple[str, dict[int, list[dict]]]] = []
     for row in rows:
+        logs = [run["validations"] for run in row.runs if "validations" in run]
         by_step: dict[int, list[dict]] = {}
-        for record in itertools.chain.from_iterable(run.get("validations", []) for run in row.runs):
+        for record in itertools.chain.from_iterable(logs):
             by_step.setdefault(record["step"], []).append(record)
-        whole = {step: each for step, each in by_step.items() if len(each) == len(row.runs)}
-        found += [(row.label, whole)] if len(whole) > 1 else []
+        whole = {step: each for step, each in by_step.items() if len(each) == len(logs)}
+        some = f", {len(logs)} of {len(row.runs)} seeds" * (len(logs) < len(row.runs))
+        found += [(row.label + some, whole)] if len(whole) > 1 else []
     steps = sorted({step for _, by_step in found for step in by_step})
     every = math.ceil(len(steps) / 6)  # counted from the last; the first is always there
     steps = sorted({*steps[:1], *steps[::-every]}) if steps else []

@@ -380,12 +380,15 @@ def test_report_has_the_curves_of_training(tmp_path):
     none[-1]["lpips"] = None
     make_run(tmp_path / "none", ["--rfsq-strategy=none"], validations=none)
     make_run(tmp_path / "scale", ["--rfsq-strategy=scale"], **curve([9], 0))
-    make_run(tmp_path / "old", ["--quantizer=fsq"])
+    for seed in (0, 1):  # the first one by an older version
+        made = curve([1, 9], 0) if seed else {}
+        make_run(tmp_path / f"old{seed}", ["--quantizer=fsq"], seed, **made)
     text = report.main([str(tmp_path)])
     table = text.partition("PSNR dB / LPIPS after steps:\n\n")[2].partition("\n\n")[0]
     assert table.splitlines() == [
         "|  | 10 | 30 | 50 | 70 | 90 |",
         "|---|---:|---:|---:|---:|---:|",
+        "| FSQ 12 bits, 1 of 2 seeds | 21.00 / 0.1000 | – | – | – | 29.00 / 0.9000 |",
         "| RFSQ-2x2048-None | – | 23.00 / 0.3000 | 25.00 / 0.5000 | 27.00 / 0.7000 | 29.00 / – |",
         "| RFSQ-2x2048-LN | 21.50 / 0.1000 | 23.50 / 0.3000 | 25.50 / 0.5000 | 27.50 / 0.7000 "
         "| 29.50 / 0.9000 |",
