@@ -11,6 +11,14 @@ from tqdm import tqdm
 
 from files import is_stream, write_whole
 
+# What the metrics of results.json are called in tables and pictures, and their decimals.
+METRICS = {
+    "psnr": ("PSNR dB", 2),
+    "ssim": ("SSIM", 4),
+    "l1": ("L1 [0,1]", 4),
+    "lpips": ("LPIPS", 4),
+}
+
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown; the first column to the left, the others to the right."""

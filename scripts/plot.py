@@ -25,10 +25,7 @@ from run import RunFolder
 
 PANELS = {  # a number of the log: kind of its records, title of its panel
     "loss": ("train", "training loss"),
-    "psnr": ("val", "validation PSNR, dB"),
-    "ssim": ("val", "validation SSIM"),
-    "l1": ("val", "validation L1 on [0, 1]"),
-    "lpips": ("val", "validation LPIPS"),
+    **{name: ("val", f"validation {title}") for name, (title, _) in output.METRICS.items()},
 }
 SIZE = (5, 4)  # inches of a panel
 

@@ -199,7 +199,7 @@ def draw(result: dict, path: Path) -> None:
             lines += [(ours["name"] + end, rows, style, True)] if rows else []
     rates = [rate[key] for rate in result["rates"] for key in ("bpp", "file_bpp")]
     left, right = 0.6 * min(rates), 1.7 * max(rates)
-    titles = {"psnr": "PSNR, dB", "ssim": "SSIM"}
+    titles = {name: output.METRICS[name][0] for name in ("psnr", "ssim")}
     titles["lpips"] = f"LPIPS-{result['lpips_net']}, lower is better"
     measured = [row for _, rows, _, _ in lines for row in rows]
     titles = {k: v for k, v in titles.items() if any(row[k] is not None for row in measured)}

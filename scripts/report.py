@@ -25,8 +25,8 @@ from flags import args_of
 from results import read_results, without_flags
 from rows import Row, make_tables, parts_of
 
-DECIMALS = {"l1": 4, "lpips": 4, "psnr": 2, "ssim": 4}
-FIELD = ("psnr", "ssim", "l1", "lpips")  # in the order of the first table
+DECIMALS = {name: decimals for name, (_, decimals) in output.METRICS.items()}
+FIELD = tuple(output.METRICS)  # in the order of the first table
 PAPER_METRICS = ("l1", "lpips", "psnr")  # in the order of the paper's columns
 
 

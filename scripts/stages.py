@@ -33,10 +33,7 @@ COLUMNS = {  # column: (heading, decimals)
     "share": ("share", 4),
     "perplexity": ("perplexity", 1),
     "entropy_bits": ("entropy bits", 2),
-    "psnr": ("PSNR dB", 2),
-    "ssim": ("SSIM", 4),
-    "l1": ("L1 [0,1]", 4),
-    "lpips": ("LPIPS", 4),
+    **output.METRICS,
 }
 
 
@@ -85,8 +82,8 @@ def draw_all(results: Sequence[dict], folder: Path) -> None:
         "perplexity of the codes": ("stage", 1, column("perplexity")),
     }
     draw(folder / "residuals.png", labels, panels, "log")
-    titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "l1": "L1 on [0, 1]", "lpips": "LPIPS"}
-    panels = {title: ("stages decoded", 1, column(name)) for name, title in titles.items()}
+    metrics = output.METRICS.items()
+    panels = {title: ("stages decoded", 1, column(name)) for name, (title, _) in metrics}
     if None in panels["LPIPS"][2][0]:
         del panels["LPIPS"]
     draw(folder / "quality.png", labels, panels, "linear")

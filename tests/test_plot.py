@@ -55,9 +55,9 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     assert len(colours) == 2 and old != new
     assert shown == {
         "training loss": {old: [(10, 0.5), (30, 0.25)], new: [(10, 0.4), (20, 0.3)]},
-        "validation PSNR, dB": {old: [(30, 20.0)], new: [(20, 25.0)]},
+        "validation PSNR dB": {old: [(30, 20.0)], new: [(20, 25.0)]},
         "validation SSIM": {new: [(20, 0.75)]},
-        "validation L1 on [0, 1]": {old: [(30, 0.1)], new: [(20, 0.1)]},
+        "validation L1 [0,1]": {old: [(30, 0.1)], new: [(20, 0.1)]},
     }
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
     with Image.open(out) as image:
@@ -68,7 +68,7 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     assert figures[1].axes[0].get_yscale() == "linear"
     plot.main([*names, f"--out={out}", "--panels", "psnr", "loss", "psnr"])
     titles = [axes.get_title() for axes in figures[2].axes]
-    assert titles == ["validation PSNR, dB", "training loss"]
+    assert titles == ["validation PSNR dB", "training loss"]
 
 
 def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
     make_log(tmp_path / "run", [0.5], 20.0)
     curves = plot.read_curves([str(tmp_path / name) for name in ("kept", "run")], ["psnr", "lpips"])
     assert curves == {
-        "validation PSNR, dB": {
+        "validation PSNR dB": {
             f"run ({tmp_path / 'run'})": [(10, 20.0)],
             "LN (ln-f4-conv-1000-s0)": [(1, 1.0), (2, 2.0)],
             "LN (ln-f4-conv-1000-s1)": [(1, 1.0)],
