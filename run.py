@@ -38,6 +38,7 @@ from files import (
     write_json,
     write_whole,
 )
+from metric import FIELD
 
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
@@ -218,9 +219,13 @@ class RunFolder:
         write_whole(self.log_path, lambda file: file.write(lines.encode()))
 
     def validations(self, images: str) -> list[dict]:
-        """The evaluations of one validation set (or of an old log), as logged."""
+        """Step and metrics of each evaluation of one validation set (or of an old log)."""
         records = [record for record in self.read_log() if record["kind"] == "val"]
-        return [record for record in records if record.get("validation", images) == images]
+        return [
+            {key: record.get(key) for key in ("step", *FIELD)}
+            for record in records
+            if record.get("validation", images) == images
+        ]
 
     # -----------------------------------------------------------------------------------
     # Checkpoints

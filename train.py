@@ -29,7 +29,7 @@ from dataset import build_dataset, print_skipped, skipped_images
 from dataset.loaders import train_loader, val_loader
 from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
-from metric import FIELD, evaluate, format_results
+from metric import evaluate, format_results
 from model import VQVAE, load_weights
 from resume import find_resumed, restore
 from run import RunFolder
@@ -264,8 +264,7 @@ class Training:
 
     def _validations(self) -> list[dict]:
         """Step and metrics of each evaluation of this validation set so far. A collective."""
-        records = util.on_main(lambda: self.run.validations(self.validation))
-        return [{key: record.get(key) for key in ("step", *FIELD)} for record in records]
+        return util.on_main(lambda: self.run.validations(self.validation))
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective."""

@@ -34,6 +34,7 @@ class UnreadableImage(ValueError):
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB; 16-bit grey is scaled to 8 bits, transparency is laid over white."""
+    transparent = image.info.get("transparency")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255
@@ -44,10 +45,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC) == 0
         if bits[0] not in (16, 32) or white_is_zero:
             raise ValueError("grey TIFF of 12 bits, or with white as 0; save it with 8 or 16 bits")
-        if isinstance(transparent := image.info.get("transparency"), int):
+        if isinstance(transparent, int):
             levels[levels == transparent] = 65535
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and max(transparent) > 255:  # Pillow has cut the pixels to 8
         raise ValueError("a transparent colour of 16 bits; save it with 8 bits, or with alpha")
     if image.has_transparency_data:

@@ -29,6 +29,7 @@ from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
 from results import RESULTS, without_places
+from rows import parts_of
 
 CARD = "README.md"
 
@@ -74,8 +75,7 @@ def model_card(
         parts.append("Not measured.")
     else:
         values, table = results
-        ran = values.get("segments") or [values["environment"]]
-        commits = dict.fromkeys(str(part.get("commit") or "unknown") for part in ran)
+        commits = dict.fromkeys(part.get("commit") or "unknown" for part in parts_of(values))
         command = without_places(values["environment"].get("command", "unknown"))
         parts += [
             f"```\n{table.strip()}\n```",

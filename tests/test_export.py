@@ -113,6 +113,7 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     make_checkpoint(tmp_path / "last.pt", *SMALL)
     command = "python train.py --save '/a b' --x --overwrite --resume=/c"
     results = dict.fromkeys(export.RESULTS) | {
+        "args": {},
         "images_seen": 12_000,
         "environment": {"command": command, "commit": "0b"},
         "segments": [{"commit": "0a"}, {"commit": "0a"}, {"commit": None}],
