@@ -49,7 +49,11 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
     logs = [RunFolder(folder).read_log() for folder in folders]
     kept, faults = [], []
     if len(folders) < len(files):
-        kept, faults = read_results([str(file) for file in files if file.suffix != ".jsonl"])
+        # With the results of the runs, so that a kept copy of one of them is left out.
+        known = [file.with_name("results.json") for file in files if file.suffix == ".jsonl"]
+        given = [file for file in files if file.suffix != ".jsonl"]
+        found, faults = read_results([str(file) for file in (*known, *given) if file.exists()])
+        kept = [run for run in found if run["path"].name != "results.json"]
     for fault in faults:
         print(f"warning: {output.printable(fault)}", file=sys.stderr)
     labels += [output.printable(run["args"].get("name") or run["name"]) for run in kept]

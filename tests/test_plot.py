@@ -91,6 +91,14 @@ def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
     (alone,) = plot.read_curves([f"{tmp_path}/kept/ln*-s0.json"], ["psnr"]).values()
     assert alone == {"LN": [(1, 1.0), (2, 2.0)]}
 
+    # A run and its own kept copy are one curve.
+    (tmp_path / "0" / "metrics.jsonl").write_text(
+        "".join(json.dumps({"kind": "val", **record}) + "\n" for record in curve)
+    )
+    both = [f"{tmp_path}/0", f"{tmp_path}/kept"]
+    (lines,) = plot.read_curves(both, ["psnr"]).values()
+    assert lines == {"0": [(1, 1.0), (2, 2.0)], "LN": [(1, 1.0)]}
+
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
     pytest.importorskip("matplotlib")
