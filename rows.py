@@ -1,6 +1,7 @@
 """Finished runs as the rows of tables: one configuration each, its seeds together.
 
-Runs that differ in anything else but the seed (data, steps, network, ...) are in separate tables.
+Runs that differ in another flag than the seed (data, steps, network, learning rate, ...) are in
+separate tables; how a run was computed (commit, hardware, `--compile`) does not separate them.
 """
 
 from __future__ import annotations
@@ -98,17 +99,20 @@ def setting(run: dict, args: Namespace) -> dict:
 def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     """(setting, rows) of each table; rows by bits and quantizer, runs by seed.
 
-    A run without `--name` has that of the configuration of its kind, else the quantizer's.
+    A run without `--name` has that of the configuration with all its flags, else that of the
+    configuration of its kind, else the quantizer's.
 
     Raises:
         ValueError: a configuration has two runs of one seed in one setting.
     """
     known = {**configurations("beyond"), **configurations("paper")}
     by_kind = {row.kind: name for name, row in known.items()}
+    by_flags = {_model_flags(row): name for name, row in known.items()}
     tables: dict[str, tuple[dict, dict[str, Row]]] = {}
     for run in sorted(results, key=lambda run: run["seed"]):
         row = make_row(run["name"], args_of(run))
-        row.name = output.printable(row.args.name or by_kind.get(row.kind, row.name))
+        name = by_flags.get(_model_flags(row)) or by_kind.get(row.kind, row.name)
+        row.name = output.printable(row.args.name or name)
         common = setting(run, row.args)
         rows = tables.setdefault(json.dumps(common), (common, {}))[1]
         row = rows.setdefault(json.dumps([row.name, row.flags]), row)
@@ -133,6 +137,11 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
             if by_kind.get(row.kind) == row.name:
                 row.paper = PAPER.get(row.name)
     return [(common, sorted(rows.values(), key=place)) for common, rows in tables.values()]
+
+
+def _model_flags(row: Row) -> str:
+    """The flags of the model of a row but its width, as a key."""
+    return json.dumps([row.flags, row.args.network, row.args.downsample])
 
 
 def differences(row: Row, others: Iterable[Row]) -> str:

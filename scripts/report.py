@@ -3,7 +3,7 @@
     python scripts/report.py runs/reproduce --out tables.md
 
 A row is one configuration: runs with the same `--name` and the same flags of the quantizer. Runs
-that differ in anything else but the seed (data, steps, network, ...) are in separate tables.
+that differ in another flag than the seed (data, steps, network, ...) are in separate tables.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from rows import Row, make_tables, parts_of
 
 DECIMALS = {name: decimals for name, (_, decimals) in output.METRICS.items()}
 FIELD = tuple(output.METRICS)  # in the order of the first table
+BASELINES = ("fsq", "ema")  # of all other quantizers
 PAPER_METRICS = ("l1", "lpips", "psnr")  # in the order of the paper's columns
 
 
 def comparable(row: Row, base: Row) -> bool:
-    """RFSQ against None, against image statistics, or against FSQ of equal bits."""
+    """RFSQ against None or image statistics, or any quantizer against a baseline of equal bits."""
     a, b = row.args, base.args
-    if (a.quantizer, b.quantizer) == ("rfsq", "fsq"):
+    if b.quantizer in BASELINES and a.quantizer not in BASELINES:
         return abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5
     same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
     if not (a.quantizer == b.quantizer == "rfsq" and same_codes):

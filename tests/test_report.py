@@ -415,6 +415,20 @@ def test_report_recomputes_the_claims_from_pairs_of_seeds(tmp_path):
     assert rows[3] == ["SSIM", "+0.0700 ± 0.0200", "–", "–", "3 of 3"]
 
 
+def test_report_compares_every_quantizer_with_the_baselines_of_equal_bits(tmp_path):
+    svq, ema = script_flags("svq_22bit"), script_flags("ema_22bit")
+    for seed in (0, 1):
+        make_run(tmp_path / f"svq{seed}", svq, seed, lpips=0.06)
+        make_run(tmp_path / f"ema{seed}", ema[2:] if seed else ema, seed, lpips=0.08)
+    make_run(tmp_path / "ema40", script_flags("ema_40bit"))
+    text = report.main([str(tmp_path)])
+    # With and without its --name, the configuration is one row of two seeds.
+    assert ema[0] == "--name" and cells(text, ema[1])[0][0] == "2"
+    rows = cells(text, f"SVQ 22 bits against {ema[1]}")
+    assert rows[1] == ["LPIPS, %", *["+25.0 ± 0.0"] * 2, "–", "2 of 2"]
+    assert len(re.findall("^.* against .* L1", text, re.M)) == 1
+
+
 def test_report_compares_scale_statistics_and_fsq_of_equal_bits(tmp_path):
     make_run(tmp_path / "none", none(2))
     make_run(tmp_path / "scale", ["--rfsq-strategy=scale"], l1=0.055)
