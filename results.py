@@ -9,12 +9,22 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import UnionType
 
 from files import walk
 from output import printable
 
-# In every results.json.
-RESULTS = {"paper", "floors", "steps", "images_seen", "environment", "args"}
+# In every results.json, of this type; `a.b` is entry b of entry a.
+RESULTS: dict[str, type | UnionType] = {
+    "args": dict,
+    "image_size": list,
+    **dict.fromkeys(("images", "f", "parameters", "steps", "batch_size", "seed"), int),
+    **dict.fromkeys(("images_seen", "train_images"), int),
+    **dict.fromkeys(("bits", "bpp", "l1", "psnr", "paper.l1", "paper.psnr"), int | float),
+    **dict.fromkeys(("floors.bicubic.psnr", "floors.mean_colour.psnr"), int | float),
+    **dict.fromkeys(("name", "train_data", "val_data", "environment.command"), str),
+    "environment.device": str,
+}
 KEPT = "*-s[0-9]*.json"  # files of `scripts/keep_results.py`
 PLACES = ("--train-data-path", "--val-data-path", "--save", "--resume", "--load")  # of a machine
 
@@ -76,8 +86,7 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
             reason = str(error).splitlines()[0]
             faults.append(f"{path} is damaged, or no results of a run ({reason}): leave it out")
             continue
-        missing = sorted(RESULTS - set(run)) if isinstance(run, dict) else sorted(RESULTS)
-        if missing:
+        if missing := lacking(run):
             faults.append(f"{path} lacks {', '.join(missing)}: give what train.py has written")
         else:
             results.append({**run, "path": path})
@@ -90,22 +99,43 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     return results, faults
 
 
+def lacking(run: object) -> list[str]:
+    """The entries that `run` should have as a run's results, and has not, or of another type."""
+    missing = [key for key, kind in RESULTS.items() if not isinstance(_entry(run, key), kind)]
+    validations = _entry(run, "validations") or []  # not of older versions
+    whole = isinstance(validations, list) and all(isinstance(v, dict) for v in validations)
+    return sorted(missing if whole else [*missing, "validations"])
+
+
+def _entry(tree: object, key: str) -> object:
+    """`tree[a][b]` for the key "a.b"; None if it is not there."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
 def without_places(command: str) -> str:
     """A command of train.py without what is of no use on another machine."""
     return without_flags(command, PLACES)
 
 
 def without_flags(command: str, flags: Iterable[str]) -> str:
-    """A command of train.py without its folder, --overwrite, and these flags and their values."""
+    """A command of train.py without its folder, --overwrite, and these flags and their values.
+
+    A flag that is given again, after those of a configuration, counts the last time, and is
+    there once.
+    """
     every = shlex.split(command)
-    kept, words = [Path(word).name for word in every[:2]], iter(every[2:])  # python and the script
-    for word in words:
-        flag, joined, _ = word.partition("=")
-        if flag not in (*flags, "--overwrite"):
-            kept.append(word)
-        elif flag in flags and not joined:
-            next(words, None)
-    return shlex.join(kept)
+    given: dict[str, list[str]] = {}  # a flag: its words
+    for word in every[2:]:
+        flag = word.partition("=")[0] if word.startswith("--") else next(reversed(given), "")
+        if word.startswith("--"):
+            given.pop(flag, None)
+        given.setdefault(flag, []).append(word)
+    kept = [words for flag, words in given.items() if flag not in (*flags, "--overwrite")]
+    return shlex.join(
+        [Path(word).name for word in every[:2]] + [w for words in kept for w in words]
+    )
 
 
 def portable(run: dict) -> dict:
@@ -118,7 +148,7 @@ def portable(run: dict) -> dict:
     for flag in PLACES:
         key = flag.removeprefix("--").replace("-", "_")
         if args.get(key):
-            args[key] = Path(args[key]).name
+            args[key] = "/".join(Path(args[key]).parts[-2 if flag == "--load" else -1 :])
     parts = [run["environment"], *run.get("segments", [])]
     environment, *segments = [{**p, "command": without_places(p["command"])} for p in parts]
     kept = {key: value for key, value in run.items() if key != "path"}

@@ -28,7 +28,7 @@ from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
 from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
-from results import RESULTS, without_places
+from results import lacking, without_places
 from rows import parts_of
 
 CARD = "README.md"
@@ -42,8 +42,7 @@ def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
         table = (folder / "results.txt").read_text()
     except (OSError, ValueError):
         return None
-    whole = isinstance(results, dict) and results.keys() >= RESULTS and results["steps"] == step
-    return (results, table) if whole else None
+    return None if lacking(results) or results["steps"] != step else (results, table)
 
 
 def model_card(
@@ -76,10 +75,13 @@ def model_card(
     else:
         values, table = results
         commits = dict.fromkeys(part.get("commit") or "unknown" for part in parts_of(values))
-        command = without_places(values["environment"].get("command", "unknown"))
+        command = without_places(values["environment"]["command"])
+        data = {split: Path(values[f"{split}_data"]).name for split in ("train", "val")}
         parts += [
             f"```\n{table.strip()}\n```",
-            f"Training saw {values['images_seen']:,} images. Commit {', '.join(commits)}; command:",
+            f"Training saw {values['images_seen']:,} images, of {values['train_images']:,} in "
+            f"`{data['train']}`; the table is of `{data['val']}`. Commit {', '.join(commits)}; "
+            "command:",
             f"```\n{command}\n```",
         ]
     return "\n\n".join(parts) + "\n"

@@ -2,8 +2,8 @@
 
     python scripts/keep_results.py runs/reproduce --out results
 
-Each becomes NAME-STEPS-sSEED.json. What was measured, all flags, the command and the commit stay;
-folders of this machine and weights do not. `scripts/report.py 'results/*.json'` makes the tables.
+Each becomes NAME-fF-NETWORK-STEPS-sSEED.json. What was measured, all flags, the command and the
+commit stay; folders of this machine and weights do not. `scripts/report.py 'results/*.json'` makes the tables.
 """
 
 from __future__ import annotations
@@ -31,19 +31,25 @@ def file_name(run: dict, args: Namespace) -> str:
     return f"{name}-{run['steps']}-s{run['seed']}.json"
 
 
-def check_same_flags(file: Path, run: dict) -> None:
-    """Raises ValueError if `file` holds a run with other flags than `run`: nothing is replaced."""
+def check_same_run(file: Path, run: dict, force: bool) -> None:
+    """Raises ValueError if `file` holds another run; with `force`, only if its flags differ."""
     if not file.exists():
         return
     (before,), _ = read_results([str(file)])
     differ = differing_flags(args_of(before), args_of(run), may_change_flags())
-    given = [{**result, "--load": args_of(result).load} for result in (before, run)]
+    old, new = portable(before), portable(run)
+    given = [{**each, "--load": each["args"].get("load")} for each in (old, new)]
     for name in ("train_images", "images", "train_data", "val_data", "--load"):
-        there, here = (str(result.get(name)).rsplit("/", 1)[-1] for result in given)
+        there, here = (each.get(name) for each in given)
         differ += [f"{name} {there} there, {here} here"] if there != here else []
     if differ:
         raise ValueError(
             f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"
+        )
+    if old != new and not force:
+        raise ValueError(
+            f"{file} is of another run of the same flags (PSNR {before['psnr']:.4f} there, "
+            f"{run['psnr']:.4f} here): move it, or replace it with --force"
         )
 
 
@@ -51,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Write the files as the flags say; return them.
 
     Raises:
-        ValueError: damaged results, two runs of one name, or a file of a run with other flags;
-            nothing is written then.
+        ValueError: damaged results, two runs of one name, or a file of another run; nothing is
+            written then.
     """
     parser = Parser.of(__file__, __doc__)
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
-    text = "folder for the copies; existing copies of the same runs are replaced"
-    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the copies")
+    text = "replace copies of other runs of the same flags and seed"
+    parser.add_argument("--force", action="store_true", help=text)
     flags = parser.parse_args(argv)
     found, faults = read_results(flags.runs)
     if faults:
@@ -74,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     files = [Path(flags.out) / name for name in kept]
     make_folder(flags.out, "give another --out")
     for file, run in zip(files, kept.values(), strict=True):
-        check_same_flags(file, run)
+        check_same_run(file, run, flags.force)
     for file, run in zip(files, kept.values(), strict=True):
         write_json(file, portable(run))
         print(output.printable(str(file)))

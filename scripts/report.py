@@ -117,6 +117,8 @@ def origins(row: Row) -> str:
         ]
         parts.setdefault("; ".join(texts), []).append(run["seed"])
     seen = f"{row.runs[0]['steps']:,} steps, {row.runs[0]['images_seen']:,} images seen"
+    if skipped := [run["skipped_steps"] for run in row.runs if run.get("skipped_steps")]:
+        seen += f", {', '.join(map(str, skipped))} steps skipped (not finite)"
     ran = [
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {text}"
         for text, seeds in parts.items()

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_checkpoint
+from test_report import make_run
 
 import exits
 from arguments import get_args
@@ -112,10 +113,9 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     assert "--pairs" not in card and "False" not in card  # nor a switch that is off
     make_checkpoint(tmp_path / "last.pt", *SMALL)
     command = "python train.py --save '/a b' --x --overwrite --resume=/c"
-    results = dict.fromkeys(export.RESULTS) | {
-        "args": {},
-        "images_seen": 12_000,
-        "environment": {"command": command, "commit": "0b"},
+    run = make_run(tmp_path / "run", images_seen=12_000)
+    results = json.loads((run / "results.json").read_text()) | {
+        "environment": {"command": command, "commit": "0b", "device": "a CPU"},
         "segments": [{"commit": "0a"}, {"commit": "0a"}, {"commit": None}],
     }
     (tmp_path / "results.txt").write_text("PSNR 31.4\n")
@@ -126,7 +126,8 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
         text = (out / "README.md").read_text()
         assert ("PSNR 31.4" in text) == ("python train.py --x\n" in text) == measured
         assert ("Not measured." in text) != measured
-        assert ("Training saw 12,000 images. Commit 0a, unknown; command:" in text) == measured
+        seen = "Training saw 12,000 images, of 12,303 in `train`; the table is of `val`."
+        assert (f"{seen} Commit 0a, unknown; command:" in text) == measured
 
 
 # ------------------------------------------------------------------ what is refused

@@ -32,19 +32,23 @@ def test_kept_results_make_the_same_table(tmp_path, capsys):
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) > 4
 
 
-def test_a_run_with_other_flags_is_not_replaced(tmp_path):
+def test_another_run_is_not_replaced(tmp_path):
     first = make_run(tmp_path / "first", psnr=20.0)
     (file,) = keep(tmp_path / "results", first)
+    keep(tmp_path / "results", first)
     again = make_run(tmp_path / "again", psnr=21.0)
-    keep(tmp_path / "results", again)
+    with pytest.raises(ValueError, match=r"PSNR 20.0000 there, 21.0000 here.*--force"):
+        keep(tmp_path / "results", again)
+    assert json.loads(file.read_text())["psnr"] == 20
+    keep(tmp_path / "results", again, "--force")
     assert json.loads(file.read_text())["psnr"] == 21
     for flag, differs in (
         ("--lr=0.5", "--lr 0.0008 there, 0.5 here"),
-        ("--load=/a/b.pt", "--load None there, b.pt here"),
+        ("--load=/a/b.pt", "--load None there, a/b.pt here"),
     ):
         other = make_run(tmp_path / flag.replace("/", ""), [flag])
         with pytest.raises(ValueError, match=rf"is of another run \({differs}\)"):
-            keep(tmp_path / "results", other)
+            keep(tmp_path / "results", other, "--force")
     assert json.loads(file.read_text())["psnr"] == 21
 
 
@@ -77,6 +81,30 @@ def test_runs_are_found_through_links_and_beside_kept_results(tmp_path):
 
 def test_a_command_that_nobody_has_kept_stays_as_it_is():
     assert without_places("unknown") == "unknown"
+
+
+def test_a_flag_that_is_given_again_counts_the_last_time():
+    command = "/bin/python /x/train.py --lr 1 --levels 8 8 --compile --lr=2 --save a --levels 4"
+    assert without_places(command) == "python train.py --compile --lr=2 --levels 4"
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train_images": None}, "train_images"),
+        ({"bits": "many", "seed": 0.5}, "bits, seed"),
+        ({"environment": {"device": "a CPU"}}, "environment.command"),
+        ({"floors": {"bicubic": {}, "mean_colour": None}}, "floors.bicubic.psnr, floors.mean_col"),
+        ({"paper": None}, "paper.l1, paper.psnr"),
+        ({"validations": [1]}, "validations"),
+    ],
+    ids=str,
+)
+def test_what_a_file_lacks_is_named(changes, said, tmp_path):
+    run = make_run(tmp_path / "run") / "results.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), **changes}))
+    found, (fault,) = read_results([str(run)])
+    assert not found and f"{run} lacks {said}" in fault
 
 
 def test_names_in_any_language_stay_apart(tmp_path):
