@@ -85,14 +85,16 @@ class Meter:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within `with`, time does not count."""
+        self.skipped.cpu()  # waits for the steps that a GPU still has to do: their time counts
         before = self.seconds()
         yield
         self.start = time.perf_counter() - before
 
-    def compute(self, max_skipped: int) -> dict:
-        """The mean of each term over good steps and all processes; begins a new interval.
+    def compute(self, max_skipped: int) -> tuple[dict, float]:
+        """The mean of each term over good steps and all processes, and the steps a second.
 
-        A collective. 'skipped_steps' is added if there were any; a mean is None without good steps.
+        Begins a new interval. A collective. 'skipped_steps' is added if there were any; a mean is
+        None without good steps.
 
         Raises:
             NotFinite: the last `max_skipped` steps or more were all skipped.
@@ -100,6 +102,7 @@ class Meter:
         if util.world_size() > 1:
             dist.all_reduce(self.sums)
         *totals, in_all, in_a_row = torch.cat([self.sums.flatten(), self.skipped]).tolist()
+        speed = self.count / self.seconds()  # now that the device has done all its steps
         totals, infinite = totals[: len(self.names) + 1], totals[len(self.names) + 1 :]
         if in_a_row >= max_skipped:
             terms = ", ".join(n for n, count in zip(self.names, infinite, strict=False) if count)
@@ -111,7 +114,7 @@ class Meter:
         }
         self.sums, self.count = torch.zeros_like(self.sums), 0
         self.start = time.perf_counter()
-        return means | ({"skipped_steps": int(in_all)} if in_all else {})
+        return means | ({"skipped_steps": int(in_all)} if in_all else {}), speed
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of it: one row of sums per rank. A collective."""

@@ -336,14 +336,15 @@ class Training:
     # -------------------------------------------------------------------------------------
     def log(self, step: int, lr: float, indices: Tensor, bar: tqdm) -> None:
         """Log the interval that ends with `step`, and show it. A collective."""
-        speed = self.meter.count * self.args.batch_size / self.meter.seconds()
+        means, steps_per_s = self.meter.compute(self.args.max_skipped_steps)
+        speed = steps_per_s * self.args.batch_size
         stages = indices.unbind(-1) if self.model.quantizer.stage_axis else [indices]
         record = {
             "kind": "train",
             "step": step,
             "epoch": round(step * self.args.batch_size / len(self.train_set), 4),
             "lr": lr,
-            **self.meter.compute(self.args.max_skipped_steps),
+            **means,
             "images_per_s": round(speed, 1),
             "peak_memory_mib": util.peak_memory_mib(self.device),
             "codes_in_batch": [len(torch.unique(stage)) for stage in stages],  # of this process

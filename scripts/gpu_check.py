@@ -22,6 +22,7 @@ At the end a table of all parts is printed. Exit code 1 if one of them failed or
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ import torch
 import exits
 import timing
 import util
-from arguments import LPIPS_NETS, Parser, number
+from arguments import LPIPS_NETS, Parser, get_args, number
 from files import make_folder, write_json
 from run import RunFolder
 from timing import DEVICE
@@ -61,10 +62,13 @@ class Check:
         self.environment = util.environment(DEVICE)
         self.model = TOY if args.toy else FULL
         self.batch = 4 if args.toy else 128
-        self.data = [f"--train-data-path={args.train_data_path}"]
-        self.data += [f"--val-data-path={args.val_data_path}", f"--lpips-net={args.lpips_net}"]
-        if args.toy:
-            self.data += ["--lpips-net=none", "--perceptual-weight=0", "--num-workers=0"]
+        self.data = [f"--lpips-net={'none' if args.toy else args.lpips_net}"]
+        for split, path in (("train", args.train_data_path), ("val", args.val_data_path)):
+            path = path if path == "synthetic" else os.path.abspath(path)  # not of ROOT
+            self.data.append(f"--{split}-data-path={path}")
+        self.data += ["--perceptual-weight=0"] if self.data[0] == "--lpips-net=none" else []
+        self.data += ["--num-workers=0"] if args.toy else []
+        get_args([*self.model, *self.data])  # bad flags end the script here
 
     def left(self) -> float:
         """Seconds that a part may take now."""
@@ -179,12 +183,15 @@ class Check:
 
     def long(self, name: str, share: float, *flags: str) -> list[dict]:
         """A run for a share of the time that is left, by the images/s of the part `train`."""
+        if not self.done("train"):
+            raise RuntimeError("it needs the part train, for its images/s: add it to --only")
         rate = self.read("train")["rows"][0]["images/s"]
-        # A tenth and a minute for start, compilation and evaluation.
+        # A tenth and a minute for start, compilation and the evaluation, which is at the end.
         steps = int((0.9 * share * self.left() - 60) * rate / self.batch)
         if steps < 6 and not self.args.toy:
             raise TimeoutError("no time is left for it")
         common = [*self.steps(steps, 50), "--max-train-epochs=100000", "--lr=0.002"]
+        common += [f"--{what}-interval={max(steps, 1)}" for what in ("eval", "save")]
         return [self.train(name, *common, *flags)]
 
     def parts(self) -> dict[str, tuple[float, Callable[[], list[dict]]]]:

@@ -3,7 +3,8 @@
     python scripts/keep_results.py runs/reproduce --out results
 
 Each becomes NAME-fF-NETWORK-STEPS-sSEED.json. What was measured, all flags, the command and the
-commit stay; folders of this machine and weights do not. `scripts/report.py 'results/*.json'` makes the tables.
+commit stay; folders of this machine and weights do not. `scripts/report.py 'results/*.json'` makes
+the tables.
 """
 
 from __future__ import annotations

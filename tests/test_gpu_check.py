@@ -79,6 +79,31 @@ def test_a_script_that_fails_or_takes_too_long(tmp_path):
         check.call("-c", "import time; time.sleep(60)")
 
 
+def test_flags_of_training_follow_those_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--toy", "--lpips-net=none", "--train-data-path=images", f"--out={tmp_path}"]
+    args = gpu_check.get_flags(flags)
+    args.toy = False
+    check = gpu_check.Check(args)
+    assert "--perceptual-weight=0" in check.data
+    assert f"--train-data-path={tmp_path}/images" in check.data  # not of the checkout
+    assert "--val-data-path=synthetic" in check.data
+    with pytest.raises(RuntimeError, match="needs the part train"):
+        check.long("2x2048", 0.5)
+    (tmp_path / "train.json").write_text(
+        json.dumps(
+            {"state": "done", "toy": False, "environment": check.environment}
+            | {"rows": [{"images/s": 1280.0}]}
+        )
+    )
+    calls = []
+    monkeypatch.setattr(check, "train", lambda name, *flags: calls.append(flags) or {})
+    check.long("2x2048", 0.5)
+    (steps,) = (int(flag.split("=")[1]) for flag in calls[0] if "--train-iters" in flag)
+    assert 1500 < steps < 10 * 0.5 * 9 * 60
+    assert {f"--eval-interval={steps}", f"--save-interval={steps}"} <= set(calls[0])
+
+
 def test_parts_have_the_names_of_the_flag(tmp_path):
     args = gpu_check.get_flags(["--toy", f"--out={tmp_path}"])
     assert tuple(gpu_check.Check(args).parts()) == gpu_check.PARTS

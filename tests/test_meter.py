@@ -1,0 +1,33 @@
+"""The means and the speed of an interval of training."""
+
+import time
+
+import torch
+
+import meter
+
+
+def test_the_speed_counts_the_work_that_is_still_queued(monkeypatch):
+    """On a GPU the sums arrive only when its steps are done: that time is of the interval."""
+    cat = torch.cat
+
+    def slow_cat(tensors):
+        time.sleep(0.2)
+        return cat(tensors)
+
+    monkeypatch.setattr(meter.torch, "cat", slow_cat)
+    interval = meter.Meter(torch.device("cpu"))
+    for loss in (1.0, 3.0):
+        interval.update({"loss": torch.tensor(loss)}, torch.tensor(0.0))
+    means, steps_per_s = interval.compute(max_skipped=10)
+    assert means == {"loss": 2.0} and 0 < steps_per_s <= 2 / 0.2
+    assert interval.count == 0
+
+
+def test_skipped_steps_are_in_no_mean_but_in_the_speed():
+    interval = meter.Meter(torch.device("cpu"))
+    interval.update({"loss": torch.tensor(1.0)}, torch.tensor(0.0))
+    interval.update({"loss": torch.tensor(torch.inf)}, torch.tensor(1.0))
+    interval.start = time.perf_counter() - 4
+    means, steps_per_s = interval.compute(max_skipped=10)
+    assert means == {"loss": 1.0, "skipped_steps": 1} and 0 < steps_per_s <= 0.5
