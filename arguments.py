@@ -116,7 +116,7 @@ def _add_data(add: Callable) -> None:
     add("--val-data-path", str, "./data/imagenet/val", MAY_CHANGE, metavar="DIR", help=IMAGES_HELP)
     add("--img-size", number(int, 16, 16384), 128,
         help="pixels a side: the short side is resized to it, the centre is cropped")
-    add("--skip-corrupt", bool, False,
+    add("--skip-corrupt", bool, False, MAY_CHANGE,
         help="leave out images that cannot be read, and report them, instead of stopping")
     add("--num-workers", number(int, 0, 1024), max(1, min(8, cpu_cores() // 2)), MAY_CHANGE,
         help="loading processes for each training process; 0 loads in the training process")
@@ -279,9 +279,10 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
     if args.ema_decay == 1:
         parser.error("--ema-decay must be below 1, or the codebook would never move")
-    for name in ("save", "load", "resume"):
+    for name in ("save", "load", "resume", "train_data_path", "val_data_path"):
         if getattr(args, name) == "":
-            parser.error(f"--{name} is empty: give a path, or leave it out")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is empty: give a path, or leave it out")
     if not args.l1_weight and not args.perceptual_weight:
         parser.error(
             "--l1-weight 0 and --perceptual-weight 0 leave nothing to reconstruct by: "

@@ -84,6 +84,7 @@ class VQVAE(nn.Module):
         The reconstruction has the same scale; it is not clamped, so that its gradient is not cut
         off. The loss is the quantizer's own, a zero where it has none.
         """
+        self._check(images, self.quantizer.group)
         quantized = Quantized(*self.quantizer(self.to_latent(images)))
         loss = quantized.loss
         if loss is None:
@@ -106,7 +107,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tokens:
         """What `encode` returns, under its names, for any quantizer: `decode(*tokens(images))`."""
-        self._check(images)
+        self._check(images, self.quantizer.group)
         check_range(images)
         with in_evaluation_mode(self):
             quantized = Quantized(*self.quantizer(self.to_latent(images)))
@@ -122,7 +123,7 @@ class VQVAE(nn.Module):
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> what the quantizer gets, (B, dim, H/f, W/f)."""
-        self._check(images)
+        self._check(images, 1)
         normalised = (images.float() - self.mean) / self.std
         return self.encoder(normalised.to(self._dtype(self.encoder)))
 
@@ -139,14 +140,15 @@ class VQVAE(nn.Module):
     def _dtype(network: nn.Module) -> torch.dtype:
         return next(network.parameters()).dtype
 
-    def _check(self, images: Tensor) -> None:
+    def _check(self, images: Tensor, group: int) -> None:
+        """Raises ValueError for what are no images, or no whole groups of `group` positions."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (batch, 3, height, width), not {tuple(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(
                 f"images must be floats in [0, 1], not {images.dtype}: give images.float() / 255"
             )
-        (height, width), group = images.shape[2:], self.quantizer.group
+        height, width = images.shape[2:]
         if height % self.f or width % (self.f * group):
             wanted = f"both sides must be multiples of {self.f}"
             if group > 1:

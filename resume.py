@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import exits
+import util
 from checkpoint import load_checkpoint, restore_random_states
 from flags import args_of, differing_flags, may_change_flags, unread_flags
 from quantizers import Quantizer
@@ -107,7 +108,13 @@ def _check_same_run(
     may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # then it is only measured
-    if differ := differing_flags(before, args, may_change):
+    differ = differing_flags(before, args, {*may_change, "precision"})
+    # Without the flag it is that of the device.
+    there = saved["segments"][-1].get("precision") if saved["segments"] else before.precision
+    here = args.precision or util.default_precision()
+    if there not in (None, here):
+        differ.append(f"--precision {there} there, {here} here")
+    if differ:
         raise ValueError(
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )

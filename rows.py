@@ -88,7 +88,7 @@ def setting(run: dict, args: Namespace) -> dict:
         "LPIPS network": run["lpips_net"] or "missing",
         "precision": ", then ".join(dict.fromkeys(map(itemgetter("precision"), parts_of(run)))),
     }
-    apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load"}
+    apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load", "skip_corrupt"}
     others = tuple(f"{quantizer}_" for quantizer in QUANTIZERS if quantizer != args.quantizer)
     # A flag that this version does not know may make any difference, if not of another quantizer.
     kept = [f for f in sorted(vars(args)) if f not in apart and not f.startswith(others)]

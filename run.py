@@ -43,9 +43,9 @@ from metric import FIELD
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 RESULTS = ("results.json", "results.txt")
-PICTURES = "step_*.png"  # in samples/
-# What a new run removes or replaces.
-WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", *RESULTS, EVENTS, f"samples/{PICTURES}")
+# What a new run removes, beside its checkpoints, and what it removes or writes.
+REPLACED = ("last.pt", "best.pt", "results.*", "results_*.*", "samples/step_*.png")
+WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", *REPLACED[2:], EVENTS)
 
 
 class RunFolder:
@@ -137,21 +137,18 @@ class RunFolder:
         self._trim_log(step, steps)
         if resumed:  # before the newer ones are gone, one of which last.pt may be
             self._link(Path(resumed["path"]), "last.pt")
-        if step < steps:  # what an earlier end of the run has left
-            for name in RESULTS:
-                (self.path / name).unlink(missing_ok=True)
-        for number, path in self.checkpoints():
-            if number > step:
-                path.unlink()
+        if resumed:
+            self._discard_after(step)
+            if step < steps:
+                self._set_results_aside()
         remove_leftovers(self.path)
         if resumed and STEP_FILE.fullmatch(Path(resumed["path"]).name):
             self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
         if not step:
             Board.remove(self.path)
-            for name in ("last.pt", "best.pt"):
-                (self.path / name).unlink(missing_ok=True)
-            for picture in (self.path / "samples").glob(PICTURES):
-                picture.unlink()
+            old = (path for pattern in REPLACED for path in self.path.glob(pattern))
+            for path in [*old, *(path for _, path in self.checkpoints())]:
+                path.unlink(missing_ok=True)
         if args.tensorboard:
             # At the end of a run only its evaluation is repeated: the rest of that step is kept.
             first = step if step == steps else step + 1
@@ -159,6 +156,29 @@ class RunFolder:
             for record in self.read_log():
                 if record["step"] >= first:
                     self.board.add(record)
+
+    def _discard_after(self, step: int) -> None:
+        """Delete the checkpoints after `step`, and best.pt if it is one of them."""
+        newer = [path for number, path in self.checkpoints() if number > step]
+        best = self.path / "best.pt"
+        with contextlib.suppress(ValueError):  # there is none, or it is damaged
+            if load_checkpoint(best)["step"] > step:
+                newer.append(best)
+        for path in newer:
+            path.unlink()
+        if newer:
+            names = ", ".join(path.name for path in newer)
+            print(f"discarded, as they are after step {step}: {names}", flush=True)
+
+    def _set_results_aside(self) -> None:
+        """Rename the results of a run that had ended: results_0012500.json, by its steps."""
+        try:
+            steps = json.loads((self.path / "results.json").read_bytes())["steps"]
+        except (OSError, ValueError, LookupError, TypeError):
+            steps = 0
+        for path in map(self.path.joinpath, RESULTS):
+            if path.exists():
+                path.replace(path.with_stem(f"{path.stem}_{steps:07}"))
 
     @contextlib.contextmanager
     def explained_errors(self, args: Namespace) -> Iterator[None]:

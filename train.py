@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import exits
@@ -27,6 +26,7 @@ from arguments import get_args
 from checkpoint import NotFinite, random_states
 from dataset import build_dataset, print_skipped, skipped_images
 from dataset.loaders import train_loader, val_loader
+from flags import unread_flags
 from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
@@ -132,7 +132,7 @@ class Training:
         """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
         args, device = self.args, self.device
         gpu = device.type == "cuda"
-        self.precision = args.precision or ("bf16" if gpu else "fp32")
+        self.precision = args.precision or util.default_precision()
         self.compiled = gpu if args.compile is None else args.compile
         self.model.to(device, memory_format=torch.channels_last)
         load = lpips_network if args.perceptual_weight else lpips_if_available
@@ -150,8 +150,7 @@ class Training:
         if self.compiled:
             self.step.compile(fullgraph=True)
         if util.world_size() > 1:
-            # The quantizers keep their own statistics equal in all processes.
-            self.step = DistributedDataParallel(self.step, broadcast_buffers=False)
+            self.step = util.data_parallel(self.step)
 
     def _start_loaders(self) -> None:
         """This process's batches for training and validation."""
@@ -180,7 +179,8 @@ class Training:
         self.segments, self.skipped_before = [], []
         if resumed:
             self.meter.load_state_dict(resumed)
-            if resumed.get("validation", self.validation) == self.validation:
+            best_is_left = util.on_main((self.run.path / "best.pt").exists)
+            if best_is_left and resumed.get("validation", self.validation) == self.validation:
                 self.best = max([resumed["best_psnr"], *(v["psnr"] for v in self._validations())])
             seconds = resumed["seconds"]
             self.segments, self.skipped_before = resumed["segments"], resumed["skipped_images"]
@@ -193,7 +193,12 @@ class Training:
         """Print what is about to be trained."""
         if not self.main_process:
             return
-        quantizer = self.model.quantizer
+        quantizer, defaults = self.model.quantizer, get_args([])
+        for flag in sorted(unread_flags(quantizer)):
+            value = getattr(self.args, flag)
+            if value != getattr(defaults, flag):
+                name = f"--{flag.replace('_', '-')} {value}"
+                print(f"warning: {name} has no effect on {quantizer.name}", file=sys.stderr)
         suffix = ", compiled" if self.compiled else ""
         print(
             f"{quantizer.name}: {quantizer.bits:.4g} bits per position, f = {self.model.f}, "
@@ -309,20 +314,23 @@ class Training:
             except NotFinite:
                 util.on_main(lambda: self.run.discard(step))
                 raise
-            improved, self.best = result["psnr"] > self.best, max(result["psnr"], self.best)
-            if self.main_process:
-                if improved:
-                    self.run.mark_best(step)
-                # After best.pt: what is logged is not evaluated again after a kill.
-                record = {"kind": "val", "step": step, "validation": self.validation}
-                self.run.log({**record, **result})
-                self.run.draw_samples(self.model, self.val_set, self.device, step)
-                lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
-                tqdm.write(
-                    f"step {step}/{self.steps}  validation: PSNR {result['psnr']:.2f} dB  "
-                    f"SSIM {result['ssim']:.4f}  L1 {result['l1']:.4f}{lpips}"
-                )
+            util.on_main(lambda: self.record_evaluation(step, result))
+            self.best = max(result["psnr"], self.best)
         return result
+
+    def record_evaluation(self, step: int, result: dict) -> None:
+        """Mark the best checkpoint, log the result and draw the samples. In the main process."""
+        if result["psnr"] > self.best:
+            self.run.mark_best(step)
+        # After best.pt: what is logged is not evaluated again after a kill.
+        record = {"kind": "val", "step": step, "validation": self.validation}
+        self.run.log({**record, **result})
+        self.run.draw_samples(self.model, self.val_set, self.device, step)
+        lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
+        tqdm.write(
+            f"step {step}/{self.steps}  validation: PSNR {result['psnr']:.2f} dB  "
+            f"SSIM {result['ssim']:.4f}  L1 {result['l1']:.4f}{lpips}"
+        )
 
     def interrupted(self, step: int) -> exits.Interrupted:
         """The exception that ends a run which a signal has stopped."""
@@ -389,9 +397,9 @@ class Training:
             "segments": self.segments,
             "args": vars(args),
         }
+        table = format_results(result)
+        util.on_main(lambda: self.run.write_results(results, table))
         if self.main_process:
-            table = format_results(result)
-            self.run.write_results(results, table)
             print_skipped(skipped)
             print(f"\n{table}\n\nresults, pictures and checkpoints: {self.run.path}", flush=True)
         return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
 import platform
 import random
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from quantizers.functional import processes as world_size
 from quantizers.functional import rank
@@ -36,14 +38,32 @@ def setup_processes() -> torch.device:
 
     CUDA (the GPU of LOCAL_RANK) where there is one, else the CPU.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= (gpus := torch.cuda.device_count()):
+        processes = os.environ.get("LOCAL_WORLD_SIZE", local + 1)
+        raise ValueError(f"{processes} processes, but {gpus} GPUs: give --nproc-per-node {gpus}")
+    device = torch.device("cuda", local) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         stop_with_parent(signal.SIGTERM)  # of torchrun
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device(device)
+
+
+def data_parallel(module: nn.Module) -> DistributedDataParallel:
+    """The module with its gradients averaged over processes, and its buffers left alone.
+
+    The quantizers keep their own statistics equal in all processes.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{name: False})  # the second until torch 2.13
+
+
+def default_precision() -> str:
+    """That of encoder, decoder and LPIPS in training without `--precision`."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def refuse_torchrun() -> None:

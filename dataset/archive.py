@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from files import reason_of
 from output import printable, progress
 
 SUFFIX = ".tar"
@@ -208,6 +209,15 @@ class _Member(io.BufferedReader):
 
 @contextlib.contextmanager
 def opened(tar: str, name: str, start: int, size: int) -> Iterator[io.BufferedReader]:
-    """A file within a tar, by its name and the place that `list_archives` gives."""
-    with open(tar, "rb", buffering=0) as file:
+    """A file within a tar, by its name and the place that `list_archives` gives.
+
+    Raises:
+        ValueError: one line; the tar cannot be opened any more.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(tar, "rb", buffering=0))
+        except OSError as error:
+            reason = f"cannot read tar {printable(tar)}: {reason_of(error)}; try again"
+            raise ValueError(reason) from error
         yield _Member(Section(file, start, size), f"{tar}/{name}")

@@ -93,8 +93,8 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
             raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(
-            f"cannot read image {printable(path)}: {reason}; repair it, remove it, or leave it "
-            "out by --skip-corrupt, where the command has that flag"
+            f"cannot read image {printable(path)}: {reason}; repair it, or leave it out by "
+            "--skip-corrupt, where the command has that flag"
         ) from error
 
 

@@ -214,6 +214,7 @@ class Quantizer(nn.Module):
             return moved
 
         super()._apply(keep_float32, recurse)
+        self._copies = ()
         if self._constants:
             self.constants(fn(torch.empty(0, device="cpu")).device)  # copied once, here
         return self

@@ -76,7 +76,8 @@ class Lengths(NamedTuple):
     """Code lengths of integers v: `zero` for 0, else first + step * floor((|v| - 1) / run).
 
     Four tensors of whole numbers of one shape, int64 or float32. `step` and `run` are at least 1,
-    and `zero` is at most `first`.
+    and `zero` is at most `first`. It is 0 but in models that were trained before lengths became
+    relative to it.
     """
 
     zero: Tensor

@@ -35,6 +35,11 @@ class Pairs(Quantizer):
 
     def __init__(self, quantizer: Quantizer):
         super().__init__()
+        if getattr(quantizer, "stage_dropout", 0):
+            raise ValueError(
+                "Pairs makes one stage of two, which cannot be dropped apart: give a quantizer "
+                "with a stage_dropout of 0"
+            )
         left, right = quantizer.codebook_sizes[::2], quantizer.codebook_sizes[1::2]
         if quantizer.dim % 2 or left != right or quantizer.side_bits:
             raise ValueError(

@@ -105,7 +105,10 @@ class SVQ(Quantizer):
         momentum: float = 0.01,
     ):
         super().__init__()
-        bits, classes = check_integer("bits", bits, 8, 60), check_integer("classes", classes)
+        bits, classes = (
+            check_integer("bits", bits, 8, 60),
+            check_integer("classes", classes, 1, 1024),
+        )
         stages = check_integer("stages", stages)
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
         if bits > MOST * dim:
@@ -280,9 +283,11 @@ class SVQ(Quantizer):
         run = (4 / slope).round().clamp(min=1)  # equal lengths for strong channels
         step = (slope * run).round().clamp(min=1)
         first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
-        # Less than the others, so that there is one shortest vector, and no class is empty.
+        # Less than the others, so that there is one shortest vector. Lengths are relative to it, so
+        # that it is in every class: with many channels its own length can be above every budget.
         zero = (-UNITS * (1 - some).log2()).round().minimum(first - 1)
-        self.lengths.copy_(torch.stack([zero, first, step, run], -1)[:, order])
+        relative = torch.stack([torch.zeros_like(zero), first - zero, step, run], -1)
+        self.lengths.copy_(relative[:, order])
 
 
 def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:

@@ -71,6 +71,16 @@ def tars(source, tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tar_that_vanishes_is_named(workers, source, tmp_path):
+    png = next(source.rglob("*.png")).read_bytes()
+    tar = tar_of(tmp_path / "a.tar", {f"{i}.png": png for i in range(4)})
+    images = TarDataset([str(tar)], SIZE)
+    tar.unlink()
+    with pytest.raises(ValueError, match=r"cannot read tar .*a\.tar: .*try again"):
+        next(iter(val_loader(images, 2, num_workers=workers)))
+
+
 WAYS = ("nested.tar", "plain.tar", "shard-{09..11}.tar")
 
 

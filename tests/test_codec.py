@@ -33,6 +33,7 @@ CONFIGURATIONS = {
     "lfq": ["--quantizer=lfq"],
     "ema": ["--quantizer=ema", "--ema-stages=2", "--n-embed=48", "--embed-dim=4"],
     "pairs": ["--quantizer=svq", "--pairs", "--svq-bits=20", "--svq-stages=4", "--svq-dim=12"],
+    "pairs f8": ["--downsample=8", "--quantizer=svq", "--pairs", "--svq-stages=2", "--svq-dim=6"],
     "svq": ["--quantizer=svq", "--svq-bits=22", "--svq-stages=2", "--svq-dim=6"],
     "f8": ["--downsample=8", "--res-blocks=1", "--rfsq-stages=4"],
     "dct": ["--network=dct", "--downsample=8", "--res-blocks=1", "--rfsq-strategy=geometric"],
@@ -185,7 +186,7 @@ def test_grey_images_decode_without_a_tint(name, folder):
 # ---------------------------------------------------------------------------------------
 # Tiles
 # ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["two", "f8", "image", "fsq"])
+@pytest.mark.parametrize("name", ["two", "f8", "image", "fsq", "pairs f8"])
 def test_tiles_have_no_seam(name, folder):
     whole, tiled = (Codec(folder / f"{name}.pt", tile=tile) for tile in (1024, 32))
     image = picture(130, 190)

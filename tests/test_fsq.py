@@ -285,3 +285,10 @@ def test_indices_of_another_type(dtype):
 def test_a_single_number_is_no_batch_of_indices():
     with pytest.raises(ValueError):
         FSQ([8] * 4).indices_to_codes(torch.tensor(0))
+
+
+def test_a_move_back_to_the_cpu_leaves_no_copy_elsewhere():
+    fsq = FSQ([8] * 4).to("meta").to_empty(device="cpu")
+    assert not fsq._copies and all(
+        x.device.type == "cpu" for x in fsq.constants(torch.device("cpu"))
+    )

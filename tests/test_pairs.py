@@ -108,6 +108,11 @@ def test_quantizers_that_have_no_halves_are_refused(make):
         Pairs(make())
 
 
+def test_stages_that_would_be_dropped_apart_are_refused():
+    with pytest.raises(ValueError, match="cannot be dropped apart"):
+        Pairs(RFSQ(stages=2, strategy="layernorm", stage_dropout=0.5))
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (2, 6)])
 def test_an_odd_axis_is_refused(shape):
     with pytest.raises(ValueError, match="pairs on the last axis, whose length must be even"):

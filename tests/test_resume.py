@@ -1008,13 +1008,15 @@ def test_skip_corrupt_leaves_out_and_reports(workers, tmp_path, capsys):
     flags = [*data, f"--num-workers={workers}", "--max-train-epochs=2"]
     with pytest.raises(ValueError, match=r"cannot read image .*\.png"):
         run(tmp_path / "stops", *data)
+    # The run that was stopped can go on as its message says.
+    assert run(tmp_path / "stops", *flags, "--resume=auto", "--skip-corrupt")["images"] == 2
     results = run(tmp_path / "skips", *flags, "--skip-corrupt")
     wanted = [tmp_path / "train" / f"{i}.png" for i in (2, 3)]
     wanted += [tmp_path / "val" / f"{i}.png" for i in range(8)]
     assert results["skipped_images"] == [str(path) for path in wanted]
     assert results["images"] == 2
     assert any((tmp_path / "skips" / "samples").iterdir())
-    assert "10 images skipped" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("10 images skipped") == 2
 
 
 def test_a_resumed_run_knows_what_was_skipped_before(whole, tmp_path):
@@ -1214,3 +1216,32 @@ def test_going_back_to_best_makes_it_the_last(tmp_path, monkeypatch):
         run(folder, *flags, f"--resume={folder / 'best.pt'}")
     assert load_checkpoint(folder / "last.pt")["step"] == 2
     assert not (folder / "results.json").exists()
+    assert json.loads((folder / "results_0000004.json").read_text())["steps"] == 4
+    assert (folder / "results_0000004.txt").exists()
+
+
+def test_going_back_says_what_it_discards_and_leaves_no_best_of_it(tmp_path, capsys):
+    flags = ["--save-interval=2", "--eval-interval=2", "--keep=9"]
+    folder = tmp_path / "run"
+    run(folder, *flags, "--train-iters=6")
+    saved = load_checkpoint(folder / "step_0000006.pt")
+    save_checkpoint(folder / "best.pt", {**saved, "best_psnr": 99.0})
+    resume = f"--resume={folder / 'step_0000002.pt'}"
+    again = run(folder, *flags, "--train-iters=4", resume)
+    said = capsys.readouterr().out
+    assert "after step 2: step_0000004.pt, step_0000006.pt, best.pt" in said
+    best = load_checkpoint(folder / "best.pt")
+    assert best["step"] == 4 and [v["step"] for v in again["validations"]] == [2, 4]
+    # A run that goes on after its end keeps the results that it had.
+    assert run(folder, *flags, "--train-iters=6", "--resume=auto")["steps"] == 6
+    assert json.loads((folder / "results_0000004.json").read_text())["psnr"] == again["psnr"]
+    run(folder, *flags, "--train-iters=2", "--overwrite")
+    assert not list(folder.glob("results_*"))
+
+
+def test_the_precision_of_a_run_is_the_one_it_had_and_not_its_flag(tmp_path):
+    run(tmp_path / "run", "--train-iters=2")
+    more = ["--train-iters=3", "--resume=auto"]
+    with pytest.raises(ValueError, match="--precision fp32 there, bf16 here"):
+        run(tmp_path / "run", *more, "--precision=bf16")
+    assert run(tmp_path / "run", *more, "--precision=fp32")["steps"] == 3

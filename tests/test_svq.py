@@ -388,6 +388,30 @@ def test_no_class_is_empty_where_zero_is_rare(bits, dim, classes):
     assert (quantized - z).square().mean() < 0.2 * z.square().mean()
 
 
+@pytest.mark.parametrize("bits, dim, classes", [(22, 512, 8), (40, 512, 8), (8, 300, 2)])
+@pytest.mark.parametrize("batches", [0, 1])
+def test_no_class_is_empty_with_many_channels(bits, dim, classes, batches):
+    """The lengths of that many zeros alone were above every budget: nothing could be decoded."""
+    torch.manual_seed(0)
+    svq = fitted(SVQ(bits, dim, classes), batches)
+    counts = svq._counts()
+    assert (counts.within[:, 0].gather(1, counts.budget[:, None]) > 0).all()
+    quantized, indices = svq(torch.randn(2, dim, 8, 4))
+    assert torch.equal(svq.indices_to_codes(indices), quantized)
+    assert len(indices.unique()) > 30 or bits == 8  # 600 vectors with one 1 or -1 are too many
+
+
+def test_lengths_of_older_models_decode_as_those_relative_to_zero():
+    torch.manual_seed(0)
+    svq = fitted(SVQ(22, dim=20, stages=2))
+    z = latent(svq)
+    quantized, indices = svq(z)
+    old = torch.randint(1, 6, (svq.classes, svq.dim))
+    svq.lengths += torch.stack([old, old, 0 * old, 0 * old], -1)
+    assert torch.equal(svq(z)[1], indices)
+    assert torch.equal(svq.indices_to_codes(indices), quantized)
+
+
 def test_a_batch_that_is_not_finite_changes_nothing_for_good():
     svq = fitted(SVQ(16, dim=4), batches=3)
     state = {key: value.clone() for key, value in svq.state_dict().items()}
@@ -415,6 +439,7 @@ def test_at_equal_bits_it_is_ahead_of_products_of_levels():
         ({"bits": 61}, "not 61"),
         ({"dim": 0}, "dim must be an integer of 1"),
         ({"bits": 40, "dim": 2}, "40 bits are too many for 2 channels: .* at least 3"),
+        ({"bits": 40, "classes": 2**36}, "classes must be an integer from 1 to 1024"),
         ({"bits": 8, "classes": 17}, "17 classes are too many for 8 bits: at most 16"),
         ({"stages": 23}, "22 bits make at most 22 tokens, not 23"),
         ({"momentum": 0.0}, "momentum must be in"),

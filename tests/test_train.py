@@ -18,6 +18,7 @@ from PIL import Image
 
 import exits
 import train
+import util
 from arguments import get_args
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset.synthetic import SyntheticDataset
@@ -239,6 +240,22 @@ def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_pat
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), reconstruction)
 
 
+def test_flags_of_another_quantizer_are_named(photographs, tmp_path, capsys):
+    flags = ["--train-iters=1", "--svq-bits=40", "--ema-stages=1", f"--save={tmp_path / 'run'}"]
+    train.main([*TINY, *paths(photographs), *flags])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == ["warning: --svq-bits 40 has no effect on rfsq-2x2048-layernorm"]
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes, but 1 GPUs: give --nproc-per-node 1"):
+        util.setup_processes()
+
+
 # ---------------------------------------------------------------------------------------
 # Bad input: exit code 2, one line that names the thing and the cure, nothing half-written
 # ---------------------------------------------------------------------------------------
@@ -269,6 +286,7 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         "no image": ("train", [f"--train-data-path={text}", val], "notes.txt"),
         "broken image": ("train", [f"--train-data-path={broken}", val, "--batch-size=1"], "a.png"),
         "broken validation image": ("train", [good[0], f"--val-data-path={broken}"], "a.png"),
+        "empty path": ("train", ["--train-data-path=", val], "--train-data-path is empty"),
         "level 1": ("train", [*good, "--levels", "1"], "level"),
         "level 0": ("train", [*good, "--levels", "0"], "level"),
         "level x": ("train", [*good, "--levels", "x"], "--levels"),
