@@ -49,6 +49,17 @@ def check_outputs(*paths: str | None) -> None:
             )
 
 
+def check_json(path: str | None) -> None:
+    """Raise, before the work, if --json could not be written after it, or names no JSON file.
+
+    Raises:
+        ValueError: it would replace a file of another kind, or as for `check_outputs`.
+    """
+    if path and Path(path).suffix.lower() != ".json" and not is_stream(path):
+        raise ValueError(f"--json {path} is no JSON file: give a name that ends in .json")
+    check_outputs(path)
+
+
 def check_picture(flag: str, out: str) -> Path:
     """The path that `flag` gives, after the checks that come before the work of drawing it.
 

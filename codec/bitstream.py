@@ -50,7 +50,7 @@ import numpy as np
 
 MAGIC, VERSION = b"RFSQ", 1
 CODED, GREY = 1, 2  # flags
-MAX_PIXELS = 178_956_970  # the largest image that Pillow opens without a warning
+MAX_PIXELS = 178_956_970  # of an image; image files of more than half of that are not read
 _HEAD = struct.Struct("<4sBBB8sII")
 HEAD_BYTES = _HEAD.size + 4  # of the longer of the two headers
 BLOCK_BITS, CHUNK = 32768, 65536

@@ -43,8 +43,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("grey levels outside 0..65535; save it with 8 or 16 bits")
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC) == 0
-        if bits[0] not in (16, 32) or white_is_zero:
-            raise ValueError("grey TIFF of 12 bits, or with white as 0; save it with 8 or 16 bits")
+        if bits[0] != 16 or white_is_zero:
+            what = "grey TIFF of 12 or 32 bits, or with white as 0"
+            raise ValueError(f"{what}; save it with 8 or 16 bits")
         if isinstance(transparent, int):
             levels[levels == transparent] = 65535
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
@@ -54,6 +55,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _spread_transparency(png: Image.Image) -> None:
+    """Grey PNGs of 1, 2 and 4 bits: Pillow spreads their pixels over 8, but not this level."""
+    levels = {"1": 1, "L;2": 3, "L;4": 15}.get(png.tile[0][3] if png.tile else None)
+    level = png.info.get("transparency")
+    if png.format == "PNG" and levels and isinstance(level, int):
+        png.info["transparency"] = level * 255 // levels
 
 
 @functools.cache
@@ -82,6 +91,7 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
                 if file.width * file.height > Image.MAX_IMAGE_PIXELS:
                     size, most = f"{file.width}x{file.height}", Image.MAX_IMAGE_PIXELS
                     raise ValueError(f"{size} pixels are more than Pillow's limit of {most:,}")
+                _spread_transparency(file)
                 file.load()  # outside the next block, which would hide its errors
                 with contextlib.suppress(Exception):  # damage to EXIF is no damage to the pixels
                     ImageOps.exif_transpose(file, in_place=True)

@@ -30,13 +30,13 @@ class RFSQ(ResidualFSQ):
     computes the same expression from the same integers.
 
     strategy:
-        - `none`: a = 1, b = 0. The residual shrinks, and later stages use few of their codes.
+        - `none`: a = 1, b = 0. The residual shrinks, and later stages use their codes unevenly.
         - `scale`: a is a learned positive number for each stage, stored as its logarithm.
         - `layernorm`: A(r) = (r - mean)/std * gain + bias, that is a = gain/std and
           b = bias - a mean, with gain (stored as its logarithm) and bias learned for each stage and
-          channel. They start at gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), close to
-          the least squared error of a unit Gaussian for L = 3 to 64: with a gain of 1 the tanh
-          saturates, and the codes of an even L are centred at -1/L.
+          channel. They start at gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), within
+          0.5 dB of the least squared error of a unit Gaussian for L = 4 to 64 (0.8 dB for 3): with
+          a gain of 1 the tanh saturates, and the codes of an even L are centred at -1/L.
 
     statistics (of `layernorm`):
         - `global` (default): running averages of the mean and variance of each stage and channel,

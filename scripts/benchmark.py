@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input, before anything is measured.
     """
     args = get_flags(argv)
-    output.check_outputs(args.json)
+    output.check_json(args.json)
     if args.originals:
         ImageFolderDataset(args.originals, args.img_size)  # raises its errors before the work
     torch.set_num_threads(args.threads or torch.get_num_threads())

@@ -14,6 +14,7 @@ checkpoint that contains it, for `encode --entropy-coding`. The layout of a file
 from __future__ import annotations
 
 import math
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -43,8 +44,8 @@ SUFFIX = ".rfsq"
 
 def check_output(path: Path, flags: Namespace) -> None:
     """Raises ValueError if `path` exists and may not be replaced."""
-    if path.is_dir() or (path.exists() and not flags.force):
-        keep = ", --keep-existing to continue" if flags.run is encode else ""
+    if path.is_dir() or (os.path.lexists(path) and not flags.force):
+        keep = "" if flags.run is fit else ", --keep-existing to continue"
         advice = "" if path.is_dir() else f"{keep}, or --force to replace it"
         raise ValueError(f"{path} exists: give another --out{advice}")
 
@@ -90,7 +91,7 @@ def prepare(
         if not (flags.keep_existing and out.is_file()):
             check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
-    for out in paths:
+    for out in paths if flags.run is encode else ():
         existing(codec, out, flags)  # refuse files of another model before anything is written
     return codec, output.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
 
@@ -180,7 +181,8 @@ def readable(
 def say_skipped(skipped: list[tuple[str, str]]) -> None:
     """Print which images were left out, and why."""
     if skipped:
-        say("\n".join([f"{len(skipped)} images skipped:", *(error for _, error in skipped)]))
+        errors = (output.printable(error) for _, error in skipped)
+        say("\n".join([f"{len(skipped)} files skipped:", *errors]))
 
 
 def encode(flags: Namespace) -> dict:
@@ -244,13 +246,19 @@ def saving(row: dict, flags: Namespace) -> str:
 def decode(flags: Namespace) -> dict:
     """Decode files to PNG images, grey ones with a single channel."""
     codec, files = prepare(flags, [SUFFIX], ".png")
-    rows = []
+    rows, kept, skipped = [], 0, []
     for path, below, out in files:
+        if flags.keep_existing and out.is_file():
+            kept += 1
+            continue
         try:
             data = read_coded(codec, path)
             image = codec.decode(data, flags.stages)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            if not flags.skip_corrupt:
+                raise ValueError(f"{path}: {error}") from error
+            skipped.append((str(below), f"{path}: {error}"))
+            continue
         make_folder(out.parent, "give another --out")
         grey = bitstream.read_header(data).flags & bitstream.GREY
         png = Image.fromarray(image[..., 0] if grey else image)
@@ -258,7 +266,11 @@ def decode(flags: Namespace) -> dict:
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}
         say(f"{output.printable(below)}  {row['width']}x{row['height']}  {output.printable(out)}")
         rows.append({**row, "bytes": len(data), "output": str(out)})
-    return {"files": rows, "seconds": codec.seconds}
+    if skipped and not (rows or kept):
+        raise ValueError(f"none of {len(skipped)} files can be decoded; the first: {skipped[0][1]}")
+    say_skipped(skipped)
+    paths = [path for path, _ in skipped]
+    return {"files": rows, "kept": kept, "skipped": paths, "seconds": codec.seconds}
 
 
 def fit(flags: Namespace) -> dict:
@@ -300,11 +312,10 @@ def get_parser() -> Parser:
             add("--limit", type=number(int, 1), metavar="N", help=limit_help)
         else:
             add("--stages", type=number(int, 1), help="first stages only; default: all")
-        if run is not decode:
-            add("--skip-corrupt", action="store_true", help="leave out and list unreadable images")
-        if run is encode:
             keep_help = "continue: keep outputs that this command wrote before"
             add("--keep-existing", action="store_true", help=keep_help)
+        add("--skip-corrupt", action="store_true", help="leave out and list unreadable files")
+        if run is encode:
             add("--entropy-coding", action="store_true", help="with the tables of `fit`")
     return parser
 
@@ -313,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Run a command, and return what `--json` writes; ValueError for bad input."""
     flags = get_parser().parse_args(argv)
     util.refuse_torchrun()
-    output.check_outputs(flags.json)
+    output.check_json(flags.json)
     result = flags.run(flags)
     if flags.json:
         write_json(Path(flags.json), result)

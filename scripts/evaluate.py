@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--fid", action="store_true", help=text)
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
-    output.check_outputs(flags.json)
+    output.check_json(flags.json)
 
     loading = flags.batch_size, flags.num_workers
     setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)

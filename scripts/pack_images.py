@@ -61,10 +61,12 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-def begin(sources: Sequence[str], out: Path, size: int, count: int, listing: str) -> dict:
+def begin(
+    sources: Sequence[str], out: Path, size: int, count: int, listing: str, sizes: str
+) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
-    `listing` is the SHA-256 of the names of the `count` files.
+    `listing` is the SHA-256 of the names of the `count` files, `sizes` that of their sizes.
 
     Raises:
         ValueError: `out` holds other data.
@@ -84,12 +86,16 @@ def begin(sources: Sequence[str], out: Path, size: int, count: int, listing: str
                 f"'{out}' is packed from {index['sources']:,} files, and '{source}' has "
                 f"{count:,} files of other names: {other}"
             )
+        if index.get("sizes_sha256", sizes) != sizes:  # not in older ones
+            raise ValueError(
+                f"'{out}' is packed from files of other sizes than those in '{source}': {other}"
+            )
         return index
     strange = sorted(p.name for p in out.glob("[!.]*"))  # a killed process leaves hidden files
     if strange:
         raise ValueError(f"OUT '{out}' holds other files ('{strange[0]}'): give a new folder")
     full = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * size * size)))
-    return packed.new_index(size, full, count, listing)
+    return {**packed.new_index(size, full, count, listing), "sizes_sha256": sizes}
 
 
 def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
@@ -137,7 +143,8 @@ def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> 
     listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
     make_folder(out, "give another OUT")
     with locked(out, f"another process is packing into '{out}': wait for it"):
-        index = begin(sources, out, img_size, len(names), listing)
+        sizes = images.fingerprint()["sizes"]
+        index = begin(sources, out, img_size, len(names), listing, sizes)
         if not (out / PACK_INDEX).is_file():
             complete(images, names, sources[0], out, index, num_workers)
     return index

@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add_evaluation_flags(parser, "--json")
     add("--figure", metavar="PNG", help="draw the curves there (matplotlib)")
     flags = parser.parse_args(argv)
-    output.check_outputs(flags.json)
+    output.check_json(flags.json)
     if flags.figure:
         output.check_picture("--figure", flags.figure)
     util.refuse_torchrun()

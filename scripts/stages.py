@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--figures", metavar="DIR", help="draw two figures there (matplotlib)")
     add_evaluation_flags(parser)
     flags = parser.parse_args(argv)
-    output.check_outputs(flags.json)
+    output.check_json(flags.json)
     if flags.figures:
         output.load_figure()
         if Path(flags.figures).is_file():

@@ -204,7 +204,7 @@ def test_skip_corrupt_leaves_out_and_lists(here, capfd):
     assert result["skipped"] == ["below/b.jpg"] and result["kept"] == 0
     assert json.loads(Path("coded.json").read_text()) == result
     lines = capfd.readouterr().out.splitlines()
-    assert lines[-3].startswith("2 images ") and lines[-2] == "1 images skipped:"
+    assert lines[-3].startswith("2 images ") and lines[-2] == "1 files skipped:"
     assert "cannot read image images/below/b.jpg" in lines[-1]
     # Nothing else of the results depends on it.
     alone = run("encode images/a.png images/below/deep/c.webp --load model.pt --out alone")
@@ -219,7 +219,37 @@ def test_fit_skips_corrupt_images(here, capfd):
     assert "--skip-corrupt" in refused("fit images --load model.pt --out coded.pt", capfd)
     result = run("fit images --load model.pt --out coded.pt --skip-corrupt")
     assert result == {"images": 2, "skipped": ["below/b.jpg"], "output": "coded.pt"}
-    assert "1 images skipped:" in capfd.readouterr().out
+    assert "1 files skipped:" in capfd.readouterr().out
+
+
+def test_decoding_goes_on_after_a_damaged_file_and_after_an_interruption(here, capfd):
+    run("encode images --load model.pt --out coded")
+    damaged = Path("coded/below/b.rfsq")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    decode = "decode coded --load model.pt --out back"
+    assert "below/b.rfsq" in refused(decode, capfd)
+    assert files(here / "back") == ["a.png"]
+    first = Path("back/a.png").read_bytes()
+    Path("back/a.png").write_bytes(b"kept")
+    assert "--keep-existing" in refused(decode, capfd)
+    result = run(f"{decode} --keep-existing --skip-corrupt --json back.json")
+    assert result["kept"] == 1 and result["skipped"] == ["below/b.rfsq"]
+    assert [row["name"] for row in result["files"]] == ["below/deep/c.rfsq"]
+    assert "checksum" in capfd.readouterr().out.splitlines()[-1]
+    assert Path("back/a.png").read_bytes() == b"kept" != first
+    line = refused("decode coded/below/b.rfsq --load model.pt --out x --skip-corrupt", capfd)
+    assert "none of 1 files can be decoded" in line
+
+
+def test_no_file_is_replaced_but_by_force(here, capfd):
+    photograph = Path("images/a.png").read_bytes()
+    line = refused("encode images --load model.pt --out coded --json images/a.png", capfd)
+    assert "is no JSON file" in line and not Path("coded").exists()
+    assert Path("images/a.png").read_bytes() == photograph
+    Path("coded").mkdir()
+    Path("coded/a.rfsq").symlink_to(here / "elsewhere.bin")  # which does not exist yet
+    assert "a.rfsq exists" in refused("encode images/a.png --load model.pt --out coded", capfd)
+    assert not Path("elsewhere.bin").exists()
 
 
 def test_fit_counts_images_of_one_name_in_two_folders(here):
@@ -293,8 +323,6 @@ def test_keep_existing_keeps_nothing_else(here, capfd):
         assert run(f"{command} --force")["kept"] == 0
         assert Path(out, "a.rfsq").read_bytes() == right
     assert run(f"encode {a} --load model.pt --out right --keep-existing --force")["kept"] == 1
-    line = refused("decode right --load model.pt --out back --keep-existing", capfd)
-    assert "unrecognized arguments: --keep-existing" in line
 
 
 def test_a_pipe_named_like_a_file_is_not_opened(here, capfd):

@@ -182,16 +182,40 @@ def test_a_transparent_colour_is_white(tmp_path):
     assert loaded[0, 0].tolist() == [255, 255, 255] and loaded[1, 1].tolist() == [9, 9, 9]
 
 
-def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
-    """Pillow gives its pixels with 8 bits, where the colour cannot be found any more."""
+def png(width: int, bits: int, kind: int, transparent: bytes, line: bytes) -> bytes:
+    """The bytes of a PNG of one line, of a colour type with a transparent colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", crc32(kind + data))
 
+    head = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", head) + chunk(b"tRNS", transparent)
+    chunks += chunk(b"IDAT", compress(b"\0" + line)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("bits, line, level, wanted", [
+    (1, 0b01000000, 0, [255, 255]),
+    (2, 0b01100000, 1, [255, 170]),
+    (4, 0b01011010, 5, [255, 170]),
+])  # fmt: skip
+def test_a_transparent_level_of_few_bits_is_white(bits, line, level, wanted, tmp_path):
+    data = png(2, bits, 0, struct.pack(">H", level), bytes([line]))
+    (tmp_path / "a.png").write_bytes(data)
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == wanted
+
+
+def test_a_tiff_of_32_bit_integers_is_refused(tmp_path):
+    """Nothing says which of its levels is white: those of 8 bits would all become black."""
+    Image.fromarray(np.full((8, 8), 124, np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableImage, match="grey TIFF of 12 or 32 bits"):
+        load(tmp_path, 8)
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
+    """Pillow gives its pixels with 8 bits, where the colour cannot be found any more."""
     colour = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
-    chunks = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)) + chunk(b"tRNS", colour)
-    chunks += chunk(b"IDAT", compress(b"\0" + colour)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    (tmp_path / "a.png").write_bytes(png(1, 16, 2, colour, colour))
     with pytest.raises(UnreadableImage, match="transparent colour of 16 bits"):
         load(tmp_path, 1)
 

@@ -332,6 +332,17 @@ def test_a_damaged_index_is_refused(copy):
         build_dataset(copy, SIZE, seed=0, train=True)
 
 
+def test_sources_that_have_changed_are_refused(tmp_path, capsys):
+    (tmp_path / "src").mkdir()
+    fill_source(tmp_path / "src")
+    out = tmp_path / "out"
+    pack_images.main([str(tmp_path / "src"), str(out), *FLAGS])
+    file = next((tmp_path / "src").rglob("*.png"))
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="from files of other sizes"):
+        pack_images.main([str(tmp_path / "src"), str(out), *FLAGS])
+
+
 def test_another_size_is_refused(packed):
     with pytest.raises(ValueError, match=r"16x16 pixels, asked is 32x32: use --img-size 16, or"):
         PackedDataset(packed, 32)
