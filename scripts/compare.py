@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     chosen = [setup.images[i] for i in some(range(len(setup.images)), flags.images)]
     originals = torch.stack(chosen).to(setup.device).float() / 255
     folders = [Path(path).resolve().parent.name for path in flags.load]  # paths are long labels
-    names = output.distinct([c.name for c in setup.checkpoints], folders)
+    places = folders if len({*folders}) == len(folders) else flags.load
+    names = output.distinct([c.name for c in setup.checkpoints], places)
     rows = [
         (name, *reconstruct(checkpoint.model, originals))
         for name, checkpoint in zip(names, setup.checkpoints, strict=True)

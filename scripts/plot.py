@@ -27,6 +27,7 @@ PANELS = {  # a number of the log: kind of its records, title of its panel
     "loss": ("train", "training loss"),
     **{name: ("val", f"validation {title}") for name, (title, _) in output.METRICS.items()},
 }
+STYLES = ("-", "--", ":", "-.")
 SIZE = (5, 4)  # inches of a panel
 
 
@@ -69,15 +70,16 @@ def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[s
         ValueError: a name without runs, or nothing to draw in any of them.
     """
     curves: dict[str, dict[str, list]] = {PANELS[key][1]: {} for key in panels}
-    for label, records in read_runs(names).items():
-        if not records:
-            print(f"warning: {label} has no whole record in its log: left out", flush=True)
+    runs = read_runs(names)
+    for label, records in runs.items():
         for key in panels:
             kind, title = PANELS[key]
             if points := curve(records, kind, key):
                 curves[title][label] = points
     if not any(curves.values()):
         raise ValueError(f"{', '.join(names)}: there is nothing to draw yet: give other runs")
+    if without := [label for label, records in runs.items() if not records]:
+        print(f"warning: nothing is logged of {', '.join(without)}: left out", file=sys.stderr)
     return {title: lines for title, lines in curves.items() if lines}
 
 
@@ -91,7 +93,9 @@ def draw(curves: dict[str, dict[str, list]]):
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
         for label, points in lines.items():
             x, y = zip(*points, strict=True)
-            style = dict(marker="." if len(points) < 50 else None, color=f"C{labels.index(label)}")
+            number = labels.index(label)
+            style = dict(marker="." if len(points) < 50 else None, color=f"C{number}")
+            style["linestyle"] = STYLES[number // 10 % len(STYLES)]  # there are ten colours
             (handles[label],) = axes.plot(x, y, linewidth=1, **style)
         positive = all(y > 0 for points in lines.values() for _, y in points)
         scale = "log" if title == PANELS["loss"][1] and positive else "linear"  # LFQ's: both

@@ -35,9 +35,9 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "x.png"
     names = [str(tmp_path / "*"), str(tmp_path / "new" / "metrics.jsonl")]  # one run named twice
     assert plot.main([*names, f"--out={out}"]) == out
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert "warning: nothing is logged of empty: left out" in warned
     assert "new/metrics.jsonl: 3 damaged lines skipped" in said
-    assert "empty has no whole record in its log: left out" in said
     (figure,) = figures
     shown = {
         axes.get_title(): {
@@ -87,7 +87,7 @@ def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
             "LN (ln-f4-conv-1000-s1)": [(1, 1.0)],
         }
     }
-    assert "old (old-f4-conv-1000-s0) has no whole record" in capsys.readouterr().out
+    assert "nothing is logged of old (old-f4-conv-1000-s0): left out" in capsys.readouterr().err
     (alone,) = plot.read_curves([f"{tmp_path}/kept/ln*-s0.json"], ["psnr"]).values()
     assert alone == {"LN": [(1, 1.0), (2, 2.0)]}
 
@@ -98,6 +98,15 @@ def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
     both = [f"{tmp_path}/0", f"{tmp_path}/kept"]
     (lines,) = plot.read_curves(both, ["psnr"]).values()
     assert lines == {"0": [(1, 1.0), (2, 2.0)], "LN": [(1, 1.0)]}
+
+
+def test_no_two_of_many_runs_look_alike(tmp_path):
+    pytest.importorskip("matplotlib")
+    for number in range(25):
+        make_log(tmp_path / f"{number:02}", [0.5], 20.0 + number)
+    figure = plot.draw(plot.read_curves([str(tmp_path)], ["psnr"]))
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == 25
 
 
 def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):

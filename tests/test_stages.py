@@ -309,6 +309,11 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_folders(files, tmp_path
     flags = [f"--out={tmp_path / 'x.png'}", f"--val-data-path={files / 'val'}", "--images=1"]
     compare.main(["--load", *loads, *flags])
     assert [row[0] for row in rows] == [f"rfsq-2x2048-none (run-s{seed})" for seed in (0, 1)]
+    rows.clear()  # of one folder: by their paths
+    loads[1] = str(tmp_path / "run-s0" / "best.pt")
+    (tmp_path / "run-s0" / "best.pt").write_bytes((files / "none.pt").read_bytes())
+    compare.main(["--load", *loads, *flags])
+    assert [row[0] for row in rows] == [f"rfsq-2x2048-none ({path})" for path in loads]
 
 
 # ---------------------------------------------------------------------------------------
