@@ -55,9 +55,9 @@ def check_json(path: str | None) -> None:
     Raises:
         ValueError: it would replace a file of another kind, or as for `check_outputs`.
     """
+    check_outputs(path)
     if path and Path(path).suffix.lower() != ".json" and not is_stream(path):
         raise ValueError(f"--json {path} is no JSON file: give a name that ends in .json")
-    check_outputs(path)
 
 
 def check_picture(flag: str, out: str) -> Path:
