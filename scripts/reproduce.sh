@@ -48,6 +48,9 @@ while [ $# -gt 0 ]; do
         --seed | --seed=*) fail "--seed is set for each run: give --seeds 0 1 2" ;;
         --save | --save=*) fail "--save is set for each run: set OUT to the folder of all runs" ;;
         --resume | --resume=*) fail "--resume is not needed: unfinished runs continue" ;;
+        --quantizer | --quantizer=* | --name | --name=*)
+            fail "${1%%=*} is that of each configuration: give --only to choose configurations"
+            ;;
         --overwrite) fail "--overwrite is not needed: remove the folders of runs to be run again" ;;
         *) flags+=("$1") && shift ;;
     esac

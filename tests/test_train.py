@@ -395,6 +395,7 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         "reproduce what": ("reproduce.sh", ["--only", "rfsq"], "--only rfsq"),
         "reproduce a seed": ("reproduce.sh", ["--seeds", "one"], "one"),
         "reproduce no seed": ("reproduce.sh", ["--seeds"], "--seeds"),
+        "reproduce as another": ("reproduce.sh", ["--quantizer", "lfq"], "--only"),
         "reproduce into one folder": ("reproduce.sh", ["--save=x"], "OUT"),
     }
 
