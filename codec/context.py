@@ -32,6 +32,7 @@ EDGES = (4, 10, 20, 40, 80)  # between the steps of an activity
 LAPLACIANS = 4  # known channels that the activity is measured on
 UNIT = 2**12  # the integer that stands for a regression weight of 1
 AROUND = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns
+PART = 2**16  # positions
 COARSEST = 16  # rows and columns between the positions of the first pass
 
 
@@ -43,6 +44,14 @@ class Pass(NamedTuple):
     neighbours: np.ndarray  # (4, 2, n), their rows and columns
     kind: np.ndarray  # (n,), the class
     alone: int  # positions, at the front, that have no neighbours
+
+    def parts(self) -> Iterator[Pass]:
+        """The same positions in passes of at most PART, so that work on them needs little memory."""
+        for start in range(0, len(self.rows), PART):
+            part = slice(start, start + PART)
+            alone = max(0, min(PART, self.alone - start))
+            arrays = self.rows[part], self.columns[part], self.neighbours[..., part]
+            yield Pass(*arrays, self.kind[part], alone)
 
 
 @functools.lru_cache(maxsize=1)
@@ -215,7 +224,10 @@ class Digit(NamedTuple):
 
     def features(self, scan: Pass) -> np.ndarray:
         """What the regressions are on, in the order of their weights (weights, n), float64."""
-        near = [surroundings(plane)[:, scan.rows, scan.columns] for plane in self.known]
+        height, width = self.plane.shape
+        y, x = np.array(AROUND, np.int32).T[..., None]
+        y, x = (scan.rows + y).clip(0, height - 1), (scan.columns + x).clip(0, width - 1)
+        near = [plane[y, x] for plane in self.known]  # as `surroundings`, at these positions
         return np.concatenate([self.neighbours(scan), *near, np.ones((1, len(scan.rows)))])
 
 

@@ -253,11 +253,12 @@ def _regression(digits: Sequence[context.Digit], scans: list[context.Pass]) -> n
         return np.zeros(shape, np.int32)
     squares, products = np.zeros((*shape, shape[1])), np.zeros(shape)
     for digit, scan in zip(digits, scans, strict=True):
-        features, wanted = digit.features(scan), digit.plane[scan.rows, scan.columns]
-        for kind in range(CLASSES):
-            chosen = features[:, scan.kind == kind]
-            squares[kind] += chosen @ chosen.T
-            products[kind] += chosen @ wanted[scan.kind == kind]
+        for part in scan.parts():  # sums of whole numbers and halves: exact in any order
+            features, wanted = digit.features(part), digit.plane[part.rows, part.columns]
+            for kind in range(CLASSES):
+                chosen = features[:, part.kind == kind]
+                squares[kind] += chosen @ chosen.T
+                products[kind] += chosen @ wanted[part.kind == kind]
     # A small ridge: constant features, or too few positions, leave the solution undetermined.
     ridge = 1e-6 * (np.trace(squares, axis1=1, axis2=2) + 1)
     squares += ridge[:, None, None] * np.eye(shape[1])

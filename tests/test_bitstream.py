@@ -217,6 +217,23 @@ def test_images_beyond_the_sample_are_counted_only(monkeypatch):
         assert all(np.array_equal(a, b) for a, b in zip(row, other, strict=True))
 
 
+def test_regressions_in_parts_are_those_of_the_whole(monkeypatch):
+    """Parts that begin among the positions without neighbours and after them."""
+    whole = fitted("rfsq")
+    monkeypatch.setattr(context, "PART", 3)
+    for row, other in zip(fitted("rfsq").weights, whole.weights, strict=True):
+        assert all(np.array_equal(a, b) and a.any() for a, b in zip(row, other, strict=True))
+    scan = context.whole_lattice(24, 32)
+    parts = list(scan.parts())
+    assert scan.alone == 4 and [part.alone for part in parts[:3]] == [3, 1, 0]
+    assert np.array_equal(np.concatenate([part.rows for part in parts]), scan.rows)
+    # Each as if its neighbours and those around it were looked up in padded planes.
+    planes = context.split(context.stages_of([[8, 8, 4]], True), smooth(24, 32, [256], 0))
+    digit = list(context.digits_of(context.stages_of([[8, 8, 4]], True), planes))[1]
+    near = context.surroundings(planes[0])[:, scan.rows, scan.columns]
+    assert np.array_equal(digit.features(scan)[4:9], near)
+
+
 def test_neighbours_and_the_stage_before_pay():
     sizes, _ = CODEBOOKS["rfsq"]
     conditional, first_order = fitted("rfsq"), entropy.Counts(sizes, None)
