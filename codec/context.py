@@ -46,7 +46,7 @@ class Pass(NamedTuple):
     alone: int  # positions, at the front, that have no neighbours
 
     def parts(self) -> Iterator[Pass]:
-        """The same positions in passes of at most PART, so that work on them needs little memory."""
+        """The same positions in passes of at most PART: work on them needs little memory."""
         for start in range(0, len(self.rows), PART):
             part = slice(start, start + PART)
             alone = max(0, min(PART, self.alone - start))

@@ -49,7 +49,7 @@ STYLES = {  # colours of Okabe and Ito; the files are drawn for the solid lines 
     "AVIF 4:4:4": ("#009e73", "-"),
     "AVIF 4:4:4, tune=psnr": ("#009e73", "--"),
 }
-OUR_COLOURS, OUR_MARKERS = ("#000000", "#d55e00", "#cc79a7", "#0072b2"), "os^D"
+OUR_COLOURS, OUR_MARKERS = ("#000000", "#d55e00", "#cc79a7", "#0072b2"), "os^Dv"
 
 
 class Ours:
@@ -192,9 +192,9 @@ def draw(result: dict, path: Path) -> None:
         style = {"color": colour, "linestyle": style}
         lines.append((curve["coder"], curve["rows"], style, style["linestyle"] == "-"))
     for i, ours in enumerate(result["checkpoints"]):
-        colour = OUR_COLOURS[i % 4]
+        colour, marker = OUR_COLOURS[i % len(OUR_COLOURS)], OUR_MARKERS[i % len(OUR_MARKERS)]
         for coded, end, face in ((False, "", colour), (True, ", entropy-coded", "white")):
-            style = {"color": colour, "marker": OUR_MARKERS[i % 4], "markerfacecolor": face}
+            style = {"color": colour, "marker": marker, "markerfacecolor": face}
             rows = [row for row in ours["rows"] if row["entropy_coded"] == coded]
             lines += [(ours["name"] + end, rows, style, True)] if rows else []
     rates = [rate[key] for rate in result["rates"] for key in ("bpp", "file_bpp")]
