@@ -49,6 +49,16 @@ def unread_flags(quantizer: Quantizer) -> set[str]:
     return {*flags_of_group("quantizer")} - {"quantizer", "pairs", *quantizer.read_flags()}
 
 
+def ignored_flags(args: Namespace, quantizer: Quantizer) -> list[str]:
+    """The flags that were given and this quantizer does not read, each as "--name VALUE"."""
+    defaults, given = vars(get_args([])), vars(args)
+    return [
+        f"--{name.replace('_', '-')} {given[name]}"
+        for name in sorted(unread_flags(quantizer))
+        if given[name] != defaults[name]
+    ]
+
+
 def current_flags(saved: dict) -> dict:
     """Flags as a checkpoint or a results.json holds them, under the names that they have today."""
     renamed = {

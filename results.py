@@ -127,15 +127,16 @@ def without_flags(command: str, flags: Iterable[str]) -> str:
     """
     every = shlex.split(command)
     given: dict[str, list[str]] = {}  # a flag: its words
+    flag = ""
     for word in every[2:]:
-        flag = word.partition("=")[0] if word.startswith("--") else next(reversed(given), "")
         if word.startswith("--"):
+            flag = word.partition("=")[0]
             given.pop(flag, None)
         given.setdefault(flag, []).append(word)
-    kept = [words for flag, words in given.items() if flag not in (*flags, "--overwrite")]
-    return shlex.join(
-        [Path(word).name for word in every[:2]] + [w for words in kept for w in words]
-    )
+    words = [Path(word).name for word in every[:2]]  # python and the script
+    for flag, its_words in given.items():
+        words += its_words if flag not in (*flags, "--overwrite") else []
+    return shlex.join(words)
 
 
 def portable(run: dict) -> dict:

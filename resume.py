@@ -109,9 +109,8 @@ def _check_same_run(
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # then it is only measured
     differ = differing_flags(before, args, {*may_change, "precision"})
-    # Without the flag it is that of the device.
     there = saved["segments"][-1].get("precision") if saved["segments"] else before.precision
-    here = args.precision or util.default_precision()
+    here = util.training_precision(args.precision)
     if there not in (None, here):
         differ.append(f"--precision {there} there, {here} here")
     if differ:

@@ -43,8 +43,10 @@ from metric import FIELD
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 RESULTS = ("results.json", "results.txt")
+EARLIER = "results_" + 7 * "[0-9]"  # of an end of the run after which it went on
 # What a new run removes, beside its checkpoints, and what it removes or writes.
-REPLACED = ("last.pt", "best.pt", "results.*", "results_*.*", "samples/step_*.png")
+REPLACED = ("last.pt", "best.pt", *RESULTS, f"{EARLIER}.json", f"{EARLIER}.txt")
+REPLACED += ("samples/step_*.png",)
 WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", *REPLACED[2:], EVENTS)
 
 
@@ -137,7 +139,6 @@ class RunFolder:
         self._trim_log(step, steps)
         if resumed:  # before the newer ones are gone, one of which last.pt may be
             self._link(Path(resumed["path"]), "last.pt")
-        if resumed:
             self._discard_after(step)
             if step < steps:
                 self._set_results_aside()

@@ -26,7 +26,7 @@ from arguments import get_args
 from checkpoint import NotFinite, random_states
 from dataset import build_dataset, print_skipped, skipped_images
 from dataset.loaders import train_loader, val_loader
-from flags import unread_flags
+from flags import ignored_flags
 from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
@@ -132,7 +132,7 @@ class Training:
         """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
         args, device = self.args, self.device
         gpu = device.type == "cuda"
-        self.precision = args.precision or util.default_precision()
+        self.precision = util.training_precision(args.precision)
         self.compiled = gpu if args.compile is None else args.compile
         self.model.to(device, memory_format=torch.channels_last)
         load = lpips_network if args.perceptual_weight else lpips_if_available
@@ -193,12 +193,9 @@ class Training:
         """Print what is about to be trained."""
         if not self.main_process:
             return
-        quantizer, defaults = self.model.quantizer, get_args([])
-        for flag in sorted(unread_flags(quantizer)):
-            value = getattr(self.args, flag)
-            if value != getattr(defaults, flag):
-                name = f"--{flag.replace('_', '-')} {value}"
-                print(f"warning: {name} has no effect on {quantizer.name}", file=sys.stderr)
+        quantizer = self.model.quantizer
+        for flag in ignored_flags(self.args, quantizer):
+            print(f"warning: {flag} has no effect on {quantizer.name}", file=sys.stderr)
         suffix = ", compiled" if self.compiled else ""
         print(
             f"{quantizer.name}: {quantizer.bits:.4g} bits per position, f = {self.model.f}, "

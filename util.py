@@ -61,9 +61,9 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
     return DistributedDataParallel(module, **{name: False})  # the second until torch 2.13
 
 
-def default_precision() -> str:
-    """That of encoder, decoder and LPIPS in training without `--precision`."""
-    return "bf16" if torch.cuda.is_available() else "fp32"
+def training_precision(flag: str | None) -> str:
+    """That of encoder, decoder and LPIPS: of `--precision`, or without it of the device."""
+    return flag or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
 def refuse_torchrun() -> None:

@@ -92,8 +92,8 @@ def _is_consistent(index: dict) -> bool:
     )
 
 
-def new_index(img_size: int, images_per_shard: int, sources: int, listing_sha256: str) -> dict:
-    """The index of a folder in which nothing is packed yet."""
+def new_index(img_size: int, images_per_shard: int, sources: int, files: dict) -> dict:
+    """The index of a folder in which nothing is packed yet; `files`: their fingerprint."""
     return {
         "format": PACK_FORMAT,
         "version": PACK_VERSION,
@@ -102,7 +102,8 @@ def new_index(img_size: int, images_per_shard: int, sources: int, listing_sha256
         "images_per_shard": images_per_shard,
         "sources": sources,
         "sources_done": 0,
-        "listing_sha256": listing_sha256,
+        "listing_sha256": files["names"],
+        "sizes_sha256": files["sizes"],
         "names_sha256": None,
         "shards": [],
         "skipped": [],

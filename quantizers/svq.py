@@ -105,10 +105,8 @@ class SVQ(Quantizer):
         momentum: float = 0.01,
     ):
         super().__init__()
-        bits, classes = (
-            check_integer("bits", bits, 8, 60),
-            check_integer("classes", classes, 1, 1024),
-        )
+        bits = check_integer("bits", bits, 8, 60)
+        classes = check_integer("classes", classes, 1, 1024)
         stages = check_integer("stages", stages)
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
         if bits > MOST * dim:

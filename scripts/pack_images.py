@@ -17,7 +17,6 @@ the same name is not packed again.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,12 +60,10 @@ class Decoder(Dataset):
             return black, reason.replace(str(path), self.images.name(index))
 
 
-def begin(
-    sources: Sequence[str], out: Path, size: int, count: int, listing: str, sizes: str
-) -> dict:
+def begin(sources: Sequence[str], out: Path, size: int, count: int, files: dict) -> dict:
     """The index to continue from: a new one, or that of an interrupted or a finished run.
 
-    `listing` is the SHA-256 of the names of the `count` files, `sizes` that of their sizes.
+    `files` is the `Images.fingerprint` of the `count` files.
 
     Raises:
         ValueError: `out` holds other data.
@@ -81,12 +78,12 @@ def begin(
             raise ValueError(
                 f"'{out}' is packed at {was}x{was} pixels, asked is {size}x{size}: {other}"
             )
-        if index["listing_sha256"] != listing:
+        if index["listing_sha256"] != files["names"]:
             raise ValueError(
                 f"'{out}' is packed from {index['sources']:,} files, and '{source}' has "
                 f"{count:,} files of other names: {other}"
             )
-        if index.get("sizes_sha256", sizes) != sizes:  # not in older ones
+        if index.get("sizes_sha256", files["sizes"]) != files["sizes"]:  # not in older ones
             raise ValueError(
                 f"'{out}' is packed from files of other sizes than those in '{source}': {other}"
             )
@@ -95,7 +92,7 @@ def begin(
     if strange:
         raise ValueError(f"OUT '{out}' holds other files ('{strange[0]}'): give a new folder")
     full = max(1, min(SHARD_IMAGES, SHARD_BYTES // (3 * size * size)))
-    return {**packed.new_index(size, full, count, listing), "sizes_sha256": sizes}
+    return packed.new_index(size, full, count, files)
 
 
 def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
@@ -139,12 +136,10 @@ def pack(sources: Sequence[str], out: Path, img_size: int, num_workers: int) -> 
     if out.exists() and not out.is_dir():
         raise ValueError(f"OUT '{out}' is a file: give a new folder")
     names = images.names()
-    # Refuses names with line breaks, before a folder is made.
-    listing = hashlib.sha256(packed.as_lines(names)).hexdigest()
+    packed.as_lines(names)  # refuses names with line breaks, before a folder is made
     make_folder(out, "give another OUT")
     with locked(out, f"another process is packing into '{out}': wait for it"):
-        sizes = images.fingerprint()["sizes"]
-        index = begin(sources, out, img_size, len(names), listing, sizes)
+        index = begin(sources, out, img_size, len(names), images.fingerprint())
         if not (out / PACK_INDEX).is_file():
             complete(images, names, sources[0], out, index, num_workers)
     return index

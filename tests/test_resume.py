@@ -1235,8 +1235,12 @@ def test_going_back_says_what_it_discards_and_leaves_no_best_of_it(tmp_path, cap
     # A run that goes on after its end keeps the results that it had.
     assert run(folder, *flags, "--train-iters=6", "--resume=auto")["steps"] == 6
     assert json.loads((folder / "results_0000004.json").read_text())["psnr"] == again["psnr"]
+    mine = [folder / name for name in ("results.csv", "results_mine.json", "results_20261129.txt")]
+    for path in mine:
+        path.write_text("mine")
     run(folder, *flags, "--train-iters=2", "--overwrite")
-    assert not list(folder.glob("results_*"))
+    assert sorted(folder.glob("results_*")) == sorted(mine[1:])
+    assert all(path.read_text() == "mine" for path in mine)
 
 
 def test_the_precision_of_a_run_is_the_one_it_had_and_not_its_flag(tmp_path):
