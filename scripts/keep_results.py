@@ -25,9 +25,9 @@ from flags import args_of, differing_flags, may_change_flags
 from results import portable, read_results
 
 
-def file_name(run: dict, args: Namespace) -> str:
-    """NAME-fF-NETWORK-STEPS-sSEED.json: the name that was given, or the quantizer's."""
-    name = f"{args.name or run['name']} f{args.downsample} {args.network}"
+def file_name(run: dict, args: Namespace, name: str | None) -> str:
+    """NAME-fF-NETWORK-STEPS-sSEED.json: this name, or that of the run, or the quantizer's."""
+    name = f"{name or args.name or run['name']} f{args.downsample} {args.network}"
     name = re.sub(r"[^\w.]+|_+", "-", name.lower()).strip("-.")
     return f"{name}-{run['steps']}-s{run['seed']}.json"
 
@@ -45,7 +45,7 @@ def check_same_run(file: Path, run: dict, force: bool) -> None:
         differ += [f"{name} {there} there, {here} here"] if there != here else []
     if differ:
         raise ValueError(
-            f"{file} is of another run ({'; '.join(differ)}): move it, or give train.py a --name"
+            f"{file} is of another run ({'; '.join(differ)}): move it, or give another --name"
         )
     if old != new and not force:
         raise ValueError(
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the copies")
+    text = "NAME of the files, instead of the configuration's: for runs that differ in another flag"
+    parser.add_argument("--name", help=text)
     text = "replace copies of other runs of the same flags and seed"
     parser.add_argument("--force", action="store_true", help=text)
     flags = parser.parse_args(argv)
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         raise ValueError(faults[0])
     kept: dict[str, dict] = {}
     for run in found:
-        name = file_name(run, args_of(run))
+        name = file_name(run, args_of(run), flags.name)
         if name in kept:
             raise ValueError(
                 f"{kept[name]['path']} and {run['path']} are both {name}: leave one out"

@@ -50,6 +50,8 @@ def test_another_run_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match=rf"is of another run \({differs}\)"):
             keep(tmp_path / "results", other, "--force")
     assert json.loads(file.read_text())["psnr"] == 21
+    (beside,) = keep(tmp_path / "results", other, "--name", "RFSQ, loaded")
+    assert beside.name.startswith("rfsq-loaded-f4-conv") and file.exists()
 
 
 def test_no_folder_of_the_machine_is_kept(tmp_path):
