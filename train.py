@@ -31,8 +31,8 @@ from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
-from resume import find_resumed, restore
 from run import RunFolder
+from run.resume import find_resumed, restore
 from scheduler import learning_rate
 
 

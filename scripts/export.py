@@ -28,8 +28,8 @@ from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
 from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
-from results import lacking, without_places
-from rows import parts_of
+from tables.results import lacking, without_places
+from tables.rows import parts_of
 
 CARD = "README.md"
 

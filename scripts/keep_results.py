@@ -22,7 +22,7 @@ import output
 from arguments import Parser
 from files import make_folder, write_json
 from flags import args_of, differing_flags, may_change_flags
-from results import portable, read_results
+from tables.results import portable, read_results
 
 
 def file_name(run: dict, args: Namespace, name: str | None) -> str:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 from arguments import Parser
-from results import find_runs, read_results
 from run import RunFolder
+from tables.results import find_runs, read_results
 
 PANELS = {  # a number of the log: kind of its records, title of its panel
     "loss": ("train", "training loss"),

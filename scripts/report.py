@@ -22,8 +22,8 @@ import output
 from arguments import Parser, get_args
 from files import write_whole
 from flags import args_of
-from results import read_results, without_flags
-from rows import Row, make_tables, parts_of
+from tables.results import read_results, without_flags
+from tables.rows import Row, make_tables, parts_of
 
 DECIMALS = {name: decimals for name, (_, decimals) in output.METRICS.items()}
 FIELD = tuple(output.METRICS)  # in the order of the first table

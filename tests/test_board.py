@@ -7,8 +7,8 @@ import pytest
 
 import train
 from arguments import get_args
-from board import scalars
 from run import RunFolder
+from run.board import scalars
 
 TINY = ["--train-data-path=synthetic", "--val-data-path=synthetic", "--channel=8", "--img-size=32"]
 TINY += ["--batch-size=4", "--train-iters=4", "--log-interval=1", "--eval-interval=2", "--keep=9"]

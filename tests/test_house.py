@@ -13,12 +13,11 @@ FLOORS = (
         "scheduler",
         "files",
         "output",
-        "results",
         "quantizers",
         "networks",
         "similarity",
     },
-    {"board", "checkpoint", "util"},
+    {"checkpoint", "util"},
     {"exits"},
     {"meter", "pretrained"},
     {"dataset"},
@@ -27,15 +26,14 @@ FLOORS = (
     {"flags"},
     {"loss", "fid"},
     {"model", "metric"},
-    {"run", "evaluation", "codec", "rows"},
-    {"resume"},
+    {"run", "evaluation", "codec", "tables"},
     {"train"},
     {"timing"},
     {"scripts"},
 )
 FILES = sorted(
     path
-    for folder in (".", "dataset", "quantizers", "loss", "codec", "scripts")
+    for folder in (".", "dataset", "quantizers", "loss", "codec", "run", "tables", "scripts")
     for path in (ROOT / folder).glob("*.py")
 )
 every_file = pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])

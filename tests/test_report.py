@@ -19,8 +19,8 @@ from processes import DEADLINE, script_environment
 import exits
 from arguments import get_args
 from quantizers import build_quantizer
-from rows import PAPER as CLAIMS
 from scripts import report
+from tables.rows import PAPER as CLAIMS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_report import make_run
 
-from results import read_results, without_places
 from scripts import keep_results, report
+from tables.results import read_results, without_places
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = sorted((ROOT / "results").glob("*.json"))

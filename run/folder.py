@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from board import EVENTS, Board
 from checkpoint import Damaged, NotFinite, load_checkpoint, save_checkpoint
 from files import (
     TEMPORARY,
@@ -39,6 +38,7 @@ from files import (
     write_whole,
 )
 from metric import FIELD
+from run.board import EVENTS, Board
 
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")

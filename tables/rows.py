@@ -52,7 +52,7 @@ class Row:
 def configurations(folder: str) -> dict[str, Row]:
     """The configurations in scripts/`folder`, by name, as rows without runs."""
     rows = {}
-    for file in sorted((Path(__file__).parent / "scripts" / folder).glob("*.sh")):
+    for file in sorted((Path(__file__).parent.parent / "scripts" / folder).glob("*.sh")):
         words = shlex.split(file.read_text().replace("\\\n", " "), comments=True)
         args = get_args(words[2:-1])  # exec .../paper.sh FLAGS "$@"
         rows[args.name] = make_row(args.name, args)

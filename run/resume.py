@@ -14,7 +14,7 @@ import util
 from checkpoint import load_checkpoint, restore_random_states
 from flags import args_of, differing_flags, may_change_flags, unread_flags
 from quantizers import Quantizer
-from run import RunFolder
+from run.folder import RunFolder
 
 TRAINING_STATE = {  # what `train.py` adds to weights and flags
     **dict.fromkeys(("step", "train_images", "interval_count", "threads"), int),

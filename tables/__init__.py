@@ -1,0 +1,1 @@
+"""Finished runs: their `results.json` files, and the rows of tables that are made of them."""
