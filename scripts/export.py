@@ -28,8 +28,7 @@ from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
 from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
-from tables.results import lacking, without_places
-from tables.rows import parts_of
+from tables.results import lacking, parts_of, without_places
 
 CARD = "README.md"
 

@@ -36,7 +36,10 @@ def check_same_run(file: Path, run: dict, force: bool) -> None:
     """Raises ValueError if `file` holds another run; with `force`, only if its flags differ."""
     if not file.exists():
         return
-    (before,), _ = read_results([str(file)])
+    found, faults = read_results([str(file)])
+    if faults:
+        raise ValueError(faults[0])
+    (before,) = found
     differ = differing_flags(args_of(before), args_of(run), may_change_flags())
     old, new = portable(before), portable(run)
     given = [{**each, "--load": each["args"].get("load")} for each in (old, new)]

@@ -21,9 +21,8 @@ import exits
 import output
 from arguments import Parser, get_args
 from files import write_whole
-from flags import args_of
-from tables.results import read_results, without_flags
-from tables.rows import Row, make_tables, parts_of
+from tables.results import parts_of, read_results, without_flags
+from tables.rows import Row, make_tables
 
 DECIMALS = {name: decimals for name, (_, decimals) in output.METRICS.items()}
 FIELD = tuple(output.METRICS)  # in the order of the first table
@@ -231,16 +230,6 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     return "\n\n".join(filter(None, [*parts, "\n".join(map(origins, rows))]))
 
 
-def _has_flags(run: dict, faults: list[str]) -> bool:
-    """Whether the flags of a run can be read; if not, `faults` gets a line."""
-    try:
-        args_of(run)
-    except ValueError as error:
-        faults.append(f"{run['path']} is damaged ({error}): leave it out")
-        return False
-    return True
-
-
 def main(argv: Sequence[str] | None = None) -> str:
     """Print the tables, or write them to `--out`; return them."""
     parser = Parser.of(__file__, __doc__)
@@ -248,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)
-    found, faults = read_results(flags.runs)
-    results = [run for run in found if _has_flags(run, faults)]
+    results, faults = read_results(flags.runs)
     for fault in faults if results else faults[:-1]:
         print(f"report.py: warning: {output.printable(fault)}", file=sys.stderr)
     if not results:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 
 from files import walk
+from flags import args_of
 from output import printable
 
 # In every results.json, of this type; `a.b` is entry b of entry a.
@@ -72,8 +73,8 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     """The `results.json` files that `find_runs` finds.
 
     Returns:
-        The results, each with its file as `path`, and one line for each file that is damaged or
-        not written by train.py.
+        The results, each with its file as `path`, and one line for each file that is damaged, of
+        flags that do not exist, or not written by train.py.
 
     Raises:
         ValueError: a name without results.
@@ -82,11 +83,14 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     for path in find_runs(names, "results.json"):
         try:
             run = json.loads(path.read_text())
+            missing = lacking(run)
+            if not missing:
+                args_of(run)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             faults.append(f"{path} is damaged, or no results of a run ({reason}): leave it out")
             continue
-        if missing := lacking(run):
+        if missing:
             faults.append(f"{path} lacks {', '.join(missing)}: give what train.py has written")
         else:
             results.append({**run, "path": path})
@@ -137,6 +141,16 @@ def without_flags(command: str, flags: Iterable[str]) -> str:
     for flag, its_words in given.items():
         words += its_words if flag not in (*flags, "--overwrite") else []
     return shlex.join(words)
+
+
+def parts_of(run: dict) -> list[dict]:
+    """How a run went on whenever it was resumed: first_step, command, commit, device, precision.
+
+    One part for a run of an older version, which does not say.
+    """
+    known = {"first_step": 1, **run["environment"]}
+    known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
+    return [{**known, **part} for part in run.get("segments") or [{}]]
 
 
 def portable(run: dict) -> dict:

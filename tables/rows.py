@@ -18,6 +18,7 @@ import output
 from arguments import get_args
 from flags import args_of, flags_of_group, may_change_flags
 from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
+from tables.results import parts_of
 
 # The table of arXiv 2508.15860 in its units (L1 on normalised images, LPIPS, PSNR), by `--name`.
 PAPER = {
@@ -153,13 +154,3 @@ def differences(row: Row, others: Iterable[Row]) -> str:
             words = value if isinstance(value, list) else [value]
             text += f", {flag.replace('_', ' ')} {' '.join(map(str, words))}"
     return text
-
-
-def parts_of(run: dict) -> list[dict]:
-    """How a run went on whenever it was resumed: first_step, command, commit, device, precision.
-
-    One part for a run of an older version, which does not say.
-    """
-    known = {"first_step": 1, **run["environment"]}
-    known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
-    return [{**known, **part} for part in run.get("segments") or [{}]]

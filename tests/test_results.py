@@ -52,6 +52,10 @@ def test_another_run_is_not_replaced(tmp_path):
     assert json.loads(file.read_text())["psnr"] == 21
     (beside,) = keep(tmp_path / "results", other, "--name", "RFSQ, loaded")
     assert beside.name.startswith("rfsq-loaded-f4-conv") and file.exists()
+    file.write_text('{"psnr": 2')
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        keep(tmp_path / "results", first, "--force")
+    assert file.read_text() == '{"psnr": 2'
 
 
 def test_no_folder_of_the_machine_is_kept(tmp_path):
