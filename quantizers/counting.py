@@ -6,64 +6,16 @@ arithmetic, and memory and time do not depend on the number of vectors.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import exporting
+from .compiling import compiled_form, opaque
 
 # Larger counts become this one. Those that an index is made of are at most 2^60.
 SATURATED = 2**61
-
-
-def opaque(fake: Callable) -> Callable:
-    """Decorator: one operator in torch.compile, which would take minutes for its many loops.
-
-    No gradient passes. The function is told by its last argument, `compiled`, that it is such an
-    operator: it may then call the compiled form of what it repeats (see `compiled_form`).
-
-    Exported and transformed (torch.func), it is what it consists of. `fake` takes the same
-    arguments, tensors without values, and returns tensors of the shapes and dtypes of the result.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        name = f"{function.__module__.replace('.', '_')}::{function.__name__}"
-        operator = torch.library.custom_op(name, function, mutates_args=())
-        operator.register_fake(fake)
-
-        @functools.wraps(function)
-        def call(*args):
-            compiling = torch.compiler.is_compiling() and not exporting()
-            with torch.no_grad():
-                return operator(*args, True) if compiling else function(*args)
-
-        return call
-
-    return decorate
-
-
-@functools.cache
-def compiled_form(function: Callable) -> Callable:
-    """`function` compiled for any sizes, or as it is where there is no compiler for it."""
-    from torch._dynamo.exc import TorchDynamoException  # not at the top: it takes seconds
-
-    fast = torch.compile(function, dynamic=True)
-
-    @functools.wraps(function)
-    def call(*args):
-        nonlocal fast
-        try:
-            return fast(*args)
-        except TorchDynamoException:
-            # The model around may be compiled by a backend that needs no compiler of C++.
-            fast = function
-            return function(*args)
-
-    return call
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -76,8 +28,8 @@ class Lengths(NamedTuple):
     """Code lengths of integers v: `zero` for 0, else first + step * floor((|v| - 1) / run).
 
     Four tensors of whole numbers of one shape, int64 or float32. `step` and `run` are at least 1,
-    and `zero` is at most `first`. It is 0 but in models that were trained before lengths became
-    relative to it.
+    and `zero` is at most `first`. `zero` is 0 except in models that were trained before lengths
+    became relative to it.
     """
 
     zero: Tensor

@@ -146,15 +146,15 @@ class SVQ(Quantizer):
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `z` (B, dim, *positions) to `(quantized, indices)`."""
-        finite = self._track(z) if self.training else None
+        tracked = self._track(z) if self.training else None
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
         vectors = vectors[self.order].flatten(1)  # (dim, N)
         std, level = self._level(self.running_var)
         candidates = suited(vectors, std[self.order], level, self.steps)
         classes, integers = search(vectors, candidates, self.steps, self.lengths, counts.budget)
-        if finite is not None:
-            self._track_classes(classes, integers, finite)
+        if tracked is not None:
+            self._track_classes(classes, integers, tracked)
         index = classes * self.class_size + rank(counts, self.lengths, classes, integers)
         positions = (z.shape[0], *z.shape[2:])
         codes = self._codes(classes, integers, positions)
@@ -214,7 +214,7 @@ class SVQ(Quantizer):
     def _track(self, z: Tensor) -> Tensor:
         """Update mean, variance and scales by a batch, then the steps and code lengths.
 
-        Returns whether the batch is finite.
+        Returns the weight of the batch, 0 if it is not finite.
         """
         number, weight = next_batch(self.batches, self.momentum)
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
@@ -232,17 +232,16 @@ class SVQ(Quantizer):
             (self.batches, number),
         )
         self._design()
-        return finite
+        return weight * finite
 
     @torch.no_grad()
-    def _track_classes(self, classes: Tensor, integers: Tensor, finite: Tensor) -> None:
-        """Update the statistics of the classes by the vectors of a batch."""
+    def _track_classes(self, classes: Tensor, integers: Tensor, weight: Tensor) -> None:
+        """Update the statistics of the classes by the vectors of a batch of this weight."""
         magnitude = integers[inverse(self.order)].abs().t().float()  # (N, dim)
         features = torch.cat([torch.ones_like(magnitude[:, :1]), magnitude.sign(), magnitude], 1)
         member = F.one_hot(classes, self.classes).float() / len(classes)
         moments = mean_over_processes(member.t() @ features)
-        weight = self.batches.clamp(min=1).reciprocal().clamp(min=self.momentum)
-        self.class_moments.lerp_(moments, weight * finite)
+        self.class_moments.lerp_(moments, weight)
 
     def _level(self, var: Tensor) -> tuple[Tensor, Tensor]:
         """Standard deviations of channels with these variances, and the step for a class's bits."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .counting import Lengths, compiled_form, inverse, opaque
+from .compiling import compiled_form, opaque
+from .counting import Lengths, inverse
 from .functional import traced
 
 SEARCHED = 4  # classes for each vector

@@ -13,7 +13,7 @@ from processes import in_fresh_process
 
 from arguments import get_args
 from model import VQVAE
-from quantizers import FSQ, SVQ, GeometricRFSQ, counting, svq_search
+from quantizers import FSQ, SVQ, GeometricRFSQ, compiling, svq_search
 from quantizers.counting import SATURATED, Lengths, count, rank, unrank
 from quantizers.svq_search import search, suited
 
@@ -108,7 +108,7 @@ def compare_without_a_compiler() -> None:
 
     magnitude, lengths = torch.arange(5), Lengths(*random_lengths(1, 1)[0, 0])
     with config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        length = counting.compiled_form(Lengths.of)(lengths, magnitude)
+        length = compiling.compiled_form(Lengths.of)(lengths, magnitude)
     assert torch.equal(length, lengths.of(magnitude))
 
 
