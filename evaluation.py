@@ -109,7 +109,6 @@ def evaluate_stages(
         images that they decode to, 'psnr', 'ssim', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
     """
     quantizer = model.quantizer
-    has_fsq = hasattr(quantizer, "stage_input")
     metrics = [ImageMetrics(perceptual) for _ in range(quantizer.stages)]
     usage = CodeUsage(quantizer.codebook_sizes, stage_axis=True)
     # Sums of squares: of z and of the residual after each stage, and of the input of each FSQ.
@@ -125,8 +124,8 @@ def evaluate_stages(
             for k, (metric, before, codes) in enumerate(
                 zip(metrics, [None, *after[:-1]], after, strict=True)
             ):
-                if has_fsq:
-                    squares[1, k] += _sum_of_squares(quantizer.stage_input(k, z, before))
+                entering = quantizer.stage_input(k, z, before)
+                squares[1, k] += math.nan if entering is None else _sum_of_squares(entering)
                 squares[0, k + 1] += _sum_of_squares(z - codes)
                 metric.update(images, model.to_images(codes))
             usage.update(quantized.indices)
@@ -134,13 +133,13 @@ def evaluate_stages(
             positions = z[0, 0].numel()
 
     elements, positions = sum(util.from_all(elements)), max(util.from_all(positions))
-    residual, entering = (sum(util.from_all(squares)) / elements).sqrt().tolist()
+    residual, inputs = (sum(util.from_all(squares)) / elements).sqrt().tolist()
     rows, index_bits = usage.compute(), 0.0
     for k, (row, metric) in enumerate(zip(rows, metrics, strict=True)):
         index_bits += math.log2(row["codebook_size"])
         row["bits"] = index_bits + quantizer.side_bits * (k + 1) / quantizer.stages / positions
         row["residual_rms_before"], row["residual_rms_after"] = residual[k : k + 2]
-        row["fsq_input_rms"] = entering[k] if has_fsq else None
+        row["fsq_input_rms"] = None if math.isnan(inputs[k]) else inputs[k]
         row |= metric.compute()
         del row["images"]
     return rows

@@ -152,6 +152,18 @@ class Quantizer(nn.Module):
         stages = range(1, self._check_indices(indices).shape[-1] + 1)
         return [self.indices_to_codes(indices[..., :k], statistics) for k in stages]
 
+    def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor | None:
+        """What the FSQ of a stage is given, (B, dim, *positions); None for a quantizer without one.
+
+        For analysis of a trained quantizer.
+
+        Args:
+            stage: its number, from 0.
+            z: the latent (B, dim, *positions).
+            quantized: what the stages before it decode to; None for the first stage.
+        """
+        return None
+
     def freeze(self) -> Quantizer:
         """Fix what stored indices decode to: evaluation mode and no gradient for parameters.
 

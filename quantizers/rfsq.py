@@ -184,13 +184,7 @@ class RFSQ(ResidualFSQ):
 
     @torch.no_grad()
     def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor:
-        """The input A_k(r_k) of the FSQ of a stage. For analysis of a trained quantizer.
-
-        Args:
-            stage: its number, from 0.
-            z: the latent (B, dim, *positions).
-            quantized: what the stages before it decode to; None for the first stage.
-        """
+        """The input A_k(r_k) of the FSQ of a stage: see `Quantizer.stage_input`."""
         self._check_input(z)
         residual = z.float() if quantized is None else z.float() - quantized
         mean_std = self._statistics(residual, self._running(z)[stage])
@@ -198,7 +192,7 @@ class RFSQ(ResidualFSQ):
         return a * residual + b
 
     def _gains_and_biases(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Gain and bias of each stage, (1, C or 1, 1, ...) each, () where they are constant."""
+        """Gain and bias of each stage, (1, C or 1, 1, ...) each; scalars if they are constant."""
         one, zero = torch.ones((), device=like.device), torch.zeros((), device=like.device)
         if self.strategy == "none":
             return [(one, zero)] * self.stages
