@@ -20,6 +20,7 @@ from quantizers import QUANTIZERS, STRATEGIES
 from util import cpu_cores
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
+QUANTIZER_GROUP = "quantizer"  # title of the group of the flags that quantizers read
 DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load
 LOAD_HELP = "checkpoint (last.pt, best.pt), folder of scripts/export.py, or Hugging Face repository"
 LPIPS_NETS = ("vgg", "alex", "squeeze", "none")
@@ -102,7 +103,7 @@ def get_parser() -> Parser:
     )
     _add_data(parser.group("data"))
     _add_model(parser.group("model"))
-    _add_quantizer(parser.group("quantizer"))
+    _add_quantizer(parser.group(QUANTIZER_GROUP))
     _add_loss(parser.group("loss (weighted sum of named terms)"))
     _add_optimizer(parser.group("optimisation (Adam)"))
     _add_run(parser.group("run"))

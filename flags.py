@@ -6,7 +6,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Collection
 
-from arguments import ARCHITECTURE, MAY_CHANGE, get_args, get_parser
+from arguments import ARCHITECTURE, MAY_CHANGE, QUANTIZER_GROUP, get_args, get_parser
 from output import printable
 from quantizers import Quantizer
 
@@ -31,9 +31,9 @@ def differing_flags(there: Namespace, here: Namespace, may_change: Collection[st
     ]
 
 
-def flags_of_group(title: str) -> tuple[str, ...]:
-    """The flags of the group with this title."""
-    return _flags(group=title)
+def quantizer_flags() -> tuple[str, ...]:
+    """The flags that quantizers read."""
+    return _flags(group=QUANTIZER_GROUP)
 
 
 def _flags(role: str | None = None, group: str | None = None) -> tuple[str, ...]:
@@ -46,7 +46,13 @@ def _flags(role: str | None = None, group: str | None = None) -> tuple[str, ...]
 
 def unread_flags(quantizer: Quantizer) -> set[str]:
     """The flags of other quantizers, which make no difference to this one."""
-    return {*flags_of_group("quantizer")} - {"quantizer", "pairs", *quantizer.read_flags()}
+    return {*quantizer_flags()} - {"quantizer", "pairs", *quantizer.read_flags()}
+
+
+def with_levels(args: Namespace, quantizer: Quantizer) -> Namespace:
+    """`args` with the levels that `quantizer`, built from them, has also where no flag gave any."""
+    levels = quantizer.levels if "levels" in quantizer.flags else args.levels
+    return Namespace(**{**vars(args), "levels": levels})
 
 
 def ignored_flags(args: Namespace, quantizer: Quantizer) -> list[str]:

@@ -3,13 +3,13 @@
 Sums and counts are kept per image and added up over processes, so that the last partial batch and
 uneven shards weigh what they should. The field's units and the paper's (arXiv 2508.15860):
 
-    unit    L1                          PSNR                        LPIPS inputs
-    field   [0, 1], clamped             peak 1, [0, 1], clamped     [-1, 1], clamped
-    paper   ImageNet-normalised         peak 2, ImageNet-normalised [0, 1]
+    unit    L1                    PSNR                          SSIM             LPIPS inputs
+    field   [0, 1], clamped       peak 1, [0, 1], clamped       [0, 1], clamped  [-1, 1], clamped
+    paper   ImageNet-normalised   peak 2, ImageNet-normalised   -                [0, 1]
 
-The paper's columns use the reconstruction as the model gives it: its code does not clamp. PSNR and
-SSIM are taken per image and then averaged. SSIM (Wang et al. 2004, see `ssim`) is of clamped images
-in [0, 1]; the paper does not report it. LPIPS: arXiv 1801.03924.
+The paper's units use the reconstruction as the model gives it: its code does not clamp. PSNR and
+SSIM are taken per image and then averaged. SSIM: Wang et al. 2004, see `ssim`. LPIPS: arXiv
+1801.03924.
 """
 
 import math

@@ -81,8 +81,9 @@ class VQVAE(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> (reconstruction, indices, loss).
 
-        The reconstruction has the same scale; it is not clamped, so that its gradient is not cut
-        off. The loss is the quantizer's own, a zero where it has none.
+        Indices are (B, H/f, W/f[, stages]), as of `encode`. The reconstruction has the same scale
+        as the images; it is not clamped, so that its gradient is not cut off. The loss is the
+        quantizer's own, a zero where it has none.
         """
         self._check(images, self.quantizer.group)
         quantized = Quantized(*self.quantizer(self.to_latent(images)))

@@ -1,4 +1,4 @@
-"""What scripts print and draw: tables, text that a terminal can show, figures, progress bars."""
+"""What is printed and drawn: tables, text that a terminal can show, figures, progress bars."""
 
 from __future__ import annotations
 

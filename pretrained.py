@@ -56,8 +56,9 @@ def build_in_all(build: Callable[[], Network]) -> Network:
         WeightsMissing: in all processes, if they are missing in one.
     """
     network, problem = None, None
-    for first in (True, False):
-        if first == (os.environ.get("LOCAL_RANK", "0") == "0") and not problem:
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    for my_turn in (first_here, not first_here):
+        if my_turn and not problem:
             try:
                 network = build()
             except WeightsMissing as error:

@@ -18,8 +18,8 @@ def check_range(images: Tensor) -> None:
     low, high = (value.item() for value in images.aminmax())
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # also true of NaN
         raise ValueError(
-            f"images are in [0, 1], but these range from {low:.3g} to {high:.3g}: give them "
-            "without normalisation"
+            f"images are floats in [0, 1], within {TOLERANCE}, but these range from {low:.3g} to "
+            f"{high:.3g}: give them without normalisation"
         )
 
 

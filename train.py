@@ -106,7 +106,7 @@ class Training:
         common = dict(img_size=args.img_size, seed=args.seed, skip_corrupt=args.skip_corrupt)
         self.train_set = build_dataset(args.train_data_path, train=True, **common)
         self.val_set = build_dataset(args.val_data_path, train=False, **common)
-        self.epoch = math.ceil(len(self.train_set) / args.batch_size)  # steps
+        self.steps_per_epoch = math.ceil(len(self.train_set) / args.batch_size)
         steps = max(1, args.max_train_epochs * len(self.train_set) // args.batch_size)
         self.steps = min(steps, args.train_iters or steps)
 
@@ -146,11 +146,13 @@ class Training:
         )
         if resumed:
             restore(resumed, self.model, self.optimizer, device)
-        self.step: nn.Module = TrainingStep(self.model, criterion, bf16=self.precision == "bf16")
+        self.training_step: nn.Module = TrainingStep(
+            self.model, criterion, bf16=self.precision == "bf16"
+        )
         if self.compiled:
-            self.step.compile(fullgraph=True)
+            self.training_step.compile(fullgraph=True)
         if util.world_size() > 1:
-            self.step = util.data_parallel(self.step)
+            self.training_step = util.data_parallel(self.training_step)
 
     def _start_loaders(self) -> None:
         """This process's batches for training and validation."""
@@ -166,8 +168,8 @@ class Training:
     def _open_run(self, resumed: dict | None, stack: contextlib.ExitStack) -> None:
         """Lock and begin the run folder, and take up what the checkpoint says of the run so far."""
         args = self.args
-        self.fingerprint = util.on_main(self.train_set.fingerprint)
-        self.validation = util.on_main(self.val_set.fingerprint)["names"][:32]
+        self.train_fingerprint = util.on_main(self.train_set.fingerprint)
+        self.val_fingerprint = util.on_main(self.val_set.fingerprint)["names"][:32]
         folder = resumed["run"] if resumed else None
         folder = folder or util.on_main(lambda: str(RunFolder.create(args, self.name).path))
         self.run = RunFolder(folder, self.first_step)
@@ -175,13 +177,15 @@ class Training:
         util.on_main(lambda: stack.enter_context(self.run.locked()))
         self.environment = util.environment(self.device)
         util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))
-        self.meter, self.best, seconds = Meter(self.device), -math.inf, 0.0
+        self.meter, self.best_psnr, seconds = Meter(self.device), -math.inf, 0.0
         self.segments, self.skipped_before = [], []
         if resumed:
             self.meter.load_state_dict(resumed)
             best_is_left = util.on_main((self.run.path / "best.pt").exists)
-            if best_is_left and resumed.get("validation", self.validation) == self.validation:
-                self.best = max([resumed["best_psnr"], *(v["psnr"] for v in self._validations())])
+            same_images = resumed.get("validation", self.val_fingerprint) == self.val_fingerprint
+            if best_is_left and same_images:
+                earlier = [each["psnr"] for each in self._validations()]
+                self.best_psnr = max([resumed["best_psnr"], *earlier])
             seconds = resumed["seconds"]
             self.segments, self.skipped_before = resumed["segments"], resumed["skipped_images"]
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
@@ -214,8 +218,8 @@ class Training:
     def fit(self) -> dict:
         """Train from `first_step` to `steps`; return the result of the last evaluation."""
         args = self.args
-        save_interval = args.save_interval or self.epoch
-        eval_interval = args.eval_interval or self.epoch
+        save_interval = args.save_interval or self.steps_per_epoch
+        eval_interval = args.eval_interval or self.steps_per_epoch
         schedule = (self.steps, args.lr, args.warmup, args.lr_decay_style, args.lr_decay_ratio)
         progress = dict(total=self.steps, initial=self.first_step, unit="step")
         bar = tqdm(
@@ -233,7 +237,7 @@ class Training:
                 lr = learning_rate(step - 1, *schedule)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                terms, indices = self.step(batch.to(self.device, non_blocking=True))
+                terms, indices = self.training_step(batch.to(self.device, non_blocking=True))
                 self.optimizer.zero_grad(set_to_none=True)
                 terms["loss"].backward()
                 norm = nn.utils.clip_grad_norm_(self.parameters, args.clip_grad or math.inf)
@@ -260,13 +264,15 @@ class Training:
     def _owes_evaluation(self, eval_interval: int) -> bool:
         """Whether the run was stopped between the checkpoint and the evaluation of one step."""
         done = self.first_step
-        if done in (0, self.steps):
-            return done > 0
+        if done == 0:
+            return False
+        if done == self.steps:
+            return True
         return done % eval_interval == 0 and done not in [v["step"] for v in self._validations()]
 
     def _validations(self) -> list[dict]:
         """Step and metrics of each evaluation of this validation set so far. A collective."""
-        return util.on_main(lambda: self.run.validations(self.validation))
+        return util.on_main(lambda: self.run.validations(self.val_fingerprint))
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective."""
@@ -276,10 +282,10 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "args": vars(self.args),
                 "step": step,
-                "best_psnr": self.best,
+                "best_psnr": self.best_psnr,
                 "train_images": len(self.train_set),
-                "train_fingerprint": self.fingerprint,
-                "validation": self.validation,
+                "train_fingerprint": self.train_fingerprint,
+                "validation": self.val_fingerprint,
                 "segments": self.segments,
                 "skipped_images": self.skipped_images(),
                 **self.meter.state_dict(),
@@ -312,15 +318,15 @@ class Training:
                 util.on_main(lambda: self.run.discard(step))
                 raise
             util.on_main(lambda: self.record_evaluation(step, result))
-            self.best = max(result["psnr"], self.best)
+            self.best_psnr = max(result["psnr"], self.best_psnr)
         return result
 
     def record_evaluation(self, step: int, result: dict) -> None:
         """Mark the best checkpoint, log the result and draw the samples. In the main process."""
-        if result["psnr"] > self.best:
+        if result["psnr"] > self.best_psnr:
             self.run.mark_best(step)
         # After best.pt: what is logged is not evaluated again after a kill.
-        record = {"kind": "val", "step": step, "validation": self.validation}
+        record = {"kind": "val", "step": step, "validation": self.val_fingerprint}
         self.run.log({**record, **result})
         self.run.draw_samples(self.model, self.val_set, self.device, step)
         lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""

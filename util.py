@@ -152,7 +152,10 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 
 def from_all(value) -> list:
-    """Every process's `value` in the order of ranks (plain types only)."""
+    """Every process's `value`, by rank: anything that pickle takes, tensors on the CPU.
+
+    A collective.
+    """
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

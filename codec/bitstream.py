@@ -155,7 +155,10 @@ def pack(indices: np.ndarray, sizes: Sequence[int]) -> bytes:
     for stage, size, part, _ in _blocks(len(indices), sizes):
         block = indices[part, stage]
         if not 0 <= int(block.min()) <= int(block.max()) < size:
-            raise ValueError(f"indices must be from 0 to {size - 1}")
+            raise ValueError(
+                f"indices of stage {stage + 1} must be from 0 to {size - 1}, but run from "
+                f"{block.min()} to {block.max()}"
+            )
         bits.append(_to_bits(block, size))
     return np.packbits(np.concatenate(bits)).tobytes()
 

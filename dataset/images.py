@@ -75,7 +75,7 @@ def _formats() -> list[str]:
 def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.Image:
     """An image file as RGB: upright, its first frame, transparency over white.
 
-    With `data`, a file that is open, that is read and `path` only names it.
+    `data`: an open binary file to read instead; `path` is then for error messages alone.
 
     Raises:
         UnreadableImage: one line that names the file; also for more than 89,478,485 pixels.

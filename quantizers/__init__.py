@@ -15,7 +15,7 @@ from .rfsq import RFSQ
 from .svq import SVQ
 
 # The choices of --quantizer. To add one: a file with a class that keeps the contract of base.py,
-# and a line here.
+# a line here, and its flags in arguments.py.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQ,
     "rfsq": RFSQ,

@@ -9,7 +9,7 @@
     events.out.tfevents.*        with --tensorboard: log and samples for TensorBoard
     lock                         held by the process that trains here
 
-All methods run in the main process alone, unless they say otherwise.
+All methods but `explained_errors` run in the main process alone.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from run.board import EVENTS, Board
 SAMPLES = 8  # validation images in a picture of samples
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 RESULTS = ("results.json", "results.txt")
-EARLIER = "results_" + 7 * "[0-9]"  # of an end of the run after which it went on
+EARLIER = "results_" + 7 * "[0-9]"  # results of a run that was later continued
+OUTCOME = (*RESULTS, f"{EARLIER}.json", f"{EARLIER}.txt", "samples/step_*.png")
 # What a new run removes, beside its checkpoints, and what it removes or writes.
-REPLACED = ("last.pt", "best.pt", *RESULTS, f"{EARLIER}.json", f"{EARLIER}.txt")
-REPLACED += ("samples/step_*.png",)
-WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", *REPLACED[2:], EVENTS)
+REPLACED = ("last.pt", "best.pt", *OUTCOME)
+WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", EVENTS, *OUTCOME)
 
 
 class RunFolder:

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 import exits
 import util
 from checkpoint import load_checkpoint, restore_random_states
-from flags import args_of, differing_flags, may_change_flags, unread_flags
-from quantizers import Quantizer
+from flags import args_of, differing_flags, may_change_flags, unread_flags, with_levels
+from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
 
 TRAINING_STATE = {  # what `train.py` adds to weights and flags
@@ -103,12 +103,13 @@ def _check_same_run(
         )
     try:
         before = args_of(saved)
+        before = with_levels(before, build_quantizer(before))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # then it is only measured
-    differ = differing_flags(before, args, {*may_change, "precision"})
+    differ = differing_flags(before, with_levels(args, quantizer), {*may_change, "precision"})
     there = saved["segments"][-1].get("precision") if saved["segments"] else before.precision
     here = util.training_precision(args.precision)
     if there not in (None, here):

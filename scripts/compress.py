@@ -13,7 +13,6 @@ checkpoint that contains it, for `encode --entropy-coding`. The layout of a file
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from argparse import Namespace
@@ -38,6 +37,7 @@ from codec.codec import Codec
 from codec.pixels import is_grey, psnr
 from dataset.images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 from files import make_folder, write_json, write_whole
+from similarity import PSNR_CAP
 
 SUFFIX = ".rfsq"
 
@@ -141,11 +141,6 @@ def existing(
     return data
 
 
-def finite(value: float) -> float | None:
-    """None for infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
-
-
 def say(line: str) -> None:
     """Print above the progress bar."""
     tqdm.write(line, file=sys.stdout)
@@ -213,13 +208,12 @@ def encode(flags: Namespace) -> dict:
         f"and unpacking: {100 * seconds['packing'] / total:.1f} % of {total:.1f} s)"
     )
     say_skipped(skipped)
-    rows = [{**row, "psnr": finite(row["psnr"])} for row in rows]
     result = {"images": rows, "kept": kept, "skipped": [path for path, _ in skipped]}
-    return {**result, **sums, "psnr": finite(mean), "seconds": seconds}
+    return {**result, **sums, "psnr": mean, "seconds": seconds}
 
 
 def measure(codec: Codec, image: np.ndarray, data: bytes) -> dict:
-    """Sizes, rates and PSNR of an image's file."""
+    """Sizes, rates and PSNR of an image's file; an exact one counts as `PSNR_CAP`, 100 dB."""
     header = bitstream.read_header(data)
     payload = len(data) - header.size - 4  # with image statistics
     pixels = header.width * header.height
@@ -231,7 +225,7 @@ def measure(codec: Codec, image: np.ndarray, data: bytes) -> dict:
         "bpp": 8 * len(data) / pixels,
         "payload_bpp": 8 * payload / pixels,
         "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
-        "psnr": psnr(image, codec.decode(data)),
+        "psnr": min(psnr(image, codec.decode(data)), PSNR_CAP),
     }
 
 

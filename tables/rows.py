@@ -16,7 +16,7 @@ from pathlib import Path
 
 import output
 from arguments import get_args
-from flags import args_of, flags_of_group, may_change_flags
+from flags import args_of, may_change_flags, quantizer_flags, with_levels
 from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
 from tables.results import parts_of
 
@@ -65,12 +65,11 @@ def make_row(name: str, args: Namespace) -> Row:
     try:
         quantizer = build_quantizer(args)
     except ValueError:  # a quantizer that this version does not know: any flag may matter
-        used, own = flags_of_group("quantizer"), name
+        used, own = quantizer_flags(), name
     else:
         used = quantizer.read_flags()
         own = quantizer.name.removesuffix("-image")
-        levels = quantizer.levels if "levels" in quantizer.flags else args.levels
-        args = Namespace(**{**vars(args), "levels": levels})
+        args = with_levels(args, quantizer)
     flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}
     return Row(name, args, flags, f"{own} {args.levels}")
 
@@ -89,7 +88,7 @@ def setting(run: dict, args: Namespace) -> dict:
         "LPIPS network": run["lpips_net"] or "missing",
         "precision": ", then ".join(dict.fromkeys(map(itemgetter("precision"), parts_of(run)))),
     }
-    apart = {*flags_of_group("quantizer"), *may_change_flags(), *STATED} - {"load", "skip_corrupt"}
+    apart = {*quantizer_flags(), *may_change_flags(), *STATED} - {"load", "skip_corrupt"}
     others = tuple(f"{quantizer}_" for quantizer in QUANTIZERS if quantizer != args.quantizer)
     # A flag that this version does not know may make any difference, if not of another quantizer.
     kept = [f for f in sorted(vars(args)) if f not in apart and not f.startswith(others)]
