@@ -16,6 +16,7 @@ from pathlib import Path
 
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
+from pretrained import LPIPS_NETS
 from quantizers import QUANTIZERS, STRATEGIES
 from util import cpu_cores
 
@@ -23,7 +24,7 @@ ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
 QUANTIZER_GROUP = "quantizer"  # title of the group of the flags that quantizers read
 DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load
 LOAD_HELP = "checkpoint (last.pt, best.pt), folder of scripts/export.py, or Hugging Face repository"
-LPIPS_NETS = ("vgg", "alex", "squeeze", "none")
+LPIPS_CHOICES = (*LPIPS_NETS, "none")
 IMAGES_HELP = (
     "a folder of images, nested or flat, or packed (scripts/pack_images.py), or tars "
     "(shard-{000..146}.tar), or `synthetic`"
@@ -176,7 +177,7 @@ def _add_quantizer(add: Callable) -> None:
     add("--svq-bits", number(int, 8, 60), 22, ARCHITECTURE, help="svq: bits of a position")
     add("--svq-dim", number(int, 1, 16384), None, ARCHITECTURE,
         help="svq: channels; default: 12 + 2/5 of the bits")
-    add("--svq-classes", number(int, 1, 256), 8, ARCHITECTURE,
+    add("--svq-classes", number(int, 1, 1024), 8, ARCHITECTURE,
         help="svq: classes of vectors, each with a step of its own")
     add("--svq-stages", number(int, 1, 60), 1, ARCHITECTURE,
         help="svq: tokens that the bits of a position are cut into")
@@ -188,7 +189,7 @@ def _add_loss(add: Callable) -> None:
     add("--perceptual-weight", weight, 1.0, help="weight of LPIPS; 0 trains without")
     add("--quantizer-loss-weight --codebook-weight", weight, 1.0,
         help="weight of the loss that the quantizer itself returns (lfq, ema)")
-    add("--lpips-net", LPIPS_NETS, None,
+    add("--lpips-net", LPIPS_CHOICES, None,
         help="network of LPIPS, in the loss and in the metric; none reports no LPIPS; default: "
              "vgg, or none with --perceptual-weight 0")
 
@@ -255,7 +256,7 @@ def add_evaluation_flags(parser: Parser, *names: str) -> None:
             help="images at a time; affects no more than rounding",
         ),
         "--num-workers": dict(type=number(int, 0, 1024), default=1, help="loading processes"),
-        "--lpips-net": dict(choices=LPIPS_NETS, help="network of LPIPS; default: as trained"),
+        "--lpips-net": dict(choices=LPIPS_CHOICES, help="network of LPIPS; default: as trained"),
         "--json": dict(metavar="FILE", help="write the results there as well"),
     }
     for name in names or flags:

@@ -1,55 +1,17 @@
-"""What is shown on the way: the means that training logs, and the progress of long scripts."""
+"""The means over an interval of steps that training logs."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 import util
 from checkpoint import NotFinite
-
-SECONDS_A_LINE = 30  # between the progress lines in a log
-
-
-class Progress:
-    """A bar on a terminal; otherwise, as in a job's log, a line every 30 seconds.
-
-    Args:
-        what: what is done, such as 'pack'.
-        total: number of images.
-        done: how many of them an interrupted run has done.
-        shown: False shows nothing.
-    """
-
-    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True):
-        tty = sys.stderr.isatty()
-        options = dict(initial=done, unit="image", disable=not (tty and shown))
-        self.bar = tqdm(desc=what, total=total, **options)
-        self.what, self.total, self.done, self.in_a_log = what, total, done, shown and not tty
-        self.last = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def add(self, images: int) -> None:
-        """Count images that are done."""
-        self.bar.update(images)
-        self.done += images
-        if self.in_a_log and time.monotonic() - self.last >= SECONDS_A_LINE:
-            self.last = time.monotonic()
-            print(
-                f"{self.what}: {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
-            )
 
 
 class Meter:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from files import is_stream, write_whole
+
+SECONDS_A_LINE = 30  # between the progress lines in a log
 
 # What the metrics of results.json are called in tables and pictures, and their decimals.
 METRICS = {
@@ -104,6 +107,40 @@ def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
 def progress(items: Sequence, unit: str) -> Iterable:
     """`items` with a progress bar on standard error, if that is a terminal."""
     return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
+
+
+class Progress:
+    """A bar on a terminal; otherwise, as in a job's log, a line every 30 seconds.
+
+    Args:
+        what: what is done, such as 'pack'.
+        total: number of images.
+        done: how many of them an interrupted run has done.
+        shown: False shows nothing.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True):
+        tty = sys.stderr.isatty()
+        options = dict(initial=done, unit="image", disable=not (tty and shown))
+        self.bar = tqdm(desc=what, total=total, **options)
+        self.what, self.total, self.done, self.in_a_log = what, total, done, shown and not tty
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, images: int) -> None:
+        """Count images that are done."""
+        self.bar.update(images)
+        self.done += images
+        if self.in_a_log and time.monotonic() - self.last >= SECONDS_A_LINE:
+            self.last = time.monotonic()
+            print(
+                f"{self.what}: {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
+            )
 
 
 def printable(text: object) -> str:

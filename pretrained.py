@@ -14,6 +14,15 @@ import util
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer before a download is given up
 Network = TypeVar("Network")
 
+# LPIPS network -> (backbone, by its name in lpips.pretrained_networks; its ImageNet weights,
+# torchvision's; smallest side whose pooled feature maps are not empty).
+WEIGHTS = "https://download.pytorch.org/models/"
+LPIPS_NETS = {
+    "vgg": ("vgg16", f"{WEIGHTS}vgg16-397923af.pth", 16),
+    "alex": ("alexnet", f"{WEIGHTS}alexnet-owt-7be5be79.pth", 31),
+    "squeeze": ("squeezenet", f"{WEIGHTS}squeezenet1_1-b8a52dc0.pth", 17),
+}
+
 
 class WeightsMissing(ValueError):
     """A network's weights are neither cached nor downloadable, or the file is not usable."""

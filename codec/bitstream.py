@@ -68,9 +68,19 @@ class Header:
     flags: int = 0
 
     @property
+    def coded(self) -> bool:
+        """Whether the payload is entropy-coded."""
+        return bool(self.flags & CODED)
+
+    @property
+    def grey(self) -> bool:
+        """Whether the three channels of the image are equal."""
+        return bool(self.flags & GREY)
+
+    @property
     def size(self) -> int:
         """Bytes of the header in the file."""
-        return _HEAD.size + (4 if self.flags & CODED else 0)
+        return _HEAD.size + (4 if self.coded else 0)
 
 
 def check_size(width: int, height: int) -> None:
@@ -85,7 +95,7 @@ def write(header: Header, side: bytes, payload: bytes) -> bytes:
     """The bytes of a file: header, statistics, payload, checksum."""
     h = header
     head = _HEAD.pack(MAGIC, VERSION, h.flags, h.stages, h.fingerprint, h.width, h.height)
-    if h.flags & CODED:
+    if h.coded:
         head += struct.pack("<I", h.payload)
     body = head + side + payload
     return body + struct.pack("<I", zlib.crc32(body))

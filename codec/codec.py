@@ -81,7 +81,7 @@ class Codec:
         Raises ValueError: the file is damaged, or of another version or another model.
         """
         image = self.decode_indices(*self.read(data, stages))
-        return to_grey(image) if bitstream.read_header(data).flags & bitstream.GREY else image
+        return to_grey(image) if bitstream.read_header(data).grey else image
 
     def write(
         self,
@@ -110,7 +110,7 @@ class Codec:
             payload = bitstream.pack(indices[..., :k].reshape(-1, k), self.sizes[:k])
             flags, length = 0, None
         flags |= bitstream.GREY if grey else 0
-        header = bitstream.Header(k, self._mark(flags), size[1], size[0], length, flags)
+        header = bitstream.Header(k, self._mark(entropy_coding), size[1], size[0], length, flags)
         data = bitstream.write(header, side, payload)
         self.seconds["packing"] += time.perf_counter() - start
         return data
@@ -135,7 +135,7 @@ class Codec:
                 )
         payload, shape = data[end:-4], self.grid(header.height, header.width)
         try:
-            if self.entropy_model and header.flags & bitstream.CODED:
+            if self.entropy_model and header.coded:
                 indices = self.entropy_model.decode(payload, shape, kept)
             else:
                 indices = bitstream.unpack(payload, math.prod(shape), self.sizes[:kept])
@@ -147,8 +147,7 @@ class Codec:
     def check(self, data: bytes) -> bitstream.Header:
         """The header of a file of this model; ValueError if it, the length or the CRC is wrong."""
         header = bitstream.read_header(data)
-        known, wanted = header.fingerprint == self._mark(header.flags), self.length(header)
-        coded = header.flags & bitstream.CODED
+        known, wanted = header.fingerprint == self._mark(header.coded), self.length(header)
         if not bitstream.intact(data):
             if known and len(data) < wanted:
                 raise ValueError(
@@ -160,13 +159,13 @@ class Codec:
             raise ValueError(
                 f"the file has the unknown flags {header.flags:#04x}: a newer version wrote it"
             )
-        if coded and self.entropy_model is None:
+        if header.coded and self.entropy_model is None:
             raise ValueError(
                 "the file is entropy-coded, and the checkpoint has no entropy model: give the one "
                 "that encoded it (from `compress.py fit`)"
             )
         if not known:
-            model = "model or entropy model" if coded else "model"
+            model = "model or entropy model" if header.coded else "model"
             raise ValueError(
                 f"the file was written with another {model}: give the checkpoint that encoded it"
             )
@@ -195,16 +194,16 @@ class Codec:
     def check_claim(self, head: bytes, size: int) -> None:
         """Raises ValueError if a file that begins with `head` cannot have `size` bytes."""
         header = bitstream.read_header(head)
-        known = header.fingerprint == self._mark(header.flags)
+        known = header.fingerprint == self._mark(header.coded)
         limit = self.length(header) if known else bitstream.MAX_PIXELS
         if size > limit:
             raise ValueError(
                 f"the file is damaged: it has {size} bytes, more than the {limit} it can have"
             )
 
-    def _mark(self, flags: int) -> bytes:
+    def _mark(self, coded: bool) -> bytes:
         """The fingerprint in a header; an entropy-coded file depends on the entropy model too."""
-        if not flags & bitstream.CODED:
+        if not coded:
             return self.fingerprint
         model = self.entropy_model
         return hashlib.sha256(self.fingerprint + model.digest).digest()[:8] if model else b""

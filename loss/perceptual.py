@@ -19,17 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import util
-from pretrained import WeightsMissing, build_in_all, load_pretrained
-
-# net -> (backbone, by its name in lpips.pretrained_networks; its ImageNet weights, torchvision's;
-# smallest side whose pooled feature maps are not empty). The package itself is imported where a
-# network is made: that takes seconds, and most commands do without LPIPS.
-WEIGHTS = "https://download.pytorch.org/models/"
-NETS = {
-    "vgg": ("vgg16", f"{WEIGHTS}vgg16-397923af.pth", 16),
-    "alex": ("alexnet", f"{WEIGHTS}alexnet-owt-7be5be79.pth", 31),
-    "squeeze": ("squeezenet", f"{WEIGHTS}squeezenet1_1-b8a52dc0.pth", 17),
-}
+from pretrained import LPIPS_NETS, WeightsMissing, build_in_all, load_pretrained
 
 
 class Perceptual(nn.Module):
@@ -47,12 +37,12 @@ class Perceptual(nn.Module):
 
     def __init__(self, net: str = "vgg") -> None:
         super().__init__()
-        if net not in NETS:
-            raise ValueError(f"perceptual network is {net!r}; allowed: {', '.join(NETS)}")
-        import lpips
+        if net not in LPIPS_NETS:
+            raise ValueError(f"perceptual network is {net!r}; allowed: {', '.join(LPIPS_NETS)}")
+        import lpips  # here, because it takes seconds, and most commands do without LPIPS
 
         self.net = net
-        name, _, self.smallest_side = NETS[net]
+        name, _, self.smallest_side = LPIPS_NETS[net]
         backbone_class = getattr(lpips.pretrained_networks, name)
 
         # On the meta device nothing is allocated (VGG16's classifier has 120 million weights) and
@@ -144,7 +134,7 @@ def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
         return renamed
 
     try:
-        return load_pretrained(f"LPIPS-{net}", NETS[net][1], rename)
+        return load_pretrained(f"LPIPS-{net}", LPIPS_NETS[net][1], rename)
     except WeightsMissing as error:
         raise WeightsMissing(
             f"{error}; --lpips-net none --perceptual-weight 0 does without it"
@@ -160,7 +150,7 @@ def lpips_network(net: str, device: torch.device, side: int | None = None) -> Pe
     """
     if net == "none":
         return None
-    smallest = NETS[net][2]
+    smallest = LPIPS_NETS[net][2]
     if side is not None and side < smallest:
         raise ValueError(
             f"LPIPS-{net} needs images of {smallest} pixels a side, not {side}; give a larger "

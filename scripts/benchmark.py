@@ -45,7 +45,7 @@ import exits
 import output
 import timing
 import util
-from arguments import LPIPS_NETS, Parser, get_args, number
+from arguments import LPIPS_CHOICES, Parser, get_args, number
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
 from dataset.base import ImageDataset
 from dataset.images import some
@@ -153,7 +153,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--batch-size", count, 128 if CUDA else 4, help="images")
     add("--channel", number(int, 8), 256, help="width of the encoder's last stage")
     text = "LPIPS network, with random weights if its own are not available"
-    add("--lpips-net", LPIPS_NETS, "vgg" if CUDA else "none", help=text)
+    add("--lpips-net", LPIPS_CHOICES, "vgg" if CUDA else "none", help=text)
     add = parser.group("loader")
     add("--originals", str, None, metavar="DIR", help="images; default: generated JPEGs")
     add("--loader-images", count, 256, help="how many images to read")

@@ -122,14 +122,14 @@ def existing(
     try:
         data = read_coded(codec, out)
         header = codec.check(data)
-        stages, coded = flags.stages or codec.stages, bool(header.flags & bitstream.CODED)
+        stages = flags.stages or codec.stages
         if header.stages != stages:
             raise ValueError(f"the file has {header.stages} stages, not {stages}")
-        if coded != flags.entropy_coding:
-            raise ValueError(f"the file is {'' if coded else 'not '}entropy-coded")
+        if header.coded != flags.entropy_coding:
+            raise ValueError(f"the file is {'' if header.coded else 'not '}entropy-coded")
         if image is not None:
-            size, grey = (header.height, header.width), bool(header.flags & bitstream.GREY)
-            if size != image.shape[:2] or grey != is_grey(image):
+            size = header.height, header.width
+            if size != image.shape[:2] or header.grey != is_grey(image):
                 raise ValueError(
                     "the file is of another image: its size, or whether it is grey, differs"
                 )
@@ -254,7 +254,7 @@ def decode(flags: Namespace) -> dict:
             skipped.append((str(below), f"{path}: {error}"))
             continue
         make_folder(out.parent, "give another --out")
-        grey = bitstream.read_header(data).flags & bitstream.GREY
+        grey = bitstream.read_header(data).grey
         png = Image.fromarray(image[..., 0] if grey else image)
         write_whole(out, lambda file, png=png: png.save(file, "PNG"))
         row = {"name": str(below), "width": image.shape[1], "height": image.shape[0]}

@@ -40,7 +40,7 @@ import torch
 import exits
 import timing
 import util
-from arguments import LPIPS_NETS, Parser, get_args, number
+from arguments import LPIPS_CHOICES, Parser, get_args, number
 from files import make_folder, write_json
 from run import RunFolder
 from timing import DEVICE
@@ -271,7 +271,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--train-data-path", str, "synthetic", metavar="DIR", help=text)
     add("--val-data-path", str, "synthetic", metavar="DIR", help="likewise")
     text = "of the training runs; the part `step` takes vgg, with random weights if it must"
-    add("--lpips-net", LPIPS_NETS, "vgg", help=text)
+    add("--lpips-net", LPIPS_CHOICES, "vgg", help=text)
     add("--only", PARTS, PARTS, nargs="+", metavar="PART", help="the parts to be run")
     add("--toy", bool, False, help="tiny sizes, to try the command itself without a GPU")
     args = parser.parse_args(argv)

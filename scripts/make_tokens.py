@@ -34,8 +34,8 @@ from dataset.base import ImageDataset
 from dataset.loaders import batch_loader
 from dataset.packed import as_lines
 from files import check_room, remove_leftovers
-from meter import Progress
 from model import VQVAE, fingerprint, load_model
+from output import Progress
 
 SECONDS_A_FLUSH = 10  # how much work a power failure costs
 FLIPPED = "-flipped"

@@ -34,7 +34,7 @@ from dataset import Images, image_files, packed
 from dataset.images import UnreadableImage
 from dataset.packed import PACK_INDEX, PACK_UNFINISHED, read_pack
 from files import check_room, locked, make_folder, remove_leftovers, write_json
-from meter import Progress
+from output import Progress
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
 AGAIN = "fix that and run the same command again: it continues where it stopped"

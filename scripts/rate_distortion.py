@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 import util
-from arguments import LOAD_HELP, LPIPS_NETS, Parser, add_evaluation_flags, number
+from arguments import LOAD_HELP, LPIPS_CHOICES, Parser, add_evaluation_flags, number
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add = parser.add_argument
     add("images", metavar="DIR", help="a folder of images, nested or flat")
     add("--load", nargs="+", default=[], metavar="MODEL", help=f"each a {LOAD_HELP}")
-    add("--lpips-net", choices=LPIPS_NETS, default="alex", help="network of LPIPS")
+    add("--lpips-net", choices=LPIPS_CHOICES, default="alex", help="network of LPIPS")
     add("--limit", type=number(int, 1), metavar="N", help="so many images, evenly over the folder")
     text = "resize and crop to squares, as in training; default: as they are"
     add("--img-size", type=number(int, 1), metavar="N", help=text)

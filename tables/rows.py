@@ -32,7 +32,7 @@ PAPER = {
     "RFSQ-4x1024-Scale": (0.103, 0.101, 22.9),
     "RFSQ-4x1024-LN": (0.102, 0.100, 22.9),
 }
-ORDER = ("ema", "lfq", "fsq", "rfsq")  # of rows with equal bits
+ORDER = ("ema", "lfq", "fsq", "rfsq", "svq")  # of rows with equal bits, then all others
 # Flags that the table states by the results of its runs, and the seed.
 STATED = ("img_size", "batch_size", "lpips_net", "precision", "seed")
 

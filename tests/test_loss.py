@@ -64,8 +64,8 @@ def pair(seed=0, side=33):
 
 
 def serve_from(monkeypatch, url):
-    backbone, _, side = perceptual.NETS["squeeze"]
-    monkeypatch.setitem(perceptual.NETS, "squeeze", (backbone, url, side))
+    backbone, _, side = perceptual.LPIPS_NETS["squeeze"]
+    monkeypatch.setitem(perceptual.LPIPS_NETS, "squeeze", (backbone, url, side))
 
 
 def test_the_weights_are_those_of_torchvision():
@@ -74,7 +74,7 @@ def test_the_weights_are_those_of_torchvision():
         net: getattr(torchvision.models, f"{name}_Weights").IMAGENET1K_V1.url
         for net, name in names.items()
     }
-    assert urls == {net: url for net, (_, url, _) in perceptual.NETS.items()}
+    assert urls == {net: url for net, (_, url, _) in perceptual.LPIPS_NETS.items()}
 
 
 def one_line(error) -> str:
