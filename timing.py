@@ -75,7 +75,8 @@ def limits(repeats: int, bf16: bool) -> dict[str, float]:
 
     source, target = torch.ones(2, COPY_MIB * 2**18, device=DEVICE).unbind()
     rates = {"copy GB/s": 2e-9 * COPY_MIB * 2**20 / seconds(partial(target.copy_, source))}
-    for name in ["fp32", *["tf32"] * CUDA, *["bf16"] * (bf16 or CUDA)]:
+    names = ["fp32", "tf32", "bf16"] if CUDA else ["fp32", "bf16"] if bf16 else ["fp32"]
+    for name in names:
         util.set_float32_precision("tf32" if name == "tf32" else "ieee")
         options = {"device": DEVICE, "dtype": torch.bfloat16 if name == "bf16" else torch.float32}
         a, b = torch.randn(2, MATRIX, MATRIX, **options)

@@ -54,6 +54,7 @@ from files import write_json
 from loss import Perceptual, TrainingLoss, WeightsMissing
 from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, Quantizer, VectorQuantizeEMA
+from quantizers.residual import PAPER_LEVELS
 from timing import CUDA, DEVICE, spread, timer
 from train import TrainingStep
 
@@ -81,10 +82,15 @@ class Case:
 
 
 SCALARS = [Case(partial(FSQ, [8, 8, 8, 8]), "FSQ", {"levels": [8, 8, 8, 8]})]
-for stages, levels in ((2, [8, 8, 8, 4]), (4, [4, 4, 4, 4, 4])):
-    residual = {"levels": levels, "num_quantizers": stages, "is_channel_first": True}
-    for strategy in ("none", "scale", "layernorm"):
-        SCALARS.append(Case(partial(RFSQ, stages, strategy), "ResidualFSQ", residual))
+SCALARS += [
+    Case(
+        partial(RFSQ, stages, strategy),
+        "ResidualFSQ",
+        {"levels": levels, "num_quantizers": stages, "is_channel_first": True},
+    )
+    for stages, levels in PAPER_LEVELS.items()
+    for strategy in RFSQ.STRATEGIES
+]
 LOSS = {"entropy_loss_weight": 0.1, "commitment_loss_weight": 0.25, "diversity_gamma": 1.0}
 VQ = {"dim": 256, "codebook_size": 4096, "decay": 0.99, "commitment_weight": 0.25}
 VQ |= {"accept_image_fmap": True, "rotation_trick": False}  # straight through, as ours
@@ -179,7 +185,8 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     )
     work = [(case, batch) for batch in args.z_batch for case in scalars]
     work += [(case, min(args.z_batch)) for case in tokens]
-    work = [(*x, mode) for mode in ("eager", "compiled")[: 1 + bool(args.compile)] for x in work]
+    modes = ["eager", "compiled"] if args.compile else ["eager"]
+    work = [(*x, mode) for mode in modes for x in work]
     rows = []
     for case, batch, mode in output.progress(work, "quantizer"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
@@ -203,7 +210,7 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         rows.append(row)
     title = f"quantizers, forward + backward; copies: our time over a copy of z; {note}"
     result = {"times": timing.table(title, rows)}
-    if args.match not in "lfq-12":
+    if args.match and args.match not in "lfq-12":  # not one of the quantizers that are shown
         return result
     z = torch.randn(min(args.z_batch), 12, args.latent, args.latent, device=DEVICE)
     title = "entropies of lfq-12, nats; theirs takes log p < 1e-5 as log 1e-5"
@@ -307,8 +314,8 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
         return partial(update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
-    steps = {f"ours, {args.precision}{', compiled' * compiled}": ours(compiled)}
-    steps["plain, fp32"] = plain("ieee")
+    how = f"{args.precision}, compiled" if compiled else args.precision
+    steps = {f"ours, {how}": ours(compiled), "plain, fp32": plain("ieee")}
     if CUDA:
         steps["plain, tf32"] = plain("tf32")
     times, eager = timing.turns(steps.values(), args.repeats), ours(False)
@@ -328,7 +335,8 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     result = {"times": timing.table(title, rows)}
     step = eager.args[0]
     modules = {name: getattr(step.model, name) for name in ("encoder", "quantizer", "decoder")}
-    modules |= {} if network is None else {"LPIPS": step.criterion.perceptual}
+    if network is not None:
+        modules["LPIPS"] = step.criterion.perceptual
     parts = timing.part_times(eager, modules, ("loss", "backward", "optimizer"), args.repeats)
     return result | {"parts": timing.table("its parts, eager, each waited for", parts)}
 

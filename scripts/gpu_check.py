@@ -66,8 +66,10 @@ class Check:
         for split, path in (("train", args.train_data_path), ("val", args.val_data_path)):
             path = path if path == "synthetic" else os.path.abspath(path)  # not of ROOT
             self.data.append(f"--{split}-data-path={path}")
-        self.data += ["--perceptual-weight=0"] if self.data[0] == "--lpips-net=none" else []
-        self.data += ["--num-workers=0"] if args.toy else []
+        if self.data[0] == "--lpips-net=none":
+            self.data.append("--perceptual-weight=0")
+        if args.toy:
+            self.data.append("--num-workers=0")
         get_args([*self.model, *self.data])  # bad flags end the script here
 
     def left(self) -> float:
@@ -141,7 +143,8 @@ class Check:
             plain = next(row for row in others if row["step"] == "plain, fp32")
             row = {"batch": batch, "images/s": ours["images/s"]["median"]}
             goals = [goal for name, goal in GOALS.items() if name in self.environment["device"]]
-            row |= {"goal": goals[0]} if goals else {}
+            if goals:
+                row["goal"] = goals[0]
             row |= {"ratio to plain float32": plain["ratio"]["median"]}
             row |= {key: ours[key] for key in ("of the limit", "peak MiB")}
             parts = measured["step"]["parts"]["rows"]

@@ -45,7 +45,8 @@ def check_same_run(file: Path, run: dict, force: bool) -> None:
     given = [{**each, "--load": each["args"].get("load")} for each in (old, new)]
     for name in ("train_images", "images", "train_data", "val_data", "--load"):
         there, here = (each.get(name) for each in given)
-        differ += [f"{name} {there} there, {here} here"] if there != here else []
+        if there != here:
+            differ.append(f"{name} {there} there, {here} here")
     if differ:
         raise ValueError(
             f"{file} is of another run ({'; '.join(differ)}): move it, or give another --name"

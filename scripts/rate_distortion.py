@@ -175,7 +175,8 @@ def format_results(result: dict) -> str:
         lines = []
         for row in [*rate["ours"], *rate["baselines"]]:
             name = row["coder"] + (", file" if row.get("matched") == "file" else "")
-            name += " (its smallest is larger)" if row["psnr"] is None else ""
+            if row["psnr"] is None:
+                name += " (its smallest is larger)"
             every = cell(row.get("every_image", {}), "psnr")
             lines.append([name, *(cell(row, key) for key in FORMS), every])
         title = f"## {rate['bpp']:.3f} bpp without headers, {rate['file_bpp']:.3f} as files"
@@ -196,7 +197,8 @@ def draw(result: dict, path: Path) -> None:
         for coded, end, face in ((False, "", colour), (True, ", entropy-coded", "white")):
             style = {"color": colour, "marker": marker, "markerfacecolor": face}
             rows = [row for row in ours["rows"] if row["entropy_coded"] == coded]
-            lines += [(ours["name"] + end, rows, style, True)] if rows else []
+            if rows:
+                lines.append((ours["name"] + end, rows, style, True))
     rates = [rate[key] for rate in result["rates"] for key in ("bpp", "file_bpp")]
     left, right = 0.6 * min(rates), 1.7 * max(rates)
     titles = {name: output.METRICS[name][0] for name in ("psnr", "ssim")}

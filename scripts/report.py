@@ -122,7 +122,7 @@ def origins(row: Row) -> str:
     if skipped := [run["skipped_steps"] for run in row.runs if run.get("skipped_steps")]:
         seen += f", {', '.join(map(str, skipped))} steps skipped (not finite)"
     ran = [
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {text}"
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, {text}"
         for text, seeds in parts.items()
     ]
     return f"- {row.label}: {seen}; {'; '.join(ran)}"
@@ -167,8 +167,9 @@ def curves(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for record in itertools.chain.from_iterable(logs):
             by_step.setdefault(record["step"], []).append(record)
         whole = {step: each for step, each in by_step.items() if len(each) == len(logs)}
-        some = f", {len(logs)} of {len(row.runs)} seeds" * (len(logs) < len(row.runs))
-        found += [(row.label + some, whole)] if len(whole) > 1 else []
+        some = f", {len(logs)} of {len(row.runs)} seeds" if len(logs) < len(row.runs) else ""
+        if len(whole) > 1:
+            found.append((row.label + some, whole))
     steps = sorted({step for _, by_step in found for step in by_step})
     every = math.ceil(len(steps) / 6)  # counted from the last; the first is always there
     steps = sorted({*steps[:1], *steps[::-every]}) if steps else []

@@ -139,7 +139,8 @@ def without_flags(command: str, flags: Iterable[str]) -> str:
         given.setdefault(flag, []).append(word)
     words = [Path(word).name for word in every[:2]]  # python and the script
     for flag, its_words in given.items():
-        words += its_words if flag not in (*flags, "--overwrite") else []
+        if flag not in (*flags, "--overwrite"):
+            words += its_words
     return shlex.join(words)
 
 
