@@ -6,8 +6,17 @@ have an order, it is made of
     lattice     Positions are coded coarse to fine, so that nearly all of them have four decoded
                 neighbours: first the grid of every 16th row and column; then, for s = 8, 4, 2, 1,
                 the centres of its squares (neighbours (+-s, +-s)) and the midpoints of its edges
-                (neighbours (+-s, 0) and (0, +-s)), horizontal edges first. Positions have three
-                classes: s = 1 by edge, s = 1 by corner, and farther.
+                (neighbours (+-s, 0) and (0, +-s)), horizontal edges first. The passes of a grid of
+                5x5 positions:
+
+                     1  9  6  9  3
+                    10  8 10  8 10
+                     7  9  5  9  7
+                    10  8 10  8 10
+                     4  9  6  9  2
+
+                Positions have three classes: s = 1 by edge (here passes 9 and 10), s = 1 by corner
+                (8), and farther (1 to 7).
     prediction  A linear regression of the digit, one for each class, on the digit at these four
                 neighbours and on the digits of all earlier channels and stages, at the position
                 and at the four positions around it; quantized to steps.
@@ -112,22 +121,33 @@ class Stage:
     def __init__(self, digits: Sequence[int], ordered: bool, earlier: int):
         self.digits, self.ordered, self.earlier = list(digits), ordered, earlier
         self.contexts: list[tuple[int, int]] = []
-        self.tables: list[tuple[int, ...]] = []  # contexts, alphabet
         self.weights: list[tuple[int, ...]] = []  # classes, neighbours and known digits and 1
         self.chains: list[range] = []  # earlier digits that make up the context of a bit field
+        add = self._add_channel if ordered else self._add_bit_field
         for place, size in enumerate(self.digits):
-            first, coarse, fine = place, 1, 1
-            if ordered:
-                fine = (len(EDGES) + 1) ** 2
-                coarse = CLASSES * max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size)))
-            while not ordered and first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
-                first -= 1
-                fine *= self.digits[first]
-            known = len(AROUND) * (earlier + place)
-            self.contexts.append((coarse, fine))
-            self.tables.append((coarse * fine, size))
-            self.weights.append((CLASSES, 4 + known + 1) if ordered else (0,))
-            self.chains.append(range(first, place))
+            add(place, size)
+        self.tables = [
+            (coarse * fine, size)
+            for (coarse, fine), size in zip(self.contexts, self.digits, strict=True)
+        ]
+
+    def _add_channel(self, place: int, size: int) -> None:
+        """Contexts by prediction and class (coarse), and by the two activities (fine)."""
+        fine = (len(EDGES) + 1) ** 2
+        steps = max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size)))
+        self.contexts.append((CLASSES * steps, fine))
+        self.weights.append((CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1))
+        self.chains.append(range(0))
+
+    def _add_bit_field(self, place: int, size: int) -> None:
+        """Contexts by as many of the digits just before it as the table has room for."""
+        first, fine = place, 1
+        while first and fine * self.digits[first - 1] * size <= MAX_ENTRIES:
+            first -= 1
+            fine *= self.digits[first]
+        self.contexts.append((1, fine))
+        self.weights.append((0,))
+        self.chains.append(range(first, place))
 
 
 def stages_of(digits: Sequence[Sequence[int]], ordered: bool) -> list[Stage]:
@@ -181,16 +201,23 @@ class Digit(NamedTuple):
 
         A pass is looked at when its turn comes, so that a decoder can fill in those before it.
         """
-        stage, size = self.stage, self.stage.digits[self.place]
-        if not stage.ordered:
-            for scan in passes:
-                index = np.zeros(len(scan.rows), np.int64)
-                for other in stage.chains[self.place]:
-                    known = self.digits[other][scan.rows, scan.columns]
-                    index = index * stage.digits[other] + known
-                yield scan, index
-            return
-        steps, fine = stage.contexts[self.place][0] // CLASSES, stage.contexts[self.place][1]
+        if self.stage.ordered:
+            return self._contexts_of_channel(weights, passes)
+        return self._contexts_of_bit_field(passes)
+
+    def _contexts_of_bit_field(self, passes: Iterable[Pass]) -> Iterator[tuple[Pass, np.ndarray]]:
+        for scan in passes:
+            index = np.zeros(len(scan.rows), np.int64)
+            for other in self.stage.chains[self.place]:
+                known = self.digits[other][scan.rows, scan.columns]
+                index = index * self.stage.digits[other] + known
+            yield scan, index
+
+    def _contexts_of_channel(
+        self, weights: np.ndarray, passes: Iterable[Pass]
+    ) -> Iterator[tuple[Pass, np.ndarray]]:
+        size, (coarse, fine) = self.stage.digits[self.place], self.stage.contexts[self.place]
+        steps = coarse // CLASSES
         prediction, activity = self.around(weights)
         own = weights[:, [0, 1, 2, 3, -1]].astype(np.float64)
         for scan in passes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import sys
 import zlib
@@ -347,6 +348,14 @@ def test_a_stream_that_no_indices_give_is_refused():
             model.decode(data, (10, 11), 2)
         wrong += 1
     assert wrong == 6
+
+
+def test_the_passes_of_the_example_in_the_docstring():
+    numbers = np.zeros((5, 5), int)
+    for number, step in enumerate(context.lattice(5, 5), start=1):
+        numbers[step.rows, step.columns] = number
+    example = re.search(r"5x5\s+positions:\n\n(.*?)\n\n", context.__doc__, re.S)[1]
+    assert [list(map(int, row.split())) for row in example.splitlines()] == numbers.tolist()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (23, 1), (2, 2), (8, 9), (17, 33), (64, 5)])
