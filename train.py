@@ -170,10 +170,13 @@ class Training:
         args = self.args
         self.train_fingerprint = util.on_main(self.train_set.fingerprint)
         self.val_fingerprint = util.on_main(self.val_set.fingerprint)["names"][:32]
-        folder = resumed["run"] if resumed else None
-        folder = folder or util.on_main(lambda: str(RunFolder.create(args, self.name).path))
+        if resumed:
+            folder = resumed["run"]
+        else:
+            new = (args.save, self.name, args.overwrite, args.resume == "auto")
+            folder = util.on_main(lambda: str(RunFolder.create(*new).path))
         self.run = RunFolder(folder, self.first_step)
-        stack.enter_context(self.run.explained_errors(args))
+        stack.enter_context(self.run.explained_errors(args.lr))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
         self.environment = util.environment(self.device)
         util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))

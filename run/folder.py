@@ -68,23 +68,30 @@ class RunFolder:
     # Begin and end
     # -----------------------------------------------------------------------------------
     @classmethod
-    def create(cls, args: Namespace, default_name: str) -> RunFolder:
-        """The folder of a new run: --save, or a new one under runs/.
+    def create(
+        cls, save: str | None, default_name: str, overwrite: bool = False, resuming: bool = False
+    ) -> RunFolder:
+        """The folder of a new run, made.
+
+        Args:
+            save: the folder; None: `default_name` under runs/, or, where that exists, with a
+                number after it.
+            overwrite: whether it may hold another run, which `begin` then removes.
+            resuming: whether it may hold a run that ended before its first checkpoint.
 
         Raises:
             ValueError: it holds another run, a finished run without checkpoints or files of
                 others, or cannot be made.
         """
-        if args.save is None:
-            names = [default_name, *(f"{default_name}-{i}" for i in range(2, 10_000))]
-            folder = next(p for p in (Path("runs", name) for name in names) if not p.exists())
-        else:
-            folder = Path(args.save)
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"--save {folder} is a file: give a folder")
+        folder = Path(save or Path("runs", default_name))
+        if save is None and not resuming:
+            others = (Path("runs", f"{default_name}-{i}") for i in range(2, 10_000))
+            folder = next(path for path in (folder, *others) if not path.exists())
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--save {folder} is a file: give a folder")
         run = cls(folder)
         a_run = (folder / "args.json").exists()
-        if a_run and not args.overwrite and args.resume != "auto":
+        if a_run and not overwrite and not resuming:
             raise ValueError(
                 f"{folder} already holds a run: give another --save, --resume it, or --overwrite it"
             )
@@ -94,7 +101,7 @@ class RunFolder:
                 f"{folder} holds {other.name} but no args.json, so it is not a run folder: give "
                 "another --save"
             )
-        if a_run and not args.overwrite and (folder / "results.json").exists():
+        if a_run and not overwrite and (folder / "results.json").exists():
             raise ValueError(
                 f"{folder} holds a finished run whose checkpoints are gone: give another --save, "
                 "or --overwrite it"
@@ -182,7 +189,7 @@ class RunFolder:
                 path.replace(path.with_stem(f"{path.stem}_{steps:07}"))
 
     @contextlib.contextmanager
-    def explained_errors(self, args: Namespace) -> Iterator[None]:
+    def explained_errors(self, lr: float) -> Iterator[None]:
         """Within `with`, numbers that diverge and a full disk end the run with one line.
 
         Raises:
@@ -194,7 +201,7 @@ class RunFolder:
             good = [path for number, path in self.checkpoints() if number < self.step]
             checkpoint = f"last good checkpoint: {good[-1]}" if good else "no checkpoint yet"
             raise ValueError(
-                f"step {self.step}: {error}: begin again with a lower --lr (now {args.lr:g}) or "
+                f"step {self.step}: {error}: begin again with a lower --lr (now {lr:g}) or "
                 f"--clip-grad; {checkpoint}"
             ) from error
         except OSError as error:

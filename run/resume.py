@@ -33,8 +33,6 @@ def find_resumed(
 ) -> dict | None:
     """What --resume continues; None: nothing.
 
-    With `auto` and nothing to continue, `args.save` becomes the folder of the new run.
-
     Returns:
         The checkpoint, and its `path`, the folder of its `run`, and the names of the `checkpoints`
         that are there.
@@ -77,7 +75,6 @@ def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | 
     else:
         found = RunFolder(folder).newest_checkpoint()
         if found is None and automatic:
-            args.save = str(folder)
             return None
         if found is None:
             raise ValueError(
