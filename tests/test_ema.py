@@ -136,6 +136,25 @@ def test_dead_codes_come_back_and_without_a_random_number():
         assert torch.equal(mine, its)
 
 
+def test_a_first_batch_that_is_not_finite_starts_no_codebook():
+    vq = VectorQuantizeEMA(8, 2)
+    before = vq.codebook.clone()
+    z = torch.randn(8, 2, 8)
+    z[0, 0, 0] = torch.nan
+    vq(z)
+    assert torch.equal(vq.codebook, before) and not vq.counts.any() and not vq.sums.any()
+
+
+def test_another_batch_gives_dead_codes_other_tokens():
+    vq, z, starts = VectorQuantizeEMA(4, 2), torch.randn(10, 2, 100), []
+    for _ in range(2):
+        vq.counts.zero_()
+        vq._restart(0, z.movedim(1, -1).reshape(-1, 2), torch.tensor([1000]))
+        starts.append(vq.codebook.clone())
+        vq(z)
+    assert vq.batches == 2 and not torch.equal(*starts)
+
+
 def test_without_restart_a_dead_code_stays_where_it_is():
     vq = VectorQuantizeEMA(8, 2, restart_threshold=0)
     vq.codebook[0, 3] = 1e6

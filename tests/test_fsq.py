@@ -41,6 +41,13 @@ def inverse_bound(y: float, level: int) -> float:
     return math.copysign(30, x) if abs(x) >= 1 else math.atanh(x) - math.tan(offset / h)
 
 
+@pytest.mark.parametrize("level", [2, 3, 4, 5, 8, 31, 256, 512])
+def test_the_bound_is_that_of_the_paper(level):
+    fsq, z = FSQ([level]), torch.linspace(-6, 6, 97)[:, None]
+    wanted = torch.tensor([bound(x, level) for x in z[:, 0].tolist()])
+    torch.testing.assert_close(fsq.bound(z, fsq.grid(z))[:, 0], wanted, rtol=0, atol=2e-7 * level)
+
+
 def digits(index: int, levels: list[int]) -> list[int]:
     """Mixed-radix digits in unbounded integers, the first channel the least significant."""
     out = []
@@ -261,6 +268,9 @@ def test_numbers_that_are_no_codes_have_no_index(wrong):
     codes[7, 1, 0] = wrong
     with pytest.raises(ValueError, match="not all codes of fsq-8x5"):
         fsq.codes_to_indices(codes)
+    between = torch.tensor([[0.3 / 4], [0.0]]).T.bfloat16()  # 0.3 of a step beside a code
+    with pytest.raises(ValueError, match="not all codes of fsq-8x5"):
+        fsq.codes_to_indices(between)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5), (4,), ()])

@@ -125,7 +125,18 @@ def test_geometric_moments_of_a_batch_that_is_not_finite_leave_no_trace():
     rfsq(torch.randn(8, 4, 6))
     before = copy.deepcopy(rfsq.state_dict())
     rfsq(torch.full((8, 4, 6), math.nan))
+    one = torch.randn(8, 4, 6)
+    one[2, 1, 3] = math.inf
+    rfsq(one)
     assert all(torch.equal(x, before[key]) for key, x in rfsq.state_dict().items())
+
+
+@pytest.mark.parametrize("level", range(2, 40))
+def test_the_tails_have_the_outermost_cells(level):
+    rfsq = GeometricRFSQ(3, [level]).eval()
+    tails = torch.tensor([3e38, 1e30, 1e19, 1e7])
+    _, indices = rfsq(torch.cat([tails, -tails])[:, None])
+    assert indices.tolist() == [[level - 1] * 3] * 4 + [[0] * 3] * 4
 
 
 def test_a_slope_of_its_own_makes_other_cells():

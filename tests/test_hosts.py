@@ -61,6 +61,15 @@ def test_loading_through_the_meta_device(name, load):
 
 
 @every
+def test_a_checkpoint_of_half_precision_is_assigned_as_float32(name):
+    module = trained(name)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    for key, value in module.state_dict().items():
+        assert value.dtype not in HALF and torch.equal(value, state[key].to(value.dtype)), key
+
+
+@every
 def test_shapes_on_the_meta_device(name):
     """Without values: what a tool asks that plans memory or a pipeline."""
     module, z = trained(name), latent(CASES[name].build())

@@ -237,6 +237,19 @@ def test_more_tokens_decode_to_a_finer_latent():
     assert torch.equal(after[0][:, weak], svq.running_mean[weak].expand(1, 3000))
 
 
+def test_the_channel_that_a_token_leaves_open_is_in_the_middle():
+    svq = fitted(SVQ(22, dim=6, classes=4, stages=2))
+    first = torch.arange(2048).view(1, -1, 1)
+    coarse = svq.indices_to_codes(first)
+    lowest, middle = (
+        svq.indices_to_codes(torch.cat([first, torch.full_like(first, second)], -1))
+        for second in (0, 1024)
+    )
+    strong = svq.order[0]
+    assert torch.equal(coarse[:, strong], middle[:, strong])
+    assert not torch.equal(lowest[:, strong], middle[:, strong])
+
+
 def test_any_scale_of_the_latent_gives_the_same_indices():
     torch.manual_seed(0)
     batches = [laplacian_mixture(6, 500).T[None] for _ in range(12)]
