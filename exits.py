@@ -142,6 +142,9 @@ def run_script(main: Callable) -> None:
     its checkpoint is saved, or before the first step without one.
     """
     sys.excepthook = _explain_dead_worker
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as by `>&-`: this also takes its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
             stream.reconfigure(errors="backslashreplace")
@@ -161,7 +164,10 @@ def run_script(main: Callable) -> None:
             sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, OSError) and not is_of_a_file(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        text = one_line(error)
+        if isinstance(error, OSError) and error.filename is None:
+            text = f"standard output, or a file, cannot be read or written: {text}"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(stop, flush=True)

@@ -129,8 +129,8 @@ def reason_of(error: Exception) -> str:
 def unwritable(path: str | Path, error: OSError) -> str:
     """What to say, and to do, about an error in writing `path`."""
     return (
-        f"{path} cannot be written ({error.strerror}): make room, or give another folder; what "
-        "was there before is untouched"
+        f"{path} cannot be written ({error.strerror or error}): make room, or give another folder; "
+        "what was there before is untouched"
     )
 
 

@@ -140,6 +140,8 @@ class CodeUsage:
         Raises ValueError for another type or number of stages, or an index outside its codebook.
         """
         indices = (indices if self.stage_axis else indices.unsqueeze(-1)).detach().cpu()
+        if not indices.numel():
+            return
         if indices.dtype != torch.int64 or indices.shape[-1] != len(self.codebook_sizes):
             got = f"{indices.dtype} of shape {tuple(indices.shape)}"
             need = f"torch.int64 with a last axis of {len(self.codebook_sizes)} stages"

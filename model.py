@@ -68,7 +68,7 @@ class VQVAE(nn.Module):
 
     def _set_normalisation(self, device: torch.device | None) -> None:
         for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            value = torch.tensor(value, device=device).view(3, 1, 1)
+            value = torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -149,6 +149,8 @@ class VQVAE(nn.Module):
             raise ValueError(
                 f"images must be floats in [0, 1], not {images.dtype}: give images.float() / 255"
             )
+        if not images.numel():
+            raise ValueError(f"there is no image in a batch of shape {tuple(images.shape)}")
         height, width = images.shape[2:]
         if height % self.f or width % (self.f * group):
             wanted = f"both sides must be multiples of {self.f}"
@@ -227,7 +229,8 @@ def fingerprint(
 ) -> bytes:
     """8 bytes of a SHA-256 over the flags of the architecture and the weights of `parts`.
 
-    The default is all that decoding depends on.
+    The default is all that decoding depends on. A model that was cast to another precision has
+    another fingerprint.
     """
     digest = hashlib.sha256()
     shape = {name: flags[name] for name in sorted(architecture_flags()) if name in flags}
@@ -235,5 +238,6 @@ def fingerprint(
     for part in parts:
         for name, value in getattr(model, part).state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            flat = value.cpu().contiguous().reshape(-1)  # view: numpy has no bfloat16
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.digest()[:8]

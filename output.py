@@ -25,7 +25,8 @@ METRICS = {
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown; the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
+    cells = ([str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows))
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
 
 
@@ -95,6 +96,11 @@ def load_figure() -> type:
 def save_picture(figure, path: Path) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all."""
     write_whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+
+
+def literal(text: str) -> str:
+    """A text for matplotlib, which would take what is between two `$` for a formula."""
+    return text.replace("$", r"\$")
 
 
 def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:

@@ -77,6 +77,9 @@ def begin(out: Path, settings: dict) -> dict | None:
     """
     if (out / INDEX).is_file():
         index = _read(out / INDEX, settings)
+        kinds = {"count": int, "skipped": list, "classes": list | None}
+        if not all(key in index and isinstance(index[key], kinds[key]) for key in kinds):
+            raise ValueError(f"{out / INDEX} is damaged: give another --out, or remove {out} first")
         _check_sizes(out, index)
         for left in (SETTINGS, DONE):  # by a kill
             (out / left).unlink(missing_ok=True)
@@ -102,6 +105,7 @@ def begin(out: Path, settings: dict) -> dict | None:
 def _read(path: Path, settings: dict) -> dict:
     """An index, or the settings of an unfinished run; ValueError if it is not of `settings`."""
     other = f"give another --out, or remove {path.parent} first"
+    settings = json.loads(json.dumps(settings))  # a tuple is a list there
     try:
         found = json.loads(path.read_bytes())
         differ = [key for key in (*HEAD, *settings) if found.get(key) != (HEAD | settings)[key]]
@@ -166,11 +170,25 @@ class TokenWriter:
             first: number of the first image.
             kept: bool (images,), those that could be read.
             arrays: {name: values (kept.sum(), *row)}.
+
+        Raises:
+            ValueError: values that the type of the array does not hold, or more rows than images.
         """
+        if first < 0 or first + len(kept) > self.sources:
+            raise ValueError(
+                f"rows {first} to {first + len(kept) - 1} were given, of {self.sources} images"
+            )
         for name, (dtype, shape) in self.rows.items():
             block = np.zeros((len(kept), *shape), dtype)
             if kept.any():
-                block[kept] = arrays[name]
+                values = np.asarray(arrays[name])
+                most = np.iinfo(dtype).max if dtype.kind == "u" else np.inf
+                if values.max() > most or (dtype.kind == "u" and values.min() < 0):
+                    raise ValueError(
+                        f"{name} holds {dtype}, but the values run from {values.min()} to "
+                        f"{values.max()}: give `begin` the type of `smallest_unsigned`"
+                    )
+                block[kept] = values
             start = len(_header(dtype, (self.sources, *shape)))
             self.files[name].seek(start + first * block[0].nbytes)
             self.files[name].write(block.tobytes())

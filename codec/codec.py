@@ -80,6 +80,7 @@ class Codec:
 
         Raises ValueError: the file is damaged, or of another version or another model.
         """
+        data = bytes(data)  # of any buffer, such as an array of bytes
         image = self.decode_indices(*self.read(data, stages))
         return to_grey(image) if bitstream.read_header(data).grey else image
 
@@ -267,7 +268,8 @@ class Codec:
         indices, statistics = np.empty((*shape, len(self.sizes)), np.int64), None
         # In one piece if there are statistics, because these are the image's.
         for core, _, _ in tiles(shape, max(shape) if self.side_values else self.tile, 0):
-            quantized = Quantized(*model.quantizer(latent[(..., *core)]))
+            with util.in_evaluation_mode(model):  # whose statistics must not move
+                quantized = Quantized(*model.quantizer(latent[(..., *core)]))
             indices[core] = quantized.indices[0].cpu().numpy().reshape(indices[core].shape)
             if quantized.statistics is not None:
                 statistics = quantized.statistics[0].cpu().numpy()

@@ -83,12 +83,15 @@ def _is_consistent(index: dict) -> bool:
     counts = [min(full, count - first) for first in range(0, count, full)]
     names = [PACK_SHARD.format(i) for i in range(len(shards))]  # of this folder, and no others
     numbers = [full, count, index["img_size"], *(shard["bytes"] for shard in shards)]
+    numbers += [index["sources"], index["sources_done"]]
     return (
         index["format"] == PACK_FORMAT
         and all(type(number) is int for number in numbers)
         and counts == [shard["count"] for shard in shards]
         and names == [shard["file"] for shard in shards]
         and all(isinstance(shard["sha256"], str) for shard in shards)
+        and 0 <= count <= index["sources_done"] <= index["sources"]
+        and all(isinstance(entry["name"], str) for entry in index["skipped"])
     )
 
 

@@ -48,7 +48,17 @@ class TrainingLoss(nn.Module):
                 "pass one, or set the weight to 0"
             )
         self.perceptual = perceptual if perceptual_weight > 0 else None
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self._set_std(device=None)
+
+    def _set_std(self, device: torch.device | None) -> None:
+        std = torch.tensor(IMAGENET_STD, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.register_buffer("std", std, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # A cast to half precision must not round it, and a visit to the meta device not lose it.
+        super()._apply(fn, recurse)
+        self._set_std(self.std.device)
+        return self
 
     def forward(
         self, images: Tensor, reconstruction: Tensor, quantizer_loss: Tensor
@@ -63,12 +73,16 @@ class TrainingLoss(nn.Module):
             quantizer_loss: the quantizer's own loss, a scalar; zero where it has none.
 
         Raises:
-            ValueError: shapes that differ, which L1 would broadcast in silence.
+            ValueError: shapes that differ, which L1 would broadcast in silence, or integers.
         """
         if images.shape != reconstruction.shape:
             raise ValueError(
                 f"reconstruction has shape {tuple(reconstruction.shape)}, the images "
                 f"{tuple(images.shape)}; they must be equal"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images must be floats in [0, 1], not {images.dtype}: give images.float() / 255"
             )
         # |(a - mean)/std - (b - mean)/std| = |a - b| / std
         difference = reconstruction.float() - images

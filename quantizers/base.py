@@ -273,6 +273,11 @@ class Quantizer(nn.Module):
     def _check_indices(self, indices: Tensor) -> Tensor:
         """Return `indices` as int64 if they are integers of the right shape and range."""
         self._check_state()
+        if not isinstance(indices, Tensor):
+            raise ValueError(
+                f"indices must be a tensor, not {type(indices).__name__}: convert them with "
+                "torch.as_tensor"
+            )
         dtype = indices.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             raise ValueError(f"indices must be integers, not {dtype}: convert them with .long()")

@@ -136,8 +136,9 @@ class VectorQuantizeEMA(Quantizer):
         codebook, tokens = self.codebook[stage] - centre, tokens - centre
         norms = codebook.square().sum(1)
         chunk = CHUNK.get(tokens.device.type, CHUNK["cuda"]) // len(codebook)
-        # An exported program with a loop over chunks would have a fixed number of tokens.
-        chunks = [tokens] if exporting() else tokens.split(max(1, chunk))
+        # An exported or traced program with a loop over chunks would have a fixed number of tokens.
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        chunks = [tokens] if exporting() or tracing else tokens.split(max(1, chunk))
         # |t|^2 is the same for all codes, so it is omitted.
         errors = (torch.addmm(norms, part, codebook.t(), alpha=-2) for part in chunks)
         return torch.cat([_argmin(each) for each in errors])

@@ -21,6 +21,7 @@ UNITS = 8  # code lengths are whole numbers of 1/8 bit
 SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
 SPAN = (-25 / 14, 39 / 14)  # of the classes' steps, in standard deviations of log2 of the scale
 PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
+MOST_OF_A_CHANNEL = 14  # bits of the strongest: more would be beyond the range of its integers
 LAPLACIAN = 2**0.5 * math.e  # 2^h / std, h the differential entropy in bits
 
 
@@ -68,7 +69,8 @@ class SVQ(Quantizer):
     Args:
         bits: of a vector, 8 to 60.
         dim: channels of `z`. Default: 12 + 2/5 of the bits.
-        classes: K.
+        classes: K. Fewer than 4 cost much at 8 bits a channel and more: vectors beyond the budget
+            of one class need another, wider one.
         stages: tokens of an index; bits are shared as evenly as possible, the first have more.
         momentum: weight of a new batch in the running averages. The first 1/momentum batches are
             averaged evenly.
@@ -250,7 +252,8 @@ class SVQ(Quantizer):
         entropy = (LAPLACIAN * std).log2().sort(descending=True).values
         # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
         used = torch.arange(1, self.dim + 1, device=std.device)
-        return std, ((entropy.cumsum(0) - rate) / used).max().exp2()
+        level = ((entropy.cumsum(0) - rate) / used).max()
+        return std, level.maximum(entropy[0] - MOST_OF_A_CHANNEL).exp2()
 
     @torch.no_grad()
     def _design(self) -> None:

@@ -207,7 +207,8 @@ class RunFolder:
         except OSError as error:
             if not is_of_a_file(error):
                 raise
-            raise ValueError(unwritable(error.filename or self.path, error)) from error
+            place = error.filename or f"standard output, or a file in {self.path},"
+            raise ValueError(unwritable(place, error)) from error
 
     # -----------------------------------------------------------------------------------
     # Log

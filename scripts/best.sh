@@ -55,9 +55,11 @@ names=("${configurations[@]##*/}")
 coded=()
 for run in "$OUT"/coded_*; do
     [ -f "$run/results.json" ] || continue
-    if [ ! "$run/coded.pt" -nt "$run/last.pt" ]; then
+    fit="$(cd "$train" && pwd) ${FIT:-3000}"
+    if [ ! "$run/coded.pt" -nt "$run/last.pt" ] || [ "$(cat "$run/coded.txt" 2> /dev/null)" != "$fit" ]; then
         python "$ROOT/scripts/compress.py" fit "$train" --limit "${FIT:-3000}" \
             --load "$run/last.pt" --out "$run/coded.pt" --force
+        echo "$fit" > "$run/coded.txt"
     fi
     coded+=("$run/coded.pt")
 done

@@ -67,7 +67,7 @@ def draw(originals: Tensor, rows: Sequence[tuple[str, Tensor, float]], amplify: 
     grid = figure.subplots(len(cells), len(originals), squeeze=False)
     for row, (label, images, captions) in zip(grid, cells, strict=True):
         label = "\n".join(textwrap.fill(line, CHARACTERS) for line in label.split("\n"))
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(output.literal(label), rotation=0, ha="right", va="center", fontsize=9)
         for axes, image, caption in zip(row, images, captions, strict=True):
             pixels = image.mul(255).round().byte().permute(1, 2, 0)
             axes.imshow(pixels.cpu().numpy(), interpolation="nearest")

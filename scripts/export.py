@@ -109,15 +109,16 @@ def export(flags: Namespace) -> Path:
     architecture = {flag: saved["args"][flag] for flag in names}
     training = {"step": step, **{flag: getattr(args, flag) for flag in DEFAULTS_OF_MODEL}}
     out = Path(flags.out)
-    prepare_folder(out, flags.force)
-    save_export(out, saved["model"], architecture, training)
     unread = unread_flags(model.quantizer)
     rows = {k: v for k, v in architecture.items() if k not in unread}
     given = {k: v for k, v in rows.items() if v is not None and v is not False}
     card = model_card(model, name, given, step, results_of(flags.load, step))
-    write_whole(out / CARD, lambda file: file.write(card.encode()))
+    data = card.encode(errors="backslashreplace")  # names need not be Unicode
+    prepare_folder(out, flags.force)
+    save_export(out, saved["model"], architecture, training)
+    write_whole(out / CARD, lambda file: file.write(data))
     size = (out / WEIGHTS).stat().st_size
-    print(f"{name}, step {step}: {out}, {size:,} bytes of weights")
+    print(f"{output.printable(name)}, step {step}: {out}, {size:,} bytes of weights")
     if ENTROPY_MODEL in saved:
         print("the entropy model of `compress.py fit` is not exported: run `fit` on the export")
     return out

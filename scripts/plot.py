@@ -102,7 +102,7 @@ def draw(curves: dict[str, dict[str, list]]):
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
     legend = dict(loc="outside lower left", ncols=len(curves))
-    figure.legend(handles.values(), handles.keys(), **legend)
+    figure.legend(handles.values(), map(output.literal, handles), **legend)
     return figure
 
 

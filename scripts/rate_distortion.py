@@ -212,7 +212,7 @@ def draw(result: dict, path: Path) -> None:
         for label, rows, style, files in lines:
             names = ("bpp", "file_bpp", key)
             x, file_x, y = (np.array([row[name] for row in rows], float) for name in names)
-            axes.plot(x, y, label=label, **style)
+            axes.plot(x, y, label=output.literal(label), **style)
             if files:
                 dotted = {**style, "linestyle": ":", "markersize": 3, "linewidth": 1.2}
                 axes.plot(file_x, y, **dotted)

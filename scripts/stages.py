@@ -57,7 +57,7 @@ def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: st
         xlabel, first, lines = panel
         for label, y in zip(labels, lines, strict=True):
             if None not in y:
-                axes.plot(range(first, first + len(y)), y, marker="o", label=label)
+                axes.plot(range(first, first + len(y)), y, marker="o", label=output.literal(label))
         axes.set(title=title, xlabel=xlabel, yscale=yscale)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -22,7 +22,14 @@ RESULTS: dict[str, type | UnionType] = {
     **dict.fromkeys(("images", "f", "parameters", "steps", "batch_size", "seed"), int),
     **dict.fromkeys(("images_seen", "train_images"), int),
     **dict.fromkeys(("bits", "bpp", "l1", "psnr", "paper.l1", "paper.psnr"), int | float),
-    **dict.fromkeys(("floors.bicubic.psnr", "floors.mean_colour.psnr"), int | float),
+    **{
+        f"floors.{floor}.{metric}": int | float
+        for floor in ("bicubic", "mean_colour")
+        for metric in ("l1", "psnr", "paper.l1", "paper.psnr")
+    },
+    # None without a network, and in results of versions that did not have them.
+    **dict.fromkeys(("ssim", "lpips", "paper.lpips"), int | float | None),
+    "lpips_net": str | None,
     **dict.fromkeys(("name", "train_data", "val_data", "environment.command"), str),
     "environment.device": str,
 }
@@ -106,9 +113,15 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
 def lacking(run: object) -> list[str]:
     """The entries that `run` should have as a run's results, and has not, or of another type."""
     missing = [key for key, kind in RESULTS.items() if not isinstance(_entry(run, key), kind)]
-    validations = _entry(run, "validations") or []  # not of older versions
-    whole = isinstance(validations, list) and all(isinstance(v, dict) for v in validations)
-    return sorted(missing if whole else [*missing, "validations"])
+    validations = run.get("validations", []) if isinstance(run, dict) else []  # not of older ones
+    if not (isinstance(validations, list) and all(map(_is_validation, validations))):
+        missing.append("validations")
+    return sorted(missing)
+
+
+def _is_validation(record: object) -> bool:
+    kinds = {"step": int, "psnr": int | float, "lpips": int | float | None}
+    return all(isinstance(_entry(record, key), kind) for key, kind in kinds.items())
 
 
 def _entry(tree: object, key: str) -> object:

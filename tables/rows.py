@@ -85,7 +85,7 @@ def setting(run: dict, args: Namespace) -> dict:
         "validation images": run["images"],
         "validation data": str(Path(run["val_data"])),
         "pixels": "x".join(map(str, run["image_size"])),
-        "LPIPS network": run["lpips_net"] or "missing",
+        "LPIPS network": run.get("lpips_net") or "missing",
         "precision": ", then ".join(dict.fromkeys(map(itemgetter("precision"), parts_of(run)))),
     }
     apart = {*quantizer_flags(), *may_change_flags(), *STATED} - {"load", "skip_corrupt"}

@@ -534,3 +534,14 @@ def test_a_gigantic_claim_allocates_nothing(folder):
     with pytest.raises(ValueError, match="more than the limit"):
         codec.encode(np.broadcast_to(np.uint8(0), (20000, 10000, 3)))
     assert bitstream.MAX_PIXELS == 178_956_970
+
+
+def test_the_mode_of_the_model_makes_no_difference(tmp_path):
+    """A model in training would move its statistics, and no other codec could decode its files."""
+    make_checkpoint(tmp_path / "x.pt", "--channel=16")
+    codec, image = Codec(tmp_path / "x.pt"), picture(32, 32)
+    wanted = codec.encode(image)
+    codec.model.train()
+    assert codec.encode(image) == wanted and codec.model.training
+    again = Codec(tmp_path / "x.pt").decode(np.frombuffer(wanted, np.uint8))
+    assert np.array_equal(again, codec.decode(wanted))

@@ -495,3 +495,10 @@ def test_compiled_equals_eager(name, training, monkeypatch):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
     for a, b in zip(eager.buffers(), module.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_indices_that_are_no_tensor_are_named(name):
+    module = CASES[name].build()
+    with pytest.raises(ValueError, match="indices must be a tensor, not list"):
+        module.indices_to_codes([[0, 0]])

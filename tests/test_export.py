@@ -285,3 +285,10 @@ def test_a_repository_is_fetched(exported, monkeypatch, tmp_path):
     assert not asked
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
     assert "pip install '.[hub]'" in error_of("owner/model")
+
+
+def test_a_name_that_is_not_unicode_is_escaped_in_the_card(tmp_path):
+    make_checkpoint(tmp_path / "last.pt", "--channel=16", "--name=caf\udce9")
+    out = export.main(["--load", str(tmp_path / "last.pt"), "--out", str(tmp_path / "exported")])
+    assert "# caf\\udce9" in (out / "README.md").read_text()
+    assert load_model(out).args.name == "caf\udce9"

@@ -305,3 +305,12 @@ def test_impossible_weights(weights):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="equal"):
         TrainingLoss(1, 0, 1)(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(()))
+
+
+def test_integers_are_refused_and_the_std_of_imagenet_stays():
+    loss, images = TrainingLoss(1.0, 0.0, 1.0), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"floats in .*, not torch.uint8"):
+        loss(images.byte(), images, torch.zeros(()))
+    wanted = loss(images, images + 0.1, torch.zeros(()))["l1"]
+    for moved in (loss.half(), loss.to("meta").to_empty(device="cpu")):
+        assert torch.equal(moved(images, images + 0.1, torch.zeros(()))["l1"], wanted)

@@ -661,3 +661,21 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"last\.pt") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("network", ["conv", "dct"])
+def test_no_image_is_an_error(network):
+    model = VQVAE(get_args(["--channel=16", f"--network={network}"]))
+    with pytest.raises(ValueError, match="no image in a batch"):
+        model.encode(torch.zeros(0, 3, 32, 32))
+
+
+def test_the_default_precision_of_a_host_leaves_the_normalisation():
+    model = VQVAE(get_args(["--channel=16"]))
+    mean, before = model.mean.clone(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model.to("cpu")
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(model.mean, mean) and model.mean.dtype == torch.float32

@@ -312,6 +312,10 @@ def test_a_damaged_header_is_refused(copy):
         ({"count": 12}, r"is damaged"),
         ({"images_per_shard": 5}, r"is damaged"),
         ({"shards": None}, r"is damaged"),
+        ({"sources_done": -1}, r"is damaged"),
+        ({"sources": None}, r"is damaged"),
+        ({"skipped": None}, r"is damaged"),
+        ({"skipped": [{}]}, r"is damaged"),
     ],
 )
 def test_an_index_of_another_kind_is_refused(copy, change, message):

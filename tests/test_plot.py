@@ -133,3 +133,14 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capfd, monkeypatch):
     with pytest.raises(ValueError, match="pip install"):
         plot.main([run, f"--out={tmp_path / 'x.png'}"])
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("matplotlib")
+    for name in ("cost $x^$", "from $5 to $6"):
+        make_log(tmp_path / name, [0.5, 0.25], 20.0)
+    figure = plot.draw(plot.read_curves(["cost $x^$", "from $5 to $6"], ["loss"]))
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [r"cost \$x^\$", r"from \$5 to \$6"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_report import make_run
 
+import output
 from scripts import keep_results, report
 from tables.results import read_results, without_places
 
@@ -100,7 +101,10 @@ def test_a_flag_that_is_given_again_counts_the_last_time():
         ({"train_images": None}, "train_images"),
         ({"bits": "many", "seed": 0.5}, "bits, seed"),
         ({"environment": {"device": "a CPU"}}, "environment.command"),
-        ({"floors": {"bicubic": {}, "mean_colour": None}}, "floors.bicubic.psnr, floors.mean_col"),
+        (
+            {"floors": {"bicubic": {}, "mean_colour": None}},
+            "floors.bicubic.l1, floors.bicubic.paper.l1",
+        ),
         ({"paper": None}, "paper.l1, paper.psnr"),
         ({"validations": [1]}, "validations"),
     ],
@@ -149,3 +153,27 @@ def test_tables_of_results_are_those_of_the_files():
     for line in report.main([str(file) for file in KEPT]).splitlines():
         if re.match(r"\| .* \| (\d+ \| \d+\.\d\d|\d+\.\d\d / 0\.\d{4}) \|", line):
             assert line in text, line
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"ssim": "x"},
+        {"lpips": []},
+        {"floors": {"bicubic": {"l1": 1, "psnr": 1, "paper": None}, "mean_colour": {}}},
+        {"validations": None},
+        {"validations": [{}]},
+        {"validations": [{"step": [], "psnr": 1.0}]},
+    ],
+    ids=str,
+)
+def test_entries_of_another_type_are_damage(broken, tmp_path):
+    run = make_run(tmp_path / "run") / "results.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), **broken}))
+    found, (fault,) = read_results([str(run)])
+    assert not found and next(iter(broken)) in fault
+
+
+def test_a_bar_in_a_name_is_no_column():
+    table = output.markdown_table(["name", "x"], [["a|b", 1]])
+    assert table.splitlines()[-1] == r"| a\|b | 1 |"

@@ -363,3 +363,29 @@ def test_evaluate_sees_the_same_images_in_the_same_order(images, checkpoints, ma
     model, stored = load_model(checkpoints / "layernorm.pt")[0], np.load(made / "tokens.npy")
     rows = [model.encode(batch.float() / 255) for batch in val_loader(folder, BATCH)]
     assert np.array_equal(torch.cat(rows).numpy(), stored)
+
+
+def test_values_that_the_type_does_not_hold_are_refused(tmp_path):
+    settings = {"sources": 3, "arrays": {"tokens.npy": {"dtype": "|u1", "shape": (2, 2)}}}
+    assert tokens.begin(tmp_path, settings) is None
+    assert tokens.begin(tmp_path, settings) is None  # a tuple is a list in the file
+    with tokens.TokenWriter(tmp_path, settings) as writer:
+        for wrong in (256, -1):
+            rows = {"tokens.npy": np.full((1, 2, 2), wrong)}
+            with pytest.raises(ValueError, match=f"holds uint8, but the values run from {wrong}"):
+                writer.write(0, np.ones(1, bool), rows)
+        with pytest.raises(ValueError, match="rows 2 to 3 were given, of 3 images"):
+            writer.write(2, np.ones(2, bool), {"tokens.npy": np.zeros((2, 2, 2), int)})
+    assert len(tokens.to_do(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("broken", [{"count": None}, {"skipped": -1}, {"classes": 5}], ids=str)
+def test_a_damaged_index_is_one_line(broken, tmp_path):
+    settings = {"sources": 1, "arrays": {"tokens.npy": {"dtype": "|u1", "shape": [2]}}}
+    tokens.begin(tmp_path, settings)
+    with tokens.TokenWriter(tmp_path, settings) as writer:
+        writer.write(0, np.ones(1, bool), {"tokens.npy": np.zeros((1, 2), int)})
+    index = tokens.finish(tmp_path, settings, None)
+    (tmp_path / "index.json").write_text(json.dumps({**index, **broken}))
+    with pytest.raises(ValueError, match=r"index.json is damaged: give another --out"):
+        tokens.begin(tmp_path, settings)

@@ -458,3 +458,17 @@ def test_a_reader_that_has_read_enough_is_no_error():
         script.stdout.close()
         assert script.stderr.read() == b""
     assert script.returncode == 128 + signal.SIGPIPE
+
+
+def test_standard_streams_that_are_closed_lead_nowhere(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    def main():
+        print("hello", flush=True)
+        print("hello", file=sys.stderr)
+        assert sys.stdin.read() == "" and not sys.stderr.isatty()
+
+    exits.run_script(main)
+    for name in ("stdin", "stdout", "stderr"):
+        getattr(sys, name).close()
