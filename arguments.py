@@ -172,8 +172,8 @@ def _add_quantizer(add: Callable) -> None:
         help="ema: stages; above 1 a residual VQ")
     add("--ema-decay", number(float, 0, 1), 0.99, help="ema: decay of the codebook")
     add("--pairs", bool, False, ARCHITECTURE,
-        help="two neighbouring positions are quantized as one, by a quantizer whose flags say its "
-        "channels, stages and bits for both together")
+        help="quantize two neighbouring positions as one vector; the quantizer's channels, stages "
+        "and bits then count both")
     add("--svq-bits", number(int, 8, 60), 22, ARCHITECTURE, help="svq: bits of a position")
     add("--svq-dim", number(int, 1, 16384), None, ARCHITECTURE,
         help="svq: channels; default: 12 + 2/5 of the bits")

@@ -31,9 +31,12 @@ PAPER_METRICS = ("l1", "lpips", "psnr")  # in the order of the paper's columns
 
 
 def comparable(row: Row, base: Row) -> bool:
-    """RFSQ against None or image statistics, or any quantizer against a baseline of equal bits."""
+    """RFSQ against None or image statistics, or any quantizer against a baseline of equal bits.
+
+    Of the baselines, VQ-EMA is compared with FSQ.
+    """
     a, b = row.args, base.args
-    if b.quantizer in BASELINES and a.quantizer not in BASELINES:
+    if b.quantizer in BASELINES and a.quantizer not in (b.quantizer, "fsq"):
         return abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5
     same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
     if not (a.quantizer == b.quantizer == "rfsq" and same_codes):
