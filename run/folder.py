@@ -215,8 +215,12 @@ class RunFolder:
     # -----------------------------------------------------------------------------------
     def log(self, record: dict) -> None:
         """Append a record to metrics.jsonl, and to TensorBoard's events."""
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            error.filename = str(self.log_path)  # which an error in writing does not name
+            raise
         if self.board:
             self.board.add(record)
 

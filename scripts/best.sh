@@ -55,7 +55,7 @@ names=("${configurations[@]##*/}")
 coded=()
 for run in "$OUT"/coded_*; do
     [ -f "$run/results.json" ] || continue
-    fit="$(cd "$train" && pwd) ${FIT:-3000}"
+    fit="$train ${FIT:-3000}"
     if [ ! "$run/coded.pt" -nt "$run/last.pt" ] || [ "$(cat "$run/coded.txt" 2> /dev/null)" != "$fit" ]; then
         python "$ROOT/scripts/compress.py" fit "$train" --limit "${FIT:-3000}" \
             --load "$run/last.pt" --out "$run/coded.pt" --force

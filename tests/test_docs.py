@@ -67,6 +67,7 @@ def clone(tmp_path_factory):
                 save_image(images[i] / 255, f"{name}/{i}.png")
         shutil.make_archive("data/ILSVRC2012_img_val", "tar", "data/imagenet/val")
         train.main([*TINY.split(), "--save", "runs/NAME"])
+        shutil.copytree("runs/NAME", "runs/reproduce/NAME")
         # As in docs/tokens.md, whose other block reads them; it may run in another process.
         load = ["--load", "runs/NAME/last.pt", "--out", "runs/tokens", "--flip"]
         make_tokens.main(["./data/imagenet/train", *load])

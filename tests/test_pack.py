@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import exits
-import meter
+import output
 import train
 from dataset import ImageFolderDataset, build_dataset
 from dataset import packed as packed_module
@@ -145,7 +145,7 @@ def test_shards_are_bounded(source, packed, tmp_path, monkeypatch):
 
 
 def test_a_log_gets_a_line_now_and_then(source, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(meter, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 0)
     pack_images.main([str(source), str(tmp_path / "out"), *FLAGS])
     assert capfd.readouterr().err == "pack: 15 of 15 images\n"
 
