@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best models at 1.375, 2.5, 0.344 and 0.625 bits per pixel, from training to a comparison of
+# The best models at about 1.375, 2.5, 0.344 and 0.625 bits per pixel, from training to a comparison of
 # their files with JPEG, WebP and AVIF files of the same size:
 #
 #   ./scripts/best.sh --train-data-path DIR --val-data-path DIR

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# f = 4 and, after `compress.py fit`, at most 22 bits per position, 1.375 bits per pixel.
+# f = 4 and, after `compress.py fit`, about 22 bits per position, 1.375 bits per pixel.
 # For entropy coding: more levels, in proportion to the spread of each channel.
 exec "$(dirname "$0")/../paper.sh" --name "coded RFSQ 22 bits, f = 4" \
     --network dct --downsample 4 \
