@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import re
@@ -15,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -149,6 +151,19 @@ def run_script(main: Callable) -> None:
         if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
             stream.reconfigure(errors="backslashreplace")
     try:
+        code = _exit_code(main)
+    finally:
+        if several := dist.is_initialized():
+            dist.destroy_process_group()
+    if several:
+        _end_at_once(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable) -> int:
+    """Run `main`, explain its errors, and return the code with which to end."""
+    try:
         try:
             main()
         finally:
@@ -161,19 +176,31 @@ def run_script(main: Callable) -> None:
                 raise
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
-            sys.exit(128 + signal.SIGPIPE)
+            return 128 + signal.SIGPIPE
         if isinstance(error, OSError) and not is_of_a_file(error):
             raise
         text = one_line(error)
         if isinstance(error, OSError) and error.filename is None:
             text = f"standard output, or a file, cannot be read or written: {text}"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Interrupted as stop:
         print(stop, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return 130
+    return 0
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End this process without Python's own end.
+
+    A thread of gloo may still hold a tensor of the last collective. If it frees that tensor while
+    Python ends, the process is aborted (SIGABRT), although all its work is done. The threads do
+    not end with the process group: what DistributedDataParallel leaves behind holds it.
+    """
+    gc.collect()  # ends the loading processes
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -141,7 +141,7 @@ def test_shell_block(block, clone, monkeypatch, tmp_path, no_lpips):
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=variables, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
 
 
 @pytest.mark.parametrize("block", blocks("bash", python_alone=True))

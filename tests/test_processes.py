@@ -1,5 +1,8 @@
 """Two and four processes with their shares of a batch do what one does with the whole."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import exits
 import quantizers
 from arguments import get_args
 from model import VQVAE
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 4, 8
 
 # name: (class, arguments); a decay of 0.5 and a threshold of 0.9 restart codes in every step.
@@ -173,3 +178,31 @@ def test_a_model_trained_by_several_processes(results, name):
         assert all(torch.equal(first[key], other[key]) for other in others), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
     assert not torch.equal(wanted["encoder.layers.0.weight"], start["encoder.layers.0.weight"])
+
+
+GROUP_OF_ONE = """
+import atexit, exits, torch, util
+
+def main(step):
+    util.setup_processes()
+    model = util.data_parallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    atexit.register(print, "Python has ended")
+    print("done")
+    step()
+
+def stop():
+    raise exits.Interrupted("stopped")
+"""
+
+
+@pytest.mark.parametrize("step, code", [("list", 0), ("stop", exits.EXIT_INTERRUPTED)])
+def test_a_process_of_a_group_ends_without_the_end_of_python(step, code):
+    """In it a thread that frees the tensor of the last collective aborts the process."""
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    script = subprocess.run(
+        [sys.executable, "-c", f"{GROUP_OF_ONE}\nexits.run_script(lambda: main({step}))"],
+        **dict(cwd=ROOT, env=os.environ | one, capture_output=True, text=True),
+    )
+    assert script.returncode == code, script.stderr
+    assert script.stdout.split() == ["done"] + ["stopped"] * (step == "stop")
