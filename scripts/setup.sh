@@ -2,17 +2,24 @@
 # pyproject.toml has changed. Takes another interpreter from PYTHON, another place from VENV.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV=${VENV:-$ROOT/.venv}
-if ! cmp -s "$ROOT/pyproject.toml" "$VENV/pyproject.toml"; then
+is_made() { cmp -s "$ROOT/pyproject.toml" "$VENV/pyproject.toml"; }
+if ! is_made; then
     PYTHON=${PYTHON:-python3}
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $PYTHON is older than Python 3.10: set PYTHON to a newer one" >&2
         exit 2
     }
-    echo "installing into $VENV (once; torch is large) ..."
-    "$PYTHON" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --editable "$ROOT[train,test,figures]"
-    cp "$ROOT/pyproject.toml" "$VENV/pyproject.toml"
+    mkdir -p "$VENV"
+    exec 9> "$VENV/lock"  # of several scripts that start at once, one installs and the others wait
+    "$PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    if ! is_made; then
+        echo "installing into $VENV (once; torch is large) ..."
+        "$PYTHON" -m venv "$VENV"
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --editable "$ROOT[train,test,figures]"
+        cp "$ROOT/pyproject.toml" "$VENV/pyproject.toml"
+    fi
+    exec 9>&-
 fi
 PATH="$(cd "$VENV" && pwd)/bin:$PATH"
 export PATH

@@ -69,3 +69,27 @@ def test_the_wheel_is_a_package_rfsq_that_needs_torch_alone(wheel, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *fcntl*) exec {python} "$@" ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip "*) echo installed >> {log} && sleep 1 ;;
+esac
+"""
+
+
+def test_two_scripts_that_start_at_once_install_once(tmp_path):
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_PYTHON.format(python=sys.executable, log=log))
+    python.chmod(0o755)
+    variables = {**os.environ, "PYTHON": str(python), "VENV": str(tmp_path / "venv")}
+    command = ["bash", "-euc", f"source {ROOT / 'scripts/setup.sh'} && command -v python"]
+    options = dict(env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    scripts = [subprocess.Popen(command, **options) for _ in range(2)]
+    for script in scripts:
+        output, errors = script.communicate()
+        assert script.returncode == 0 and not errors
+        assert output.splitlines()[-1] == str(tmp_path / "venv" / "bin" / "python")
+    assert log.read_text() == "installed\n"
