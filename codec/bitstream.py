@@ -7,7 +7,7 @@ Layout, version 1. Integers and half floats are little-endian; bits are packed f
     4       version, 1
     5       flags: bit 0, the payload is entropy-coded; bit 1, the image is grey; the others are 0
     6       k, stages kept: 1 to 255
-    7-14    fingerprint of the model (codec/codec.py); of its entropy model too, with flag bit 0
+    7-14    fingerprint of the model (model.py); of its entropy model too, with flag bit 0
     15-18   width in pixels, at least 1
     19-22   height in pixels, at least 1; width x height at most 178,956,970
     23-26   only with flag bit 0: length of the payload in bytes

@@ -102,7 +102,7 @@ def read_coded(codec: Codec, path: Path) -> bytes:
         raise ValueError("it is not a regular file")
     with open(path, "rb") as file:
         head = file.read(bitstream.HEAD_BYTES)
-        codec.check_claim(head, path.stat().st_size)
+        codec.format.check_claim(head, path.stat().st_size)
         return head + file.read()
 
 
@@ -121,7 +121,7 @@ def existing(
         return None
     try:
         data = read_coded(codec, out)
-        header = codec.check(data)
+        header = codec.format.check(data)
         stages = flags.stages or codec.stages
         if header.stages != stages:
             raise ValueError(f"the file has {header.stages} stages, not {stages}")
@@ -224,7 +224,7 @@ def measure(codec: Codec, image: np.ndarray, data: bytes) -> dict:
         "payload_bytes": payload,
         "bpp": 8 * len(data) / pixels,
         "payload_bpp": 8 * payload / pixels,
-        "fixed_bytes": codec.length(replace(header, flags=0, payload=None)),
+        "fixed_bytes": codec.format.length(replace(header, flags=0, payload=None)),
         "psnr": min(psnr(image, codec.decode(data)), PSNR_CAP),
     }
 

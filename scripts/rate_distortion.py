@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, path: str, device: torch.device):
         self.codec, self.path = Codec(path, device), path
         self.name = self.codec.args.name or self.codec.model.quantizer.name
-        coded = [False] if self.codec.entropy_model is None else [False, True]
+        coded = [False] if self.codec.format.entropy_model is None else [False, True]
         self.points = [(k, c) for c in coded for k in range(1, self.codec.stages + 1)]
 
     def settings(self) -> Iterator[dict]:
@@ -73,7 +73,7 @@ class Ours:
         indices, statistics = self.codec.encode_indices(image)
         size, grey = image.shape[:2], is_grey(image)
         for k, coded in self.points:
-            data = self.codec.write(indices, statistics, size, k, coded, grey)
+            data = self.codec.format.write(indices, statistics, size, k, coded, grey)
             header = bitstream.read_header(data).size + 4  # and the checksum
             yield len(data) - header, len(data), self.codec.decode(data)
 

@@ -103,7 +103,7 @@ def test_a_file_is_the_models_own_reconstruction(name, size, folder):
         data = codec.encode(image, stages)
         expected, indices = of_model(codec, image, stages)
         assert np.array_equal(codec.decode(data), expected), stages
-        read = codec.read(data)[0]
+        read = codec.format.read(data)[0]
         assert np.array_equal(read.squeeze(-1) if indices.dim() == 3 else read, indices[0])
         # Fewer stages of the whole file: the same image.
         assert np.array_equal(codec.decode(codec.encode(image), stages), expected)
@@ -151,7 +151,7 @@ def test_entropy_coding_gives_the_same_indices(name, folder):
     for stages in range(1, codec.stages + 1):
         plain, coded = (codec.encode(image, stages, entropy_coding=x) for x in (False, True))
         assert coded[5] == 1 and plain[5] == 0
-        for a, b in zip(codec.read(plain), codec.read(coded), strict=True):
+        for a, b in zip(codec.format.read(plain), codec.format.read(coded), strict=True):
             assert np.array_equal(a, b) if a is not None else b is None
         assert np.array_equal(codec.decode(plain), codec.decode(coded))
         whole = codec.encode(image, entropy_coding=True)
@@ -169,13 +169,13 @@ def test_grey_images_decode_without_a_tint(name, folder):
         assert data[5] == coded | 2
         for stages in (1, 2):
             decoded = codec.decode(data, stages)
-            tinted = codec.decode_indices(*codec.read(data, stages))
+            tinted = codec.decode_indices(*codec.format.read(data, stages))
             assert np.ptp(tinted, axis=2).max() > 3  # the model's own, which has a tint
             mean = tinted.astype(float).mean(2).round()
             assert all(np.array_equal(decoded[..., c], mean) for c in range(3))
             assert psnr(grey, decoded) > psnr(grey, tinted)
         # The flag changes nothing else, and a file without it decodes as it always did.
-        old = codec.write(*codec.encode_indices(grey), grey.shape[:2], entropy_coding=coded)
+        old = codec.format.write(*codec.encode_indices(grey), grey.shape[:2], entropy_coding=coded)
         assert old[5] == coded and old[:5] + old[6:-4] == data[:5] + data[6:-4]
         assert np.array_equal(codec.decode(old), tinted)
     almost = grey.copy()
@@ -193,7 +193,7 @@ def test_tiles_have_no_seam(name, folder):
     a, b = (codec.encode_indices(image)[0] for codec in (whole, tiled))
     # The same sums in another order: the indices differ in ties alone.
     assert (a != b).any(-1).mean() <= 0.002
-    indices, statistics, size = whole.read(whole.encode(image))
+    indices, statistics, size = whole.format.read(whole.encode(image))
     one, many = (codec.decode_indices(indices, statistics, size) for codec in (whole, tiled))
     assert np.abs(one.astype(int) - many).max() <= 1 and (one != many).mean() < 0.001
 
@@ -257,7 +257,7 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
         "for name in sys.argv[3:]:\n"
         "    codec = Codec(f'{sys.argv[1]}/{name}.pt')\n"
         "    data = open(f'{sys.argv[2]}/{name}', 'rb').read()\n"
-        "    image = codec.decode(data); indices = codec.read(data)[0]\n"
+        "    image = codec.decode(data); indices = codec.format.read(data)[0]\n"
         "    numpy.savez(f'{sys.argv[2]}/{name}.npz', image=image, indices=indices)\n"
     )
     image = picture(61, 90)
@@ -269,7 +269,7 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     for name, codec in codecs.items():
         data, other = (tmp_path / name).read_bytes(), np.load(tmp_path / f"{name}.npz")
-        indices, statistics, _ = codec.read(data)
+        indices, statistics, _ = codec.format.read(data)
         assert np.array_equal(other["indices"], indices)
         assert np.array_equal(other["image"], codec.decode(data))
         side = () if statistics is None else (torch.tensor(statistics.astype(np.float32)),)
@@ -282,14 +282,14 @@ def test_a_fresh_process_decodes_identically(folder, tmp_path):
 
 def test_fingerprint_is_of_what_decoding_depends_on(folder, tmp_path):
     saved = load_checkpoint(folder / "two.pt")
-    original = Codec(folder / "two.pt").fingerprint
+    original = Codec(folder / "two.pt").format.fingerprint
 
     def changed(key=None, **more) -> bytes:
         state = {**saved, "model": dict(saved["model"]), **more}
         if key:
             state["model"][key] = state["model"][key] + 1e-3
         save_checkpoint(tmp_path / "x.pt", state)
-        return Codec(tmp_path / "x.pt").fingerprint
+        return Codec(tmp_path / "x.pt").format.fingerprint
 
     assert len(original) == 8 and changed() == original
     assert changed(optimizer={"a": torch.ones(3)}, step=9) == original
@@ -306,8 +306,12 @@ def test_a_checkpoint_with_an_entropy_model_is_still_one(folder, tmp_path):
     codec = fitted(folder / "two.pt")
     save_checkpoint(tmp_path / "coded.pt", codec.checkpoint)
     again = Codec(tmp_path / "coded.pt")
-    assert again.fingerprint == codec.fingerprint == Codec(folder / "two.pt").fingerprint
-    assert again.entropy_model.digest == codec.entropy_model.digest
+    assert (
+        again.format.fingerprint
+        == codec.format.fingerprint
+        == Codec(folder / "two.pt").format.fingerprint
+    )
+    assert again.format.entropy_model.digest == codec.format.entropy_model.digest
     model, _, saved = load_model(tmp_path / "coded.pt")
     assert saved["step"] == 2 and not model.training
     older = {k: v for k, v in saved["entropy_model"].items() if k != "weights"}
@@ -431,7 +435,7 @@ def test_each_bad_file_says_what_is_wrong(folder):
         flipped = bytearray(data)
         flipped[bad // 8] ^= 1 << bad % 8
         with pytest.raises(ValueError):
-            codec.check(bytes(flipped))
+            codec.format.check(bytes(flipped))
     with pytest.raises(ValueError, match="3 stages were asked for, but the file holds 2"):
         codec.decode(data, 3)
     with pytest.raises(ValueError, match="no entropy model"):

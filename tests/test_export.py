@@ -72,7 +72,7 @@ def test_the_round_trip_is_exact(name, tmp_path):
             assert other.dtype == value.dtype and torch.equal(other, value), key
     assert (args.name, args.img_size, saved["step"]) == ("small", 32, 2)
     # Files of the checkpoint and of the export are exchangeable.
-    assert Codec(out).fingerprint == Codec(tmp_path / "last.pt").fingerprint
+    assert Codec(out).format.fingerprint == Codec(tmp_path / "last.pt").format.fingerprint
     # An export of the export is the same, and its weights fit a model of the same flags.
     again = export.main(["--load", str(out), "--out", str(tmp_path / "again")])
     for file in ("model.safetensors", "config.json"):

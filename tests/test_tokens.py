@@ -123,7 +123,7 @@ def test_the_index_says_what_is_there(made, checkpoints):
     assert labels.dtype == np.uint8 and labels.tolist() == [0] * 3 + [1] * 4 + [2] * 3
     assert (index["image_size"], index["f"], index["bits_per_position"]) == (SIZE, 4, 22.0)
     assert (index["codebook_sizes"], index["levels"]) == ([2048] * 2, [8, 8, 8, 4])
-    assert index["fingerprint"] == Codec(checkpoints / "layernorm.pt").fingerprint.hex()
+    assert index["fingerprint"] == Codec(checkpoints / "layernorm.pt").format.fingerprint.hex()
     files = ["index.json", "labels.npy", "names.txt", "tokens-flipped.npy", "tokens.npy"]
     assert sorted(contents(made)) == files
 
