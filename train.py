@@ -179,7 +179,10 @@ class Training:
         stack.enter_context(self.run.explained_errors(args.lr))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
         self.environment = util.environment(self.device)
-        util.on_main(lambda: self.run.begin(args, self.environment, resumed, self.steps))
+        options = dict(keep=args.keep, overwrite=args.overwrite, tensorboard=args.tensorboard)
+        util.on_main(
+            lambda: self.run.begin(vars(args), self.environment, resumed, self.steps, **options)
+        )
         self.meter, self.best_psnr, seconds = Meter(self.device), -math.inf, 0.0
         self.segments, self.skipped_before = [], []
         if resumed:

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,11 +123,28 @@ class RunFolder:
                 if self.board:
                     self.board.close()
 
-    def begin(self, args: Namespace, environment: dict, resumed: dict | None, steps: int) -> None:
+    def begin(
+        self,
+        flags: dict,
+        environment: dict,
+        resumed: dict | None,
+        steps: int,
+        keep: int = 2,
+        overwrite: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
         """Record flags and environment, and discard what is newer than the resumed step.
 
-        `resumed` is what `find_resumed` gave. The new files are written first, so that a full disk
-        leaves the old run as it was.
+        The new files are written first, so that a full disk leaves the old run as it was.
+
+        Args:
+            flags: all of them, by name.
+            environment: what `util.environment` gave.
+            resumed: what `find_resumed` gave.
+            steps: the last step of the run.
+            keep: how many checkpoints are kept.
+            overwrite: whether checkpoints of another run may be there.
+            tensorboard: whether to write events for TensorBoard.
 
         Raises:
             ValueError: there are checkpoints that `find_resumed` has not seen.
@@ -136,12 +152,12 @@ class RunFolder:
         step = resumed["step"] if resumed else 0
         seen = resumed["checkpoints"] if resumed else []
         new = [path for _, path in self.checkpoints() if path.name not in seen]
-        if new and not args.overwrite:
+        if new and not overwrite:
             raise ValueError(
                 f"another process has saved {new[-1]} just now: give the same command again"
             )
         (self.path / "samples").mkdir(exist_ok=True)
-        write_json(self.path / "args.json", vars(args))
+        write_json(self.path / "args.json", flags)
         write_json(self.path / "environment.json", environment)
         self._trim_log(step, steps)
         if resumed:  # before the newer ones are gone, one of which last.pt may be
@@ -151,13 +167,13 @@ class RunFolder:
                 self._set_results_aside()
         remove_leftovers(self.path)
         if resumed and STEP_FILE.fullmatch(Path(resumed["path"]).name):
-            self._name_newest(args.keep)  # a kill within `save` leaves an older last.pt
+            self._name_newest(keep)  # a kill within `save` leaves an older last.pt
         if not step:
             Board.remove(self.path)
             old = (path for pattern in REPLACED for path in self.path.glob(pattern))
             for path in [*old, *(path for _, path in self.checkpoints())]:
                 path.unlink(missing_ok=True)
-        if args.tensorboard:
+        if tensorboard:
             # At the end of a run only its evaluation is repeated: the rest of that step is kept.
             first = step if step == steps else step + 1
             self.board = Board(self.path, first if step else None)

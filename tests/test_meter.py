@@ -2,9 +2,11 @@
 
 import time
 
+import pytest
 import torch
 
 import meter
+from checkpoint import NotFinite
 
 
 def test_the_speed_counts_the_work_that_is_still_queued(monkeypatch):
@@ -31,3 +33,14 @@ def test_skipped_steps_are_in_no_mean_but_in_the_speed():
     interval.start = time.perf_counter() - 4
     means, steps_per_s = interval.compute(max_skipped=10)
     assert means == {"loss": 1.0, "skipped_steps": 1} and 0 < steps_per_s <= 0.5
+
+
+def test_only_skipped_steps_in_a_row_stop_the_run():
+    interval = meter.Meter(torch.device("cpu"))
+    loss = {"loss": torch.tensor(1.0)}
+    for bad in (1.0, 1.0, 0.0, 1.0, 1.0):
+        interval.update(loss, torch.tensor(bad))
+    assert interval.compute(max_skipped=3)[0] == {"loss": 1.0, "skipped_steps": 4}
+    interval.update(loss, torch.tensor(1.0))
+    with pytest.raises(NotFinite, match="3 steps in a row"):
+        interval.compute(max_skipped=3)
