@@ -55,8 +55,8 @@ class Meter:
     def compute(self, max_skipped: int) -> tuple[dict, float]:
         """The mean of each term over good steps and all processes, and the steps a second.
 
-        Begins a new interval. A collective. 'skipped_steps' is added if there were any; a mean is
-        None without good steps.
+        Begins a new interval. A collective. 'skipped_steps', of the run so far, is added if there
+        were any; a mean is None without good steps.
 
         Raises:
             NotFinite: the last `max_skipped` steps or more were all skipped.

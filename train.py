@@ -207,10 +207,14 @@ class Training:
         for flag in ignored_flags(self.args, quantizer):
             print(f"warning: {flag} has no effect on {quantizer.name}", file=sys.stderr)
         suffix = ", compiled" if self.compiled else ""
+        images = f"{len(self.train_set):,} training images"
+        if self.train_set.endless:
+            images = f"endless training images (an epoch: {len(self.train_set):,})"
+        side = f" and {quantizer.side_bits:g} per image" if quantizer.side_bits else ""
         print(
-            f"{quantizer.name}: {quantizer.bits:.4g} bits per position, f = {self.model.f}, "
+            f"{quantizer.name}: {quantizer.bits:.4g} bits per position{side}, f = {self.model.f}, "
             f"{sum(p.numel() for p in self.parameters):,} parameters\n"
-            f"{len(self.train_set):,} training images, {len(self.val_set):,} for validation; "
+            f"{images}, {len(self.val_set):,} for validation; "
             f"{self.steps:,} steps of {self.args.batch_size} on {self.device} in "
             f"{self.precision}{suffix}; run folder {self.run.path}"
         )
@@ -335,7 +339,7 @@ class Training:
         record = {"kind": "val", "step": step, "validation": self.val_fingerprint}
         self.run.log({**record, **result})
         self.run.draw_samples(self.model, self.val_set, self.device, step)
-        lpips = f"  LPIPS {result['lpips']:.4f}" if self.perceptual else ""
+        lpips = f"  LPIPS-{self.perceptual.net} {result['lpips']:.4f}" if self.perceptual else ""
         tqdm.write(
             f"step {step}/{self.steps}  validation: PSNR {result['psnr']:.2f} dB  "
             f"SSIM {result['ssim']:.4f}  L1 {result['l1']:.4f}{lpips}"
@@ -375,7 +379,7 @@ class Training:
             return
         terms = [f"{n} {record[n]:.4f}" for n in self.meter.names if record[n] is not None]
         if "skipped_steps" in record:
-            terms.append(f"{record['skipped_steps']} steps skipped")
+            terms.append(f"{record['skipped_steps']} steps skipped so far")
         print(
             f"step {step}/{self.steps}  epoch {record['epoch']:.2f}  {'  '.join(terms)}  "
             f"lr {lr:.2e}  {speed:.0f} images/s",

@@ -25,7 +25,7 @@ Fixed-rate payload: all positions of stage 1, then of stage 2, to k. A stage of 
     - N a power of two: log2 N bits a position, the index with its highest bit first;
     - any other N: blocks of B = max(1, floor(32768 / log2 N)) positions, the last one shorter. A
       block of indices i_0 .. i_(n-1) is the integer sum of i_j N^j, written in ceil(n log2 N) bits:
-      less than one bit per block is lost, below 0.004 % for N up to 65,536.
+      less than one bit per block is lost: of full blocks below 0.004 % for N up to 65,536.
 
 Stages and blocks follow each other without alignment; zero bits fill the last byte of the payload.
 With powers of two this is exactly ceil(bits x P / 8) bytes.

@@ -35,6 +35,7 @@ __all__ = [
     "skipped_images",
 ]
 
+GENERATED = "synthetic"  # as a path
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 12_800, 256
 
 
@@ -45,7 +46,7 @@ def build_dataset(
 
     `seed` is for generated images alone, `skip_corrupt` for images that are not packed.
     """
-    if os.fspath(path) == "synthetic":
+    if os.fspath(path) == GENERATED:
         length = SYNTHETIC_TRAIN if train else SYNTHETIC_VAL
         # One validation set for all seeds: the spread over seeds is the training's.
         return SyntheticDataset(img_size, seed if train else 0, length, stream=0 if train else 1)

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .base import Quantizer
 from .checks import check_integer, check_weight
-from .functional import exporting, processes, rank, straight_through, sum_over_processes
+from .functional import (
+    exporting,
+    processes,
+    rank,
+    showing_nan,
+    straight_through,
+    sum_over_processes,
+)
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
 # its cache, on a GPU more.
@@ -118,7 +125,7 @@ class VectorQuantizeEMA(Quantizer):
         if self.training:
             self.batches += 1
         total = sum(codes_of_stages[1:], start=codes_of_stages[0])
-        quantized = straight_through(z, total).movedim(-1, 1)
+        quantized = straight_through(z, showing_nan(total, z)).movedim(-1, 1)
         return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
 
     def dequantize(self, indices: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,11 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
     out = torch.lerp(value, source, 1.0)
     out.detach().copy_(value)
     return out
+
+
+def showing_nan(codes: Tensor, z: Tensor) -> Tensor:
+    """`codes`, but NaN where `z` is: the NaN of a broken encoder would vanish in valid codes."""
+    return codes.masked_fill(z.isnan(), math.nan)
 
 
 def round_straight_through_(x: Tensor) -> Tensor:

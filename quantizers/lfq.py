@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Quantizer
 from .checks import check_integer, check_weight
-from .functional import mean_over_processes, per_channel, straight_through
+from .functional import mean_over_processes, per_channel, showing_nan, straight_through
 
 MAX_GROUP_BITS = 24
 
@@ -104,7 +104,7 @@ class LFQ(Quantizer):
             token_entropy, batch_entropy = self.entropies(z)
             excess = token_entropy - self.diversity_gamma * batch_entropy
             loss = loss + self.entropy_loss_weight * excess
-        return straight_through(z, codes), self._pack(positive), loss
+        return straight_through(z, showing_nan(codes, z)), self._pack(positive), loss
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """H_token and H_batch (scalars, nats) of `z` (B, dim, *positions): see the class."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Quantizer
 from .checks import check_integer, check_momentum
 from .counting import Counts, count, inverse, rank, unrank
-from .functional import mean_over_processes, per_channel, straight_through
+from .functional import mean_over_processes, per_channel, showing_nan, straight_through
 from .moments import next_batch, running_std, store_if, update_moments
 from .svq_search import log_scale, search, suited
 
@@ -161,8 +161,7 @@ class SVQ(Quantizer):
         positions = (z.shape[0], *z.shape[2:])
         codes = self._codes(classes, integers, positions)
         source = _without_gradient_along(z.detach() - codes, z)
-        # A broken encoder shows, which its indices, valid as any, would hide.
-        quantized = straight_through(source, codes.masked_fill(z.isnan(), math.nan))
+        quantized = straight_through(source, showing_nan(codes, z))
         return quantized, self._tokens(index.view(positions))
 
     def dequantize(self, indices: Tensor) -> Tensor:

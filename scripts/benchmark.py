@@ -4,8 +4,9 @@
     python scripts/benchmark.py --only quantizers --compile --json benchmark.json
 
 quantizers  ours against vector-quantize-pytorch (pip install '.[benchmark]'): forward and backward
-            in training mode, float32, equal shapes and settings; SVQ against our residual VQ-EMA
-            of equal bits, each with the channels that it is best with
+            in training mode, float32, equal shapes, levels and stages (its ResidualFSQ scales the
+            residual by fixed factors instead of a strategy of ours); SVQ against our residual
+            VQ-EMA of equal bits, each with the channels that it is best with
 step        the training step of train.py against the same model in plain float32 PyTorch
 loader      packed images against the folder that they were made from
 limits      what the machine can do: a large copy, a matrix product, a convolution

@@ -25,6 +25,7 @@ import exits
 import output
 from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser
 from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
+from dataset import GENERATED
 from files import make_folder, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
@@ -33,15 +34,19 @@ from tables.results import lacking, parts_of, without_places
 CARD = "README.md"
 
 
-def results_of(path: str, step: int | None) -> tuple[dict, str] | None:
-    """results.json and results.txt beside a checkpoint, if they are of its step."""
+def results_of(path: str, step: int | None, architecture: dict) -> tuple[dict, str] | None:
+    """results.json and results.txt beside a checkpoint, if they are of its step and its model."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
         results = json.loads((folder / "results.json").read_bytes())
         table = (folder / "results.txt").read_text()
     except (OSError, ValueError):
         return None
-    return None if lacking(results) or results["steps"] != step else (results, table)
+    if lacking(results) or results["steps"] != step:
+        return None
+    flags = results["args"]
+    same = all(flags[flag] == value for flag, value in architecture.items() if flag in flags)
+    return (results, table) if same else None
 
 
 def model_card(
@@ -52,20 +57,22 @@ def model_card(
     rows = [
         ("quantizer", quantizer.name),
         ("bits per position", f"{quantizer.bits:.4g}"),
+        *([("bits per image, beside these", f"{side:g}")] if (side := quantizer.side_bits) else []),
         ("codes of each stage", ", ".join(map(str, quantizer.codebook_sizes))),
         ("pixels a position", f"{model.f}x{model.f}"),
         ("parameters", f"{parameters:,}"),
         ("training steps", "unknown" if step is None else f"{step:,}"),
         *((f"`--{flag.replace('_', '-')}`", value) for flag, value in flags.items()),
     ]
+    tokens = "indices, statistics" if quantizer.side_bits else "indices"
     parts = [
         "---\ntags:\n- image-tokenizer\n- rfsq\n---",
         f"# {name}",
         "An image tokenizer of the RFSQ project (residual finite scalar quantization). In a "
         "checkout of it, every `--load` takes this folder, and in Python:",
         '```python\nfrom model import load_model\n\nmodel = load_model("FOLDER").model\n'
-        "indices = model.encode(images)  # float images (B, 3, H, W) in [0, 1]\n"
-        "images = model.decode(indices).clamp(0, 1)\n```",
+        f"{tokens} = model.encode(images)  # float images (B, 3, H, W) in [0, 1]\n"
+        f"images = model.decode({tokens}).clamp(0, 1)\n```",
         output.markdown_table(("", "value"), rows),
         "## Results",
     ]
@@ -76,10 +83,13 @@ def model_card(
         commits = dict.fromkeys(part.get("commit") or "unknown" for part in parts_of(values))
         command = without_places(values["environment"]["command"])
         data = {split: Path(values[f"{split}_data"]).name for split in ("train", "val")}
+        among = f", of {values['train_images']:,} in `{data['train']}`"
+        if values["train_data"] == GENERATED:
+            among = ", all of them generated"
         parts += [
             f"```\n{table.strip()}\n```",
-            f"Training saw {values['images_seen']:,} images, of {values['train_images']:,} in "
-            f"`{data['train']}`; the table is of `{data['val']}`. Commit {', '.join(commits)}; "
+            f"Training saw {values['images_seen']:,} images{among}; "
+            f"the table is of `{data['val']}`. Commit {', '.join(commits)}; "
             "command:",
             f"```\n{command}\n```",
         ]
@@ -112,7 +122,7 @@ def export(flags: Namespace) -> Path:
     unread = unread_flags(model.quantizer)
     rows = {k: v for k, v in architecture.items() if k not in unread}
     given = {k: v for k, v in rows.items() if v is not None and v is not False}
-    card = model_card(model, name, given, step, results_of(flags.load, step))
+    card = model_card(model, name, given, step, results_of(flags.load, step, architecture))
     data = card.encode(errors="backslashreplace")  # names need not be Unicode
     prepare_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)

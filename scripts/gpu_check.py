@@ -3,13 +3,13 @@
     python scripts/gpu_check.py --minutes 9 --train-data-path DIR --val-data-path DIR
     python scripts/gpu_check.py --toy                # tries the command itself, on any machine
 
-The same command again goes on: a part that is done, by its PART.json in the folder --out, on this
-device and at this size, is not run again, and one that does not fit the minutes that are left waits
-for the next call. Each file is written the moment its part ends.
+The same command again goes on: a part that is done, by its PART.json in the folder --out, with
+this code, device, torch, images and size, is not run again, and one that does not fit the minutes
+that are left waits for the next call. Each file is written the moment its part ends.
 
 tests        tests/test_cuda.py: equal indices on CPU and GPU, no wait for the GPU in a step
 step         images/s of the training step at batch 128 and 512, its parts, the rates of the card
-train        images/s of train.py itself, from packed images
+train        images/s of train.py itself, from the images that are given (generated ones without)
 quantizers   against vector-quantize-pytorch (pip install '.[benchmark]'), SVQ against our VQ-EMA
 curves       300 steps in bf16 compiled and in float32 eager: their loss, and a picture of both
 torchrun     one process of NCCL (several need as many GPUs)
@@ -219,10 +219,12 @@ class Check:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def done(self, part: str) -> bool:
-        """Whether a part is done here: not at toy size in place of this, nor on another device."""
+        """Whether a part is done as it would be here: with this code, device, images and size."""
         record = self.read(part)
-        here = record.get("environment", {}).get("device") == self.environment["device"]
-        return record.get("state") == "done" and record["toy"] == self.args.toy and here
+        there = record.get("environment", {})
+        same = all(there.get(key) == self.environment[key] for key in ("commit", "device", "torch"))
+        same = same and record.get("data") == self.data and record["toy"] == self.args.toy
+        return record.get("state") == "done" and same
 
     def run(self) -> dict[str, dict]:
         """Run what is missing; the file of each part by its name."""
@@ -234,7 +236,8 @@ class Check:
                 continue
             print(f"{name} ...", flush=True)
             start = time.monotonic()
-            record = {"part": name, "environment": self.environment, "toy": self.args.toy}
+            record = {"part": name, "environment": self.environment}
+            record |= {"data": self.data, "toy": self.args.toy}
             try:
                 record |= {"state": "done", "rows": part()}
             except (RuntimeError, OSError, LookupError, ValueError, TypeError) as error:

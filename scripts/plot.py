@@ -58,29 +58,32 @@ def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:
     for fault in faults:
         print(f"warning: {output.printable(fault)}", file=sys.stderr)
     labels += [output.printable(run["args"].get("name") or run["name"]) for run in kept]
-    logs += [[{"kind": "val", **each} for each in run.get("validations", [])] for run in kept]
+    for run in kept:
+        common = {"kind": "val", "lpips_net": run.get("lpips_net")}
+        logs.append([{**common, **each} for each in run.get("validations", [])])
     paths = [*map(str, folders), *(run["path"].stem for run in kept)]
     return dict(zip(output.distinct(labels, paths), logs, strict=True))
 
 
 def read_curves(names: Sequence[str], panels: Sequence[str]) -> dict[str, dict[str, list]]:
-    """{title of a panel: {run: curve}}, without empty ones.
+    """{title of a panel: {run: curve}}; LPIPS has a panel for each network.
 
     Raises:
         ValueError: a name without runs, or nothing to draw in any of them.
     """
-    curves: dict[str, dict[str, list]] = {PANELS[key][1]: {} for key in panels}
+    curves: dict[str, dict[str, list]] = {}
     runs = read_runs(names)
-    for label, records in runs.items():
-        for key in panels:
-            kind, title = PANELS[key]
+    for kind, key, title in ((PANELS[key][0], key, PANELS[key][1]) for key in panels):
+        for label, records in runs.items():
             if points := curve(records, kind, key):
-                curves[title][label] = points
-    if not any(curves.values()):
+                nets = {record.get("lpips_net") for record in records} - {None}
+                suffix = f"-{'/'.join(sorted(nets))}" if key == "lpips" and nets else ""
+                curves.setdefault(title + suffix, {})[label] = points
+    if not curves:
         raise ValueError(f"{', '.join(names)}: there is nothing to draw yet: give other runs")
     if without := [label for label, records in runs.items() if not records]:
         print(f"warning: nothing is logged of {', '.join(without)}: left out", file=sys.stderr)
-    return {title: lines for title, lines in curves.items() if lines}
+    return curves
 
 
 def draw(curves: dict[str, dict[str, list]]):

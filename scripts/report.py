@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 from arguments import Parser, get_args
+from dataset import GENERATED
 from files import write_whole
 from tables.results import parts_of, read_results, without_flags
 from tables.rows import Row, make_tables
@@ -37,7 +38,7 @@ def comparable(row: Row, base: Row) -> bool:
     """
     a, b = row.args, base.args
     if b.quantizer in BASELINES and a.quantizer not in (b.quantizer, "fsq"):
-        return abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.5
+        return abs(row.runs[0]["bits"] - base.runs[0]["bits"]) < 0.1
     same_codes = (a.rfsq_stages, a.levels) == (b.rfsq_stages, b.levels)
     if not (a.quantizer == b.quantizer == "rfsq" and same_codes):
         return False
@@ -140,8 +141,11 @@ def way(part: dict) -> str:
 
 def describe(c: dict, others: Sequence[dict]) -> list[str]:
     """The paragraphs about a setting `c`; `others` are the settings of the other tables."""
+    images = f"{c['training images']:,} training images"
+    if c["training data"] == GENERATED:
+        images = "Generated training images"
     parts = [
-        f"## {c['training images']:,} training images, {c['steps']:,} steps of {c['batch size']}",
+        f"## {images}, {c['steps']:,} steps of {c['batch size']}",
         f"Trained on `{c['training data']}`, {c['images seen']:,} images seen; evaluated on "
         f"{c['validation images']:,} images of `{c['validation data']}`, {c['pixels']} pixels. "
         f"Width {c['--channel']}, f = {c['--downsample']}, {c['--res-blocks']} residual blocks, "

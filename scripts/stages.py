@@ -22,6 +22,7 @@ import util
 from arguments import LOAD_HELP, Parser, add_evaluation_flags
 from evaluation import evaluate_stages, prepare
 from files import make_folder, write_json
+from metric import usage_note
 
 COLUMNS = {  # column: (heading, decimals)
     "stage": ("stage", 0),
@@ -37,13 +38,16 @@ COLUMNS = {  # column: (heading, decimals)
 }
 
 
-def format_stages(rows: Sequence[dict]) -> str:
-    """What `evaluate_stages` returns as a table for the screen."""
-    table = [[heading for heading, _ in COLUMNS.values()]]
+def format_stages(rows: Sequence[dict], network: str | None) -> str:
+    """What `evaluate_stages` returns as a table for the screen; `network`: that of LPIPS."""
+    headings = {name: heading for name, (heading, _) in COLUMNS.items()}
+    if network:
+        headings["lpips"] += f"-{network}"
+    table = [[*headings.values()]]
     for row in rows:
         cells = [(row[name], decimals) for name, (_, decimals) in COLUMNS.items()]
         table.append(["-" if x is None else f"{x:.{decimals}f}" for x, decimals in cells])
-    return output.text_table(table)
+    return f"{output.text_table(table)}\n{usage_note(rows)}".rstrip()
 
 
 def draw(path: Path, labels: Sequence[str], panels: dict[str, tuple], yscale: str) -> None:
@@ -115,16 +119,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if flags.figures:
         make_folder(flags.figures, "give another --figures")
     results, main_process = [], util.rank() == 0
+    network = setup.perceptual and setup.perceptual.net
     for path, name, step, model in setup.checkpoints:
         rows = evaluate_stages(model, setup.loader, setup.perceptual, setup.device)
         results.append({"name": name, "checkpoint": path, "step": step, "stages": rows})
         if main_process:
-            print(f"{name}, step {step}, {path}\n{format_stages(rows)}\n", flush=True)
+            print(f"{name}, step {step}, {path}\n{format_stages(rows, network)}\n", flush=True)
     result = {
         "images": len(setup.images),
         "image_size": setup.img_size,
         "val_data": flags.val_data_path,
-        "lpips_net": setup.perceptual and setup.perceptual.net,
+        "lpips_net": network,
         "checkpoints": results,
         "environment": util.environment(setup.device),
     }

@@ -134,9 +134,16 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
             namesakes = [other for other in rows.values() if other.name == row.name]
             others = [known[row.name]] if row.name in known else namesakes
             row.label = row.name + differences(row, others)
-            if by_kind.get(row.kind) == row.name:
+            if by_kind.get(row.kind) == row.name and _is_of_the_paper(row, known[row.name]):
                 row.paper = PAPER.get(row.name)
     return [(common, sorted(rows.values(), key=place)) for common, rows in tables.values()]
+
+
+def _is_of_the_paper(row: Row, configuration: Row) -> bool:
+    """Whether the paper's figures are of such a model; of its baselines the flags are not known."""
+    network = (row.args.network, row.args.downsample)
+    same_network = network == (configuration.args.network, configuration.args.downsample)
+    return same_network and (row.args.quantizer != "rfsq" or row.flags == configuration.flags)
 
 
 def _model_flags(row: Row) -> str:

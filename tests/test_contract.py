@@ -329,6 +329,15 @@ def test_indices_are_in_range_whatever_the_input(name, training):
 
 
 @every
+def test_a_nan_is_seen_in_the_codes(name):
+    """As indices it would be valid codes, and an evaluation would report a broken model."""
+    module = trained(name).eval()
+    z = latent(module)
+    z[0, 0, 0, 0] = float("nan")
+    assert run(module, z)[0][0, 0, 0, 0].isnan()
+
+
+@every
 @pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
 def test_an_empty_input_is_named(name, shape):
     module = trained(name)

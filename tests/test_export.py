@@ -113,7 +113,8 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
     assert "--pairs" not in card and "False" not in card  # nor a switch that is off
     make_checkpoint(tmp_path / "last.pt", *SMALL)
     command = "python train.py --save '/a b' --x --overwrite --resume=/c"
-    run = make_run(tmp_path / "run", images_seen=12_000)
+    args = load_checkpoint(tmp_path / "last.pt")["args"]
+    run = make_run(tmp_path / "run", images_seen=12_000, args=args)
     results = json.loads((run / "results.json").read_text()) | {
         "environment": {"command": command, "commit": "0b", "device": "a CPU"},
         "segments": [{"commit": "0a"}, {"commit": "0a"}, {"commit": None}],
@@ -128,6 +129,34 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
         assert ("Not measured." in text) != measured
         seen = "Training saw 12,000 images, of 12,303 in `train`; the table is of `val`."
         assert (f"{seen} Commit 0a, unknown; command:" in text) == measured
+
+
+def test_the_card_has_no_results_of_another_model(tmp_path):
+    """A checkpoint that was copied into the folder of another run, of as many steps."""
+    make_checkpoint(tmp_path / "last.pt", *SMALL)
+    args = load_checkpoint(tmp_path / "last.pt")["args"]
+    for flag, measured in (("seed", True), ("rfsq_strategy", False)):
+        run = make_run(tmp_path / flag, steps=2, args={**args, flag: "other"})
+        (run / "results.txt").write_text("PSNR 31.4\n")
+        shutil.copy(tmp_path / "last.pt", run)
+        out = export.main(["--load", str(run / "last.pt"), "--out", str(run / "out")])
+        assert ("PSNR 31.4" in (out / "README.md").read_text()) == measured
+
+
+def test_the_card_counts_statistics_and_says_what_was_generated(tmp_path):
+    make_checkpoint(tmp_path / "last.pt", *MODELS["image"], *SMALL)
+    args = load_checkpoint(tmp_path / "last.pt")["args"]
+    run = make_run(tmp_path / "run", steps=2, args=args, train_data="synthetic", images_seen=8)
+    (run / "results.txt").write_text("a table")
+    shutil.copy(tmp_path / "last.pt", run)
+    out = export.main(["--load", str(run / "last.pt"), "--out", str(tmp_path / "out")])
+    text = (out / "README.md").read_text()
+    assert "| bits per position | 22 |\n| bits per image, beside these | 256 |" in text
+    assert "Training saw 8 images, all of them generated; the table is of `val`." in text
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {"images": torch.rand(2, 3, 32, 32)}
+    exec(block.replace("FOLDER", str(out)), names)
+    assert names["images"].shape == (2, 3, 32, 32)
 
 
 # ------------------------------------------------------------------ what is refused

@@ -58,11 +58,13 @@ def test_a_part_that_fails_is_written_and_run_again(tmp_path, monkeypatch, capsy
 def test_what_was_done_at_toy_size_or_elsewhere_is_not_done(tmp_path):
     args = gpu_check.get_flags(["--toy", f"--out={tmp_path}"])
     check = gpu_check.Check(args)
-    here = {"state": "done", "toy": True, "environment": check.environment}
+    here = {"state": "done", "toy": True, "environment": check.environment, "data": check.data}
     for changes, done in (
         ({}, True),
         ({"toy": False}, False),
-        ({"environment": {"device": "another"}}, False),
+        ({"environment": {**check.environment, "device": "another"}}, False),
+        ({"environment": {**check.environment, "commit": "another"}}, False),
+        ({"data": [*check.data[:-1], "--val-data-path=/another"]}, False),
         ({"state": "failed"}, False),
     ):
         (tmp_path / "step.json").write_text(json.dumps({**here, **changes}))
@@ -93,7 +95,7 @@ def test_flags_of_training_follow_those_of_the_command(tmp_path, monkeypatch):
     (tmp_path / "train.json").write_text(
         json.dumps(
             {"state": "done", "toy": False, "environment": check.environment}
-            | {"rows": [{"images/s": 1280.0}]}
+            | {"data": check.data, "rows": [{"images/s": 1280.0}]}
         )
     )
     calls = []

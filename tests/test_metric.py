@@ -16,7 +16,7 @@ from checkpoint import NotFinite
 from dataset.images import IMAGENET_STD
 from fid import FrechetDistance
 from loss import Perceptual
-from metric import CodeUsage, ImageMetrics, evaluate, format_results
+from metric import CodeUsage, ImageMetrics, evaluate, format_results, usage_note
 from similarity import PSNR_CAP, l1, psnr, ssim
 
 STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)
@@ -281,6 +281,14 @@ def test_codebook_of_2_to_the_40():
     usage.update(torch.tensor([[0, 2**40 - 1], [5, 5]]))
     (stage,) = usage.compute()
     assert (stage["used"], stage["entropy_bits"], stage["share"]) == (3, 1.5, 3 / 2**40)
+
+
+def test_few_tokens_for_a_codebook_are_said():
+    usage = CodeUsage([2, 4, 2**40])
+    usage.update(torch.randint(2, (5, 2, 2, 3)))  # 20 tokens a stage
+    few = "stage 2, 3 are too low: 20 tokens are few for so many codes"
+    assert usage_note(usage.compute()) == f"used, perplexity and entropy of {few}"
+    assert usage_note(usage.compute()[:1]) == ""
 
 
 def test_stage_axis_of_a_single_stage():

@@ -71,6 +71,16 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     assert titles == ["validation PSNR dB", "training loss"]
 
 
+def test_networks_of_lpips_have_a_panel_each(tmp_path):
+    for name, net, lpips in (("a", "alex", 0.1), ("b", "vgg", 0.3), ("c", "alex", 0.2)):
+        make_log(tmp_path / name, [0.5], 20.0, lpips=lpips, lpips_net=net)
+    assert plot.read_curves([str(tmp_path)], ["lpips", "psnr"]) == {
+        "validation LPIPS-alex": {"a": [(10, 0.1)], "c": [(10, 0.2)]},
+        "validation LPIPS-vgg": {"b": [(10, 0.3)]},
+        "validation PSNR dB": {name: [(10, 20.0)] for name in "abc"},
+    }
+
+
 def test_kept_results_are_drawn_beside_runs(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     curve = [{"step": step, "psnr": float(step), "lpips": None} for step in (1, 2)]
