@@ -57,7 +57,8 @@ def test_a_right_short_side_is_cropped_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "width, height", [(40, 40), (101, 77), (77, 101), (20, 35), (7, 150), (650, 10)]
+    "width, height",
+    [(40, 40), (101, 77), (77, 101), (20, 35), (7, 150), (650, 10), (35, 32), (32, 39)],
 )
 def test_resize_and_crop_are_those_of_torchvision(tmp_path, width, height):
     image = Image.fromarray(photo(width, height))
