@@ -31,6 +31,9 @@ IMAGES_HELP = (
 )
 
 
+MAX_SIDE = 8192  # pixels: Pillow takes images of more than 9,459 a side for an attack
+
+
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # Where the default is no value, the help says in words what happens.
@@ -50,6 +53,16 @@ class Parser(argparse.ArgumentParser):
     def of(cls, file: str, doc: str | None) -> Parser:
         """The parser of a script: its `__file__`, and the first line of its `__doc__`."""
         return cls(prog=Path(file).name, description=(doc or "").split("\n")[0])
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As of argparse, but an empty text, as of an unset variable, names no file or folder."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if value != action.default and "" in (value if isinstance(value, list) else [value]):
+                name = action.option_strings[-1] if action.option_strings else action.metavar
+                self.error(f"{name} is empty: give a value, or leave it out")
+        return found, rest
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -116,7 +129,7 @@ def _add_data(add: Callable) -> None:
     add("--train-data-path", str, "./data/imagenet/train", MAY_CHANGE, metavar="DIR",
         help=IMAGES_HELP)
     add("--val-data-path", str, "./data/imagenet/val", MAY_CHANGE, metavar="DIR", help=IMAGES_HELP)
-    add("--img-size", number(int, 16, 16384), 128,
+    add("--img-size", number(int, 16, MAX_SIDE), 128,
         help="pixels a side: the short side is resized to it, the centre is cropped")
     add("--skip-corrupt", bool, False, MAY_CHANGE,
         help="leave out images that cannot be read, and report them, instead of stopping")
@@ -249,7 +262,9 @@ def add_evaluation_flags(parser: Parser, *names: str) -> None:
     """Declare the flags that the scripts which evaluate checkpoints share; `names` chooses some."""
     flags = {
         "--val-data-path": dict(default="./data/imagenet/val", metavar="DIR", help=IMAGES_HELP),
-        "--img-size": dict(type=number(int, 16, 16384), help="pixels a side; default: as trained"),
+        "--img-size": dict(
+            type=number(int, 16, MAX_SIDE), help="pixels a side; default: as trained"
+        ),
         "--batch-size": dict(
             type=number(int, 1, 2**20),
             default=64,
@@ -281,10 +296,6 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
     if args.ema_decay == 1:
         parser.error("--ema-decay must be below 1, or the codebook would never move")
-    for name in ("save", "load", "resume", "train_data_path", "val_data_path"):
-        if getattr(args, name) == "":
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} is empty: give a path, or leave it out")
     if not args.l1_weight and not args.perceptual_weight:
         parser.error(
             "--l1-weight 0 and --perceptual-weight 0 leave nothing to reconstruct by: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 import zipfile
@@ -13,7 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from files import is_of_the_disk, reason_of, write_json, write_whole
+from files import is_of_the_disk, parse_json, reason_of, write_json, write_whole
 
 CHECKPOINT_FORMAT = 1
 EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
@@ -69,25 +68,31 @@ def _checksum(state: dict) -> str:
     return digest.hexdigest()
 
 
-def _check_plain(value, depth: int = 0) -> None:
-    """Raises ValueError for what `save_checkpoint` never writes, and what could exhaust memory."""
-    if depth > 32:  # also for a list that contains itself
-        raise ValueError("nested too deeply")
-    if type(value) is torch.Tensor:
-        plain = value.layout == torch.strided and value.device.type == "cpu"
-        plain &= not (value.is_quantized or value.is_complex() or value.is_neg())
-        plain &= value.is_floating_point() <= (value.itemsize > 1)  # float8 has little arithmetic
-        if not plain or value.requires_grad or value.numel() > value.untyped_storage().nbytes():
-            raise ValueError("not a plain tensor")
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            _check_plain(key, 32)
-            _check_plain(entry, depth + 1)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            _check_plain(entry, depth + 1)
-    elif not (value is None or isinstance(value, bool | int | float | str)):
-        raise ValueError("neither a tensor nor of a plain type")
+def _check_plain(state, size: int) -> None:
+    """Raises ValueError for what `save_checkpoint` never writes, and what could exhaust memory.
+
+    `size`: of the file, in bytes. A list that contains another one many times, which contains ...,
+    would have more entries, and take for ever.
+    """
+    left, seen = [(state, 0)], 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if depth > 32 or seen > size:  # also for a list that contains itself
+            raise ValueError("nested too deeply")
+        if type(value) is torch.Tensor:
+            plain = value.layout == torch.strided and value.device.type == "cpu"
+            plain &= not (value.is_quantized or value.is_complex() or value.is_neg())
+            plain &= value.is_floating_point() <= (value.itemsize > 1)  # float8 hardly computes
+            if not plain or value.requires_grad or value.numel() > value.untyped_storage().nbytes():
+                raise ValueError("not a plain tensor")
+        elif isinstance(value, dict):
+            left += [(key, 32) for key in value]
+            left += [(entry, depth + 1) for entry in value.values()]
+        elif isinstance(value, list | tuple):
+            left += [(entry, depth + 1) for entry in value]
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            raise ValueError("neither a tensor nor of a plain type")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -131,7 +136,7 @@ def _read_checkpoint(path: Path) -> dict:
             if not stored or sum(e.file_size for e in entries) > path.stat().st_size:
                 raise ValueError("a small file could unpack to a large one")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _check_plain(state)
+        _check_plain(state, path.stat().st_size)
     except Exception as error:  # unpickling garbage can raise nearly anything
         if is_of_the_disk(error):
             raise ValueError(
@@ -144,12 +149,18 @@ def _read_checkpoint(path: Path) -> dict:
     weights = state["model"].items() if isinstance(state["model"], dict) else [(None, None)]
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights):
         raise Damaged(wrong)
+    if type(state["format"]) is not int or not _is_step(state.get("step")):
+        raise Damaged(wrong)
     if state["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {state['format']}, this version reads "
             f"{CHECKPOINT_FORMAT}: use the version of the project that wrote it"
         )
     return state
+
+
+def _is_step(value) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def save_export(folder: Path, model: dict, architecture: dict, training: dict) -> None:
@@ -195,13 +206,14 @@ def _read_export(folder: Path) -> dict:
     damaged = "copy the folder again, or run scripts/export.py again"
     try:
         with open(folder / CONFIG, "rb") as file:
-            config = json.loads(file.read(MAX_CONFIG))
+            config = parse_json(file.read(MAX_CONFIG))
         ours, version = config["format"] == EXPORT_FORMAT, config["version"]
         newer = ours and type(version) is int and version > EXPORT_VERSION
         sound = ours and version == EXPORT_VERSION and config.keys() == CONFIG_KEYS
         sound = sound and all(isinstance(config[key], dict) for key in ("architecture", "training"))
-        _check_plain(config)
-    except Exception as error:  # JSON that is nested deeply raises RecursionError
+        sound = sound and _is_step(config["training"].get("step"))
+        _check_plain(config, MAX_CONFIG)
+    except Exception as error:  # any entry may be of any type
         raise ValueError(f"{folder / CONFIG} is not of this project: {damaged}") from error
     if newer:
         raise ValueError(
@@ -218,7 +230,7 @@ def _read_export(folder: Path) -> dict:
         if not (folder / WEIGHTS).is_file():  # reading a pipe would wait for ever
             raise FileNotFoundError
         model = safetensors.torch.load((folder / WEIGHTS).read_bytes())
-        _check_plain(model)
+        _check_plain(model, (folder / WEIGHTS).stat().st_size)
     except Exception as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise ValueError(f"{folder / WEIGHTS} {reason}: {damaged}") from error

@@ -100,6 +100,14 @@ def check_room(folder: Path, need: int) -> None:
         )
 
 
+def parse_json(data: str | bytes):
+    """The value of a JSON text that anyone may have written; ValueError for all that is none."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: str | Path, value) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"

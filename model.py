@@ -202,6 +202,12 @@ def load_model(path: str | Path) -> Loaded:
             f"the weights in {path} do not fit the model of its flags: more than {MAX_MISSING:,} "
             "numbers are missing"
         )
+    for name, value in wanted.items():
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(
+                f"the weights in {path} do not fit the model: {name} is {weights[name].dtype}, not "
+                f"{value.dtype}"
+            )
     model = VQVAE(args)
     try:
         model.load_state_dict(weights)

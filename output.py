@@ -13,6 +13,9 @@ from tqdm import tqdm
 from files import is_stream, write_whole
 
 SECONDS_A_LINE = 30  # between the progress lines in a log
+# What other commands read: --json and --out replace none of these.
+KEPT_NAMES = ("args.json", "environment.json", "results.json", "results.txt", "names.txt")
+KEPT_NAMES += ("index.json", "unfinished.json", "config.json", "README.md")
 
 # What the metrics of results.json are called in tables and pictures, and their decimals.
 METRICS = {
@@ -59,9 +62,24 @@ def check_json(path: str | None) -> None:
     Raises:
         ValueError: it would replace a file of another kind, or as for `check_outputs`.
     """
+    check_text("--json", path, ".json")
+
+
+def check_text(flag: str, path: str | None, *suffixes: str) -> None:
+    """Raise, before the work, if the file that `flag` names could not be written after it.
+
+    Raises:
+        ValueError: it has none of the `suffixes`, or the name of a file of a run, of packed images,
+            of tokens or of an export, which it could replace; or as for `check_outputs`.
+    """
     check_outputs(path)
-    if path and Path(path).suffix.lower() != ".json" and not is_stream(path):
-        raise ValueError(f"--json {path} is no JSON file: give a name that ends in .json")
+    if not path or is_stream(path):
+        return
+    if Path(path).suffix.lower() not in suffixes:
+        wanted = " or ".join(suffixes)
+        raise ValueError(f"{flag} {path} is no {wanted} file: give a name that ends in {wanted}")
+    if Path(path).name in KEPT_NAMES:
+        raise ValueError(f"{flag} {path} has the name of a file of a run: give another name")
 
 
 def check_picture(flag: str, out: str) -> Path:

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dataset.packed import as_lines
-from files import locked, make_folder, write_json, write_whole
+from files import locked, make_folder, parse_json, write_json, write_whole
 
 HEAD = {"format": "rfsq tokens", "version": 1}
 INDEX, NAMES, LABELS = "index.json", "names.txt", "labels.npy"
@@ -81,11 +81,13 @@ def begin(out: Path, settings: dict) -> dict | None:
         if not all(key in index and isinstance(index[key], kinds[key]) for key in kinds):
             raise ValueError(f"{out / INDEX} is damaged: give another --out, or remove {out} first")
         _check_sizes(out, index)
+        _check_names(out, index)
         for left in (SETTINGS, DONE):  # by a kill
             (out / left).unlink(missing_ok=True)
         return index
     if (out / SETTINGS).is_file():
         _read(out / SETTINGS, settings)
+        _check_unfinished(out, settings)
         return None
     # A run that is killed in here leaves files of zeros, and no settings.
     parts = {f"{name}.part" for name in settings["arrays"]} | {DONE}
@@ -107,7 +109,7 @@ def _read(path: Path, settings: dict) -> dict:
     other = f"give another --out, or remove {path.parent} first"
     settings = json.loads(json.dumps(settings))  # a tuple is a list there
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         differ = [key for key in (*HEAD, *settings) if found.get(key) != (HEAD | settings)[key]]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not of make_tokens.py, or is damaged: {other}") from error
@@ -133,6 +135,42 @@ def _check_sizes(out: Path, index: dict) -> None:
                 f"{out / name} is missing or has not the {size:,} bytes of {count:,} images: copy "
                 f"the folder again, or remove {out} and make the tokens again"
             )
+
+
+def _check_names(out: Path, index: dict) -> None:
+    """Raises ValueError if the names or the labels of a finished run are not those of its index."""
+    digests = {NAMES: index.get("names_sha256")}
+    names = (out / NAMES).read_bytes() if digests[NAMES] and (out / NAMES).is_file() else b""
+    wrong = NAMES if digests[NAMES] not in (None, hashlib.sha256(names).hexdigest()) else None
+    if index["classes"] is not None:
+        dtype = smallest_unsigned(max(0, len(index["classes"]) - 1))
+        size = len(_header(dtype, (index["count"],))) + index["count"] * dtype.itemsize
+        if not (out / LABELS).is_file() or (out / LABELS).stat().st_size != size:
+            wrong = LABELS
+    if wrong:
+        raise ValueError(
+            f"{out / wrong} is missing or is not that of the index: copy the folder again, or "
+            f"remove {out} and make the tokens again"
+        )
+
+
+def _check_unfinished(out: Path, settings: dict) -> None:
+    """Raises ValueError if the files of an interrupted run are not as it left them."""
+    marks = np.fromfile(out / DONE, np.uint8) if (out / DONE).is_file() else np.empty(0, np.uint8)
+    sound = len(marks) == settings["sources"] and marks.max() <= LEFT_OUT
+    kept = int(np.count_nonzero(marks == WRITTEN))
+    for name, (dtype, shape) in _rows(settings).items():
+        # A run that was killed in `finish` may have given an array its name already.
+        part, count = out / f"{name}.part", settings["sources"]
+        if not part.exists():
+            part, count = out / name, kept
+        size = len(_header(dtype, (count, *shape))) + count * dtype.itemsize * math.prod(shape)
+        sound = sound and part.is_file() and part.stat().st_size == size
+    if not sound:
+        raise ValueError(
+            f"the files of an interrupted run in {out} are missing or damaged: remove the folder "
+            "and make the tokens again"
+        )
 
 
 def _rows(settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import json
 import operator
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from dataset.base import ImageDataset
-from files import write_json, write_whole
+from files import parse_json, write_json, write_whole
 from output import progress
 
 PACK_FORMAT, PACK_VERSION = "rfsq packed images", 1
@@ -37,7 +36,7 @@ def is_packed(root: str | os.PathLike) -> bool:
     if not (root / PACK_INDEX).is_file():  # opening a pipe would wait for ever
         return False
     try:  # folders of images may have an index.json of their own
-        return json.loads((root / PACK_INDEX).read_bytes()).get("format") == PACK_FORMAT
+        return parse_json((root / PACK_INDEX).read_bytes()).get("format") == PACK_FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -57,9 +56,9 @@ def read_pack(root: str | os.PathLike, name: str = PACK_INDEX) -> dict:
             "scripts/pack_images.py command again, it continues where it was"
         )
     try:
-        index = json.loads(path.read_bytes())
+        index = parse_json(path.read_bytes())
         newer = index["format"] == PACK_FORMAT and index["version"] > PACK_VERSION
-        sound = newer or _is_consistent(index)
+        sound = newer or _is_consistent(index, finished=name == PACK_INDEX)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         newer = sound = False
     if newer:
@@ -78,20 +77,27 @@ def read_pack(root: str | os.PathLike, name: str = PACK_INDEX) -> dict:
     return index
 
 
-def _is_consistent(index: dict) -> bool:
+def _is_consistent(index: dict, finished: bool) -> bool:
     full, count, shards = index["images_per_shard"], index["count"], index["shards"]
-    counts = [min(full, count - first) for first in range(0, count, full)]
     names = [PACK_SHARD.format(i) for i in range(len(shards))]  # of this folder, and no others
     numbers = [full, count, index["img_size"], *(shard["bytes"] for shard in shards)]
-    numbers += [index["sources"], index["sources_done"]]
+    numbers += [index["version"], index["sources"], index["sources_done"]]
+    texts = [index["listing_sha256"], *(shard["sha256"] for shard in shards)]
+    texts += [entry["name"] for entry in index["skipped"]]
+    if finished:
+        texts.append(index["names_sha256"])
     return (
         index["format"] == PACK_FORMAT
-        and all(type(number) is int for number in numbers)
-        and counts == [shard["count"] for shard in shards]
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and index["version"] == PACK_VERSION
+        and min(full, index["img_size"]) > 0
+        and len(shards) == -(-count // full)  # before a list of as many numbers is made
+        and [shard["count"] for shard in shards]
+        == [min(full, count - first) for first in range(0, count, full)]
         and names == [shard["file"] for shard in shards]
-        and all(isinstance(shard["sha256"], str) for shard in shards)
-        and 0 <= count <= index["sources_done"] <= index["sources"]
-        and all(isinstance(entry["name"], str) for entry in index["skipped"])
+        and count + len(index["skipped"]) == index["sources_done"] <= index["sources"]
+        and (index["sources_done"] == index["sources"] or not finished)
     )
 
 

@@ -31,6 +31,7 @@ from files import (
     is_of_a_file,
     locked,
     make_folder,
+    parse_json,
     remove_leftovers,
     unwritable,
     write_json,
@@ -197,8 +198,10 @@ class RunFolder:
     def _set_results_aside(self) -> None:
         """Rename the results of a run that had ended: results_0012500.json, by its steps."""
         try:
-            steps = json.loads((self.path / "results.json").read_bytes())["steps"]
+            steps = parse_json((self.path / "results.json").read_bytes())["steps"]
         except (OSError, ValueError, LookupError, TypeError):
+            steps = 0
+        if type(steps) is not int or not 0 <= steps < 10**7:  # a damaged file
             steps = 0
         for path in map(self.path.joinpath, RESULTS):
             if path.exists():
@@ -246,7 +249,7 @@ class RunFolder:
         text = self.log_path.read_bytes() if self.log_path.is_file() else b""
         for line in text.splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
                     raise TypeError
                 records.append(record)

@@ -25,6 +25,8 @@ TRAINING_STATE = {  # what `train.py` adds to weights and flags
 }
 YOUNGER = ("train_fingerprint", "segments", "skipped_images")
 
+# What PyTorch and Python raise for a state that is not of this model, or damaged.
+UNFIT = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
 MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
 
@@ -47,13 +49,23 @@ def find_resumed(
     # Older checkpoints lack some.
     saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
     whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
-    whole = whole and saved["step"] >= 0
+    whole = whole and all(map(_is_segment, saved["segments"]))
+    whole = whole and all(saved[name] >= 0 for name in ("interval_seconds", "seconds"))
     whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
     if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
         raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
     _check_same_run(path, saved, args, quantizer, train_set)
     run = str(path.parent)
     return {**saved, "path": str(path), "run": run, "checkpoints": checkpoints}
+
+
+def _is_segment(part) -> bool:
+    """Whether this is a part of a run, as `train.py` notes each of them."""
+    kinds = {"first_step": int, "command": str, "commit": str | None, "device": str}
+    kinds |= {"precision": str | None}
+    return isinstance(part, dict) and all(
+        isinstance(part[key], kind) for key, kind in kinds.items() if key in part
+    )
 
 
 def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | None:
@@ -151,7 +163,7 @@ def restore(
             if not 1 <= resumed["threads"] <= MAX_THREADS:
                 raise ValueError(f"{resumed['threads']} threads")
             torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except UNFIT as error:
         raise ValueError(
             f"{resumed['path']} holds the training state of another model, or is damaged "
             f"({exits.one_line(error)}): use an older checkpoint"

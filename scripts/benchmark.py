@@ -46,7 +46,7 @@ import exits
 import output
 import timing
 import util
-from arguments import LPIPS_CHOICES, Parser, get_args, number
+from arguments import LPIPS_CHOICES, MAX_SIDE, Parser, get_args, number
 from dataset import ImageFolderDataset, PackedDataset, SyntheticDataset
 from dataset.base import ImageDataset
 from dataset.images import some
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def get_flags(argv: Sequence[str] | None) -> Namespace:
     """The flags of the command line, or of the list `argv`; the defaults suit the device."""
-    parser, count = Parser.of(__file__, __doc__), number(int, 1)
+    parser, count = Parser.of(__file__, __doc__), number(int, 1, 4096)
     add = parser.group("all sections")
     everything = ",".join(SECTIONS)
     add("--only", lambda names: names.split(","), everything, metavar="A,B", help="what to measure")
@@ -147,7 +147,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--json", str, None, metavar="FILE", help="write every number and the environment there")
     text = "compiled quantizers as well, and our step compiled; default: the step alone, on a GPU"
     add("--compile", bool, None, help=text)
-    add("--img-size", number(int, 16), 128, help="step, loader: pixels a side")
+    add("--img-size", number(int, 16, MAX_SIDE), 128, help="step, loader: pixels a side")
     add = parser.group("quantizers")
     text = "batch sizes of z; LFQ, VQ-EMA and SVQ use only the smallest"
     batches = [8, 128] if CUDA else [8]
@@ -163,7 +163,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--lpips-net", LPIPS_CHOICES, "vgg" if CUDA else "none", help=text)
     add = parser.group("loader")
     add("--originals", str, None, metavar="DIR", help="images; default: generated JPEGs")
-    add("--loader-images", count, 256, help="how many images to read")
+    add("--loader-images", number(int, 1, 10**6), 256, help="how many images to read")
     args = parser.parse_args(argv)
     if not {*args.only} <= {*SECTIONS}:
         parser.error(f"--only {','.join(args.only)} is not among {everything}")

@@ -13,7 +13,6 @@ entropy model of `compress.py fit` stay in the checkpoint.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import output
 from arguments import DEFAULTS_OF_MODEL, LOAD_HELP, Parser
 from checkpoint import CONFIG, ENTROPY_MODEL, WEIGHTS, save_export
 from dataset import GENERATED
-from files import make_folder, write_whole
+from files import make_folder, parse_json, write_whole
 from flags import architecture_flags, unread_flags
 from model import VQVAE, load_model
 from tables.results import lacking, parts_of, without_places
@@ -38,7 +37,7 @@ def results_of(path: str, step: int | None, architecture: dict) -> tuple[dict, s
     """results.json and results.txt beside a checkpoint, if they are of its step and its model."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
-        results = json.loads((folder / "results.json").read_bytes())
+        results = parse_json((folder / "results.json").read_bytes())
         table = (folder / "results.txt").read_text()
     except (OSError, ValueError):
         return None

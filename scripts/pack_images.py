@@ -17,6 +17,7 @@ the same name is not packed again.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import exits
 import util
-from arguments import Parser, number
+from arguments import MAX_SIDE, Parser, number
 from dataset import Images, image_files, packed
 from dataset.images import UnreadableImage
 from dataset.packed import PACK_INDEX, PACK_UNFINISHED, read_pack
@@ -37,6 +38,7 @@ from files import check_room, locked, make_folder, remove_leftovers, write_json
 from output import Progress
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
+BATCH = 32  # images that a decoding process hands over at once
 AGAIN = "fix that and run the same command again: it continues where it stopped"
 
 
@@ -78,7 +80,7 @@ def begin(sources: Sequence[str], out: Path, size: int, count: int, files: dict)
             raise ValueError(
                 f"'{out}' is packed at {was}x{was} pixels, asked is {size}x{size}: {other}"
             )
-        if index["listing_sha256"] != files["names"]:
+        if index["listing_sha256"] != files["names"] or index["sources"] != count:
             raise ValueError(
                 f"'{out}' is packed from {index['sources']:,} files, and '{source}' has "
                 f"{count:,} files of other names: {other}"
@@ -102,9 +104,10 @@ def pack_rest(images: Images, out: Path, index: dict, workers: int) -> None:
     """
     done, total = index["sources_done"], index["sources"]
     full, size = index["images_per_shard"], index["img_size"]
-    shard = np.empty((full, 3, size, size), np.uint8)
+    shard = np.empty((min(full, total), 3, size, size), np.uint8)
     remaining = range(done, total)
-    loader = DataLoader(Decoder(images), sampler=remaining, batch_size=32, num_workers=workers)
+    workers = min(workers, math.ceil(len(remaining) / BATCH))
+    loader = DataLoader(Decoder(images), sampler=remaining, batch_size=BATCH, num_workers=workers)
     with Progress("pack", total, done) as bar:
         for pixels, reasons in loader:
             for image, reason in zip(pixels.numpy(), reasons, strict=True):
@@ -174,17 +177,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ValueError: for bad input.
     """
     parser = Parser.of(__file__, __doc__)
-    parser.add_argument(
-        "source", nargs="*", metavar="SRC", help="a folder of images, nested too, or tars"
-    )
-    parser.add_argument("out", metavar="OUT", help="the folder to write, or to continue")
-    parser.add_argument(
-        "--img-size", type=number(int, 16), default=128, help="pixels a side, as in train.py"
-    )
-    parser.add_argument(
-        "--num-workers", type=number(int, 0), default=util.cpu_cores(), help="decoding processes"
-    )
-    parser.add_argument(
+    add, side, workers = parser.add_argument, number(int, 16, MAX_SIDE), number(int, 0, 1024)
+    add("source", nargs="*", metavar="SRC", help="a folder of images, nested too, or tars")
+    add("out", metavar="OUT", help="the folder to write, or to continue")
+    add("--img-size", type=side, default=128, help="pixels a side, as in train.py")
+    add("--num-workers", type=workers, default=util.cpu_cores(), help="decoding processes")
+    add(
         "--verify",
         action="store_true",
         help="read OUT again and compare checksums; without SRC, OUT must be complete",
@@ -208,9 +206,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if flags.verify:
             packed.verify(out, index)
     except OSError as error:
-        raise ValueError(
-            f"'{error.filename or out}': {error.strerror or error}; {AGAIN}"
-        ) from error
+        if error.filename is None:  # standard output
+            raise
+        raise ValueError(f"'{error.filename}': {error.strerror or error}; {AGAIN}") from error
     return index
 
 

@@ -29,12 +29,14 @@ PANELS = {  # a number of the log: kind of its records, title of its panel
 }
 STYLES = ("-", "--", ":", "-.")
 SIZE = (5, 4)  # inches of a panel
+LARGEST = 1e30  # a number that is drawn
 
 
 def curve(records: Sequence[dict], kind: str, key: str) -> list[tuple[int, float]]:
     """(step, value) of the records of a kind that have a number under `key`."""
     rows = [(record["step"], record.get(key)) for record in records if record["kind"] == kind]
-    return [(step, value) for step, value in rows if isinstance(value, int | float)]
+    numbers = [(step, value) for step, value in rows if isinstance(value, int | float)]
+    return [point for point in numbers if all(abs(x) < LARGEST for x in point)]
 
 
 def read_runs(names: Sequence[str]) -> dict[str, list[dict]]:

@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import exits
 import output
 import util
-from arguments import LOAD_HELP, LPIPS_CHOICES, Parser, add_evaluation_flags, number
+from arguments import (
+    LOAD_HELP,
+    LPIPS_CHOICES,
+    MAX_SIDE,
+    Parser,
+    add_evaluation_flags,
+    number,
+)
 from codec import bitstream
 from codec.baselines import BASELINES, QUALITIES
 from codec.codec import Codec
@@ -303,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add("--lpips-net", choices=LPIPS_CHOICES, default="alex", help="network of LPIPS")
     add("--limit", type=number(int, 1), metavar="N", help="so many images, evenly over the folder")
     text = "resize and crop to squares, as in training; default: as they are"
-    add("--img-size", type=number(int, 1), metavar="N", help=text)
+    add("--img-size", type=number(int, 1, MAX_SIDE), metavar="N", help=text)
     add_evaluation_flags(parser, "--json")
     add("--figure", metavar="PNG", help="draw the curves there (matplotlib)")
     flags = parser.parse_args(argv)

@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", metavar="FILE", help="write there in place of the screen")
     flags = parser.parse_args(argv)
+    output.check_text("--out", flags.out, ".md", ".txt")
     results, faults = read_results(flags.runs)
     for fault in faults if results else faults[:-1]:
         print(f"report.py: warning: {output.printable(fault)}", file=sys.stderr)

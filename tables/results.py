@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import shlex
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 
-from files import walk
+from files import parse_json, walk
 from flags import args_of
 from output import printable
 
@@ -89,7 +88,7 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
     results, faults = [], []
     for path in find_runs(names, "results.json"):
         try:
-            run = json.loads(path.read_text())
+            run = parse_json(path.read_text())
             missing = lacking(run)
             if not missing:
                 args_of(run)
@@ -112,16 +111,47 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
 
 def lacking(run: object) -> list[str]:
     """The entries that `run` should have as a run's results, and has not, or of another type."""
-    missing = [key for key, kind in RESULTS.items() if not isinstance(_entry(run, key), kind)]
+    missing = [key for key, kind in RESULTS.items() if not _is_a(_entry(run, key), kind)]
     validations = run.get("validations", []) if isinstance(run, dict) else []  # not of older ones
     if not (isinstance(validations, list) and all(map(_is_validation, validations))):
         missing.append("validations")
-    return sorted(missing)
+    if "image_size" not in missing:
+        size = _entry(run, "image_size")
+        if len(size) != 2 or not all(_is_a(side, int) for side in size):
+            missing.append("image_size")
+    segments = run.get("segments", []) if isinstance(run, dict) else []
+    if not (isinstance(segments, list) and all(map(_is_segment, segments))):
+        missing.append("segments")
+    if not _is_command(_entry(run, "environment.command")):
+        missing.append("environment.command")
+    return sorted({*missing})
+
+
+def _is_a(value: object, kind: type | UnionType) -> bool:
+    """Whether a value is of a type; a number that is none, or too large for one, is of no type."""
+    number = isinstance(value, int | float)
+    return isinstance(value, kind) and (not number or -1e300 < value < 1e300)
 
 
 def _is_validation(record: object) -> bool:
     kinds = {"step": int, "psnr": int | float, "lpips": int | float | None}
-    return all(isinstance(_entry(record, key), kind) for key, kind in kinds.items())
+    return all(_is_a(_entry(record, key), kind) for key, kind in kinds.items())
+
+
+def _is_segment(part: object) -> bool:
+    kinds = {"first_step": int, "commit": str | None, "device": str, "precision": str | None}
+    return (
+        isinstance(part, dict)
+        and all(_is_a(part[key], kind) for key, kind in kinds.items() if key in part)
+        and ("command" not in part or _is_command(part["command"]))
+    )
+
+
+def _is_command(text: object) -> bool:
+    try:
+        return isinstance(text, str) and bool(shlex.split(text))
+    except ValueError:  # a quote that is not closed
+        return False
 
 
 def _entry(tree: object, key: str) -> object:

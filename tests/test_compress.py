@@ -244,7 +244,7 @@ def test_decoding_goes_on_after_a_damaged_file_and_after_an_interruption(here, c
 def test_no_file_is_replaced_but_by_force(here, capfd):
     photograph = Path("images/a.png").read_bytes()
     line = refused("encode images --load model.pt --out coded --json images/a.png", capfd)
-    assert "is no JSON file" in line and not Path("coded").exists()
+    assert "is no .json file" in line and not Path("coded").exists()
     assert Path("images/a.png").read_bytes() == photograph
     Path("coded").mkdir()
     Path("coded/a.rfsq").symlink_to(here / "elsewhere.bin")  # which does not exist yet
