@@ -17,6 +17,7 @@ from dataset.loaders import val_loader
 from loss import Perceptual, lpips_if_available
 from metric import CodeUsage, ImageMetrics
 from model import VQVAE, load_model
+from output import printable
 from quantizers import Quantized
 
 
@@ -75,7 +76,7 @@ def prepare(
                 f"{path} was trained at {args.img_size} pixels, {paths[0]} at {first.img_size}: "
                 "give --img-size"
             )
-        name = args.name or model.quantizer.name
+        name = printable(args.name or model.quantizer.name)
         checkpoints.append(Checkpoint(path, name, saved.get("step"), model.to(device)))
     size = img_size or first.img_size
     images = build_dataset(data, size, first.seed, train=False)

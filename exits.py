@@ -127,6 +127,11 @@ def _explain_dead_worker(kind, error, trace) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
 
 
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether an error is about the connection to the other processes, of gloo or of NCCL."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def _output_is_closed() -> bool:
     """Whether nobody reads standard output any more, as after `| head`; if so, it leads nowhere."""
     output = select.poll()
@@ -184,6 +189,15 @@ def _exit_code(main: Callable) -> int:
             text = f"standard output, or a file, cannot be read or written: {text}"
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not _is_of_a_collective(error):
+            raise
+        print(
+            f"{Path(sys.argv[0]).name}: error: another process of this run has ended, or cannot be "
+            "reached: give the same command again (train.py: with --resume auto)",
+            file=sys.stderr,
+        )
+        return 1
     except Interrupted as stop:
         print(stop, flush=True)
         return EXIT_INTERRUPTED

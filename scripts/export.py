@@ -112,7 +112,7 @@ def prepare_folder(folder: Path, force: bool) -> None:
 def export(flags: Namespace) -> Path:
     """Export as the flags say, and return the folder. ValueError for bad input."""
     model, args, saved = load_model(flags.load)
-    step, name = saved.get("step"), args.name or model.quantizer.name
+    step, name = saved.get("step"), output.printable(args.name or model.quantizer.name)
     # As they are in the checkpoint: the fingerprint of `.rfsq` files covers them.
     names = [flag for flag in architecture_flags() if flag in saved["args"]]
     architecture = {flag: saved["args"][flag] for flag in names}
@@ -127,7 +127,7 @@ def export(flags: Namespace) -> Path:
     save_export(out, saved["model"], architecture, training)
     write_whole(out / CARD, lambda file: file.write(data))
     size = (out / WEIGHTS).stat().st_size
-    print(f"{output.printable(name)}, step {step}: {out}, {size:,} bytes of weights")
+    print(f"{name}, step {step}: {out}, {size:,} bytes of weights")
     if ENTROPY_MODEL in saved:
         print("the entropy model of `compress.py fit` is not exported: run `fit` on the export")
     return out

@@ -64,7 +64,7 @@ class Ours:
 
     def __init__(self, path: str, device: torch.device):
         self.codec, self.path = Codec(path, device), path
-        self.name = self.codec.args.name or self.codec.model.quantizer.name
+        self.name = output.printable(self.codec.args.name or self.codec.model.quantizer.name)
         coded = [False] if self.codec.format.entropy_model is None else [False, True]
         self.points = [(k, c) for c in coded for k in range(1, self.codec.stages + 1)]
 

@@ -563,12 +563,21 @@ def endless_list():
     return endless
 
 
+def references_to_references():
+    """A trillion entries in a small file."""
+    entries = [0] * 10
+    for _ in range(11):
+        entries = [entries] * 10
+    return entries
+
+
 HOSTILE = {
     "sparse": lambda: torch.zeros(1000, 1000).to_sparse(),
     "meta": lambda: torch.zeros(10**12, device="meta"),
     "quantized": lambda: torch.quantize_per_tensor(torch.zeros(10), 1.0, 0, torch.qint8),
     "stride 0": lambda: torch.zeros(1).expand(10**10),
     "contains itself": endless_list,
+    "references": references_to_references,
 }
 
 

@@ -316,6 +316,14 @@ def test_a_damaged_header_is_refused(copy):
         ({"sources": None}, r"is damaged"),
         ({"skipped": None}, r"is damaged"),
         ({"skipped": [{}]}, r"is damaged"),
+        ({"version": 0}, r"is damaged"),
+        ({"version": 1.0}, r"is damaged"),
+        ({"images_per_shard": 0}, r"is damaged"),
+        ({"images_per_shard": -1, "count": 0, "shards": []}, r"is damaged"),
+        ({"listing_sha256": None}, r"is damaged"),
+        ({"names_sha256": None}, r"is damaged"),
+        ({"sources": 99}, r"is damaged"),  # an index is written at the end
+        ({"count": 10**12, "images_per_shard": 1, "sources": 10**12}, r"is damaged"),
     ],
 )
 def test_an_index_of_another_kind_is_refused(copy, change, message):
@@ -327,7 +335,7 @@ def test_an_index_of_another_kind_is_refused(copy, change, message):
 
 def test_a_damaged_index_is_refused(copy):
     whole = (copy / "index.json").read_bytes()
-    for data in (b"", whole[:100], b"[]", b"\xff\xfe"):
+    for data in (b"", whole[:100], b"[]", b"\xff\xfe", b"[" * 10**5):
         (copy / "index.json").write_bytes(data)
         with pytest.raises(ValueError, match=r"index\.json is no index of packed images"):
             build_dataset(copy, SIZE, seed=0, train=True)

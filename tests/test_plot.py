@@ -71,6 +71,13 @@ def test_curves_of_two_runs(tmp_path, monkeypatch, capsys):
     assert titles == ["validation PSNR dB", "training loss"]
 
 
+def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path):
+    make_log(tmp_path / "a", [0.5, 10**400, 1e308, 0.25], 20.0)
+    assert plot.read_curves([str(tmp_path)], ["loss"]) == {
+        "training loss": {"a": [(10, 0.5), (40, 0.25)]}
+    }
+
+
 def test_networks_of_lpips_have_a_panel_each(tmp_path):
     for name, net, lpips in (("a", "alex", 0.1), ("b", "vgg", 0.3), ("c", "alex", 0.2)):
         make_log(tmp_path / name, [0.5], 20.0, lpips=lpips, lpips_net=net)

@@ -579,6 +579,37 @@ def test_damaged_results_are_left_out_with_a_warning(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "change, lacks",
+    [
+        ({"psnr": float("nan")}, "psnr"),
+        ({"psnr": 10**400}, "psnr"),
+        ({"bits": float("inf")}, "bits"),
+        ({"image_size": [None, 128]}, "image_size"),
+        ({"segments": 10**30}, "segments"),
+        ({"segments": [True]}, "segments"),
+        ({"segments": [{"command": True}]}, "segments"),
+        ({"segments": [{"precision": 7}]}, "segments"),
+        ({"environment": {"command": "python 'x", "device": "a"}}, "environment.command"),
+    ],
+    ids=str,
+)
+def test_results_with_what_train_py_does_not_write_are_left_out(change, lacks, tmp_path, capsys):
+    make_run(tmp_path / "whole")
+    make_run(tmp_path / "other", none(2), **change)
+    assert cells(report.main([str(tmp_path)]), "RFSQ-2x2048-None") == []
+    assert f"other/results.json lacks {lacks}: give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["results.json", "last.pt", "README.md", "names.txt"])
+def test_report_replaces_no_file_of_a_run(name, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(before := json.dumps({"precious": name}))
+    with pytest.raises(ValueError, match=r"--out .*: give"):
+        report.main([str(run), f"--out={run / name}"])
+    assert (run / name).read_text() == before
+
+
 def test_what_is_no_result_is_left_out_and_never_called_damaged(tmp_path, capsys):
     make_run(tmp_path / "runs" / "a")
     (tmp_path / "runs" / "coded.pt").write_bytes(b"\x80 weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pty
 import random
@@ -1244,6 +1245,36 @@ def test_going_back_says_what_it_discards_and_leaves_no_best_of_it(tmp_path, cap
     run(folder, *flags, "--train-iters=2", "--overwrite")
     assert sorted(folder.glob("results_*")) == sorted(mine[1:])
     assert all(path.read_text() == "mine" for path in mine)
+
+
+@pytest.mark.parametrize("steps", [None, [1], {}, "../../x", -5])
+def test_damaged_results_do_not_keep_a_run_from_going_on(steps, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, "--train-iters=1")
+    (folder / "results.json").write_text(json.dumps({"steps": steps}))
+    run(folder, "--train-iters=2", "--resume=auto")
+    assert json.loads((folder / "results_0000000.json").read_text()) == {"steps": steps}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segments": [2**62]},
+        {"segments": [{"first_step": torch.zeros(1)}]},
+        {"interval_seconds": math.nan},
+        {"step": "2"},
+        {"step": -1},
+    ],
+    ids=str,
+)
+def test_a_state_that_train_py_does_not_write_is_refused(change, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, "--train-iters=1")
+    (folder / "best.pt").unlink()
+    for path in folder.glob("*.pt"):
+        save_checkpoint(path, {**load_checkpoint(path), **change})
+    with pytest.raises(ValueError, match=r"holds no training state|all checkpoints are damaged"):
+        run(folder, "--train-iters=2", "--resume=auto")
 
 
 def test_the_precision_of_a_run_is_the_one_it_had_and_not_its_flag(tmp_path):

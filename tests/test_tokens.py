@@ -220,6 +220,50 @@ def test_two_processes_finish_what_was_interrupted(images, checkpoints, made, tm
     assert contents(out) == contents(made)
 
 
+@pytest.fixture
+def interrupted(images, checkpoints, tmp_path, monkeypatch):
+    """The folder of a run that did all images, and was stopped before it named the arrays."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "finish", lambda *_: sys.exit("interrupted"))
+        with pytest.raises(SystemExit):
+            make(images, checkpoints / "layernorm.pt", tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("done.part", lambda data: data[:5]),
+        ("done.part", lambda data: data + b"\1"),
+        ("done.part", lambda data: b"\7" * len(data)),
+        ("done.part", None),
+        ("tokens.npy.part", lambda data: data[:200]),
+        ("tokens.npy.part", None),
+        ("settings.part", lambda data: b"[" * 10**5),
+    ],
+)
+def test_a_damaged_interrupted_run_is_refused(name, change, interrupted, images, checkpoints):
+    file = interrupted / name
+    data = file.read_bytes()
+    file.unlink()
+    if change:
+        file.write_bytes(change(data))
+    with pytest.raises(ValueError, match=r"damaged: |^the files of an interrupted run .* damaged"):
+        make(images, checkpoints / "layernorm.pt", interrupted)
+    assert not (interrupted / tokens.INDEX).exists()
+
+
+@pytest.mark.parametrize("name", [tokens.NAMES, tokens.LABELS])
+def test_names_and_labels_are_those_of_the_index(name, made, images, checkpoints, tmp_path):
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    make(images, checkpoints / "layernorm.pt", out, "--flip")
+    (out / name).write_bytes((out / name).read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name} is missing or is not that of the index"):
+            make(images, checkpoints / "layernorm.pt", out, "--flip")
+        (out / name).unlink(missing_ok=True)
+
+
 def test_one_command_at_a_time(images, checkpoints, tmp_path):
     checkpoint, out = checkpoints / "layernorm.pt", tmp_path / "out"
     with tokens.held(out), pytest.raises(ValueError, match="another process is writing"):

@@ -336,6 +336,11 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         ),
         "empty save": ("train", [*good, "--save="], "--save is empty"),
         "empty resume": ("train", [*good, "--resume="], "--resume is empty"),
+        "empty evaluation": ("evaluate", ["--load=x", "--val-data-path="], "data-path is empty"),
+        "empty report": ("report", ["runs", ""], "RUNS is empty"),
+        "empty pack": ("pack_images", ["", "out"], "SRC is empty"),
+        "too many decoders": ("pack_images", ["a", "b", "--num-workers=9999"], "at most 1024"),
+        "giant images": ("pack_images", ["a", "b", "--img-size=10000"], "at most 8192"),
         "nothing to learn from": ("train", [*good, "--l1-weight=0"], "--l1-weight 0"),
         "levels of lfq": ("train", [*good, "--quantizer=lfq", "--levels", "4"], "--levels"),
         "too many stages": ("train", [*good, "--rfsq-stages=1000000"], "--rfsq-stages"),
@@ -458,6 +463,18 @@ def test_a_reader_that_has_read_enough_is_no_error():
         script.stdout.close()
         assert script.stderr.read() == b""
     assert script.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_process_that_lost_the_others_says_so(capsys):
+    def main():
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Broken pipe")
+
+    with pytest.raises(SystemExit) as caught:
+        exits.run_script(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1 and "another process of this run has ended" in line
+    with pytest.raises(RuntimeError, match="another"):
+        exits.run_script(lambda: (_ for _ in ()).throw(RuntimeError("another error")))
 
 
 def test_standard_streams_that_are_closed_lead_nowhere(monkeypatch):
