@@ -51,6 +51,15 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """The size of a `.npy` file."""
+    return len(_header(dtype, shape)) + dtype.itemsize * math.prod(shape)
+
+
+def _has_bytes(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def held(out: Path) -> AbstractContextManager[None]:
     """Make the folder, if it is missing, and hold it within `with`: one command writes there.
 
@@ -98,7 +107,7 @@ def begin(out: Path, settings: dict) -> dict | None:
         header = _header(dtype, (settings["sources"], *shape))
         with open(out / f"{name}.part", "wb") as file:
             file.write(header)
-            file.truncate(len(header) + settings["sources"] * dtype.itemsize * math.prod(shape))
+            file.truncate(_bytes(dtype, (settings["sources"], *shape)))
     (out / DONE).write_bytes(bytes(settings["sources"]))
     write_json(out / SETTINGS, HEAD | settings)
     return None
@@ -129,8 +138,8 @@ def _check_sizes(out: Path, index: dict) -> None:
     """Raises ValueError if a finished array is missing or cut off."""
     count = index.get("count", 0)
     for name, (dtype, shape) in _rows(index).items():
-        size = len(_header(dtype, (count, *shape))) + count * dtype.itemsize * math.prod(shape)
-        if not (out / name).is_file() or (out / name).stat().st_size != size:
+        size = _bytes(dtype, (count, *shape))
+        if not _has_bytes(out / name, size):
             raise ValueError(
                 f"{out / name} is missing or has not the {size:,} bytes of {count:,} images: copy "
                 f"the folder again, or remove {out} and make the tokens again"
@@ -139,13 +148,13 @@ def _check_sizes(out: Path, index: dict) -> None:
 
 def _check_names(out: Path, index: dict) -> None:
     """Raises ValueError if the names or the labels of a finished run are not those of its index."""
-    digests = {NAMES: index.get("names_sha256")}
-    names = (out / NAMES).read_bytes() if digests[NAMES] and (out / NAMES).is_file() else b""
-    wrong = NAMES if digests[NAMES] not in (None, hashlib.sha256(names).hexdigest()) else None
+    digest, wrong = index.get("names_sha256"), None
+    if digest is not None:
+        names = (out / NAMES).read_bytes() if (out / NAMES).is_file() else b""
+        wrong = NAMES if hashlib.sha256(names).hexdigest() != digest else None
     if index["classes"] is not None:
         dtype = smallest_unsigned(max(0, len(index["classes"]) - 1))
-        size = len(_header(dtype, (index["count"],))) + index["count"] * dtype.itemsize
-        if not (out / LABELS).is_file() or (out / LABELS).stat().st_size != size:
+        if not _has_bytes(out / LABELS, _bytes(dtype, (index["count"],))):
             wrong = LABELS
     if wrong:
         raise ValueError(
@@ -164,8 +173,7 @@ def _check_unfinished(out: Path, settings: dict) -> None:
         part, count = out / f"{name}.part", settings["sources"]
         if not part.exists():
             part, count = out / name, kept
-        size = len(_header(dtype, (count, *shape))) + count * dtype.itemsize * math.prod(shape)
-        sound = sound and part.is_file() and part.stat().st_size == size
+        sound = sound and _has_bytes(part, _bytes(dtype, (count, *shape)))
     if not sound:
         raise ValueError(
             f"the files of an interrupted run in {out} are missing or damaged: remove the folder "
