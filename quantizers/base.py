@@ -19,10 +19,12 @@ from .functional import HALF_PRECISION, output_dtype, traced
 
 
 class Quantized(NamedTuple):
-    """The names of what `forward` returns: `out = Quantized(*quantizer(z))`.
+    """What a quantizer makes of a latent; names for what `forward` returns.
+
+    `out = Quantized(*quantizer(z))` gives these names to the values of `forward`.
 
     Attributes:
-        codes: the quantized latent (B, C, *positions), float32 but in a model of half precision.
+        codes: the quantized latent (B, C, *positions).
         indices: int64, (B, *positions), with a last axis of stages for a residual quantizer.
         loss: the quantizer's own loss (a scalar), None where it has none.
         statistics: side information that the decoder needs beyond the indices, None if there is
@@ -58,8 +60,8 @@ class Quantizer(nn.Module):
     range even where `z` is NaN or infinite.
 
     Everything is computed in float32 with autocast off, and parameters and buffers are float32,
-    whatever the enclosing model is cast to. `quantized` is float32 too, but for a `z` of half
-    precision outside autocast: there it is rounded to the precision of `z`.
+    whatever the enclosing model is cast to. `quantized` has the dtype of `z`, and is float32 under
+    autocast; values in float64 are those of float32.
 
     `indices_to_codes(indices)` decodes indices of any integer type, to float32; quantizers with
     side information also take `statistics`. The codes of an RFSQ have a gradient for its
@@ -72,6 +74,7 @@ class Quantizer(nn.Module):
 
     flags: ClassVar[dict[str, str]] = {}
     _frozen: bool = False
+    _mode_asked: bool = True  # of `train`, also while it has no effect
     _constants: tuple[Tensor, ...] = ()  # on the CPU: see `constants`
     _copies: tuple[Tensor, ...] = ()  # on another device
     dim: int
@@ -95,6 +98,10 @@ class Quantizer(nn.Module):
         """The flags of the command line that this quantizer reads."""
         return list(self.flags)
 
+    def flag_values(self) -> dict:
+        """The values of flags that have no default of their own, also where none was given."""
+        return {"levels": self.levels} if "levels" in self.flags else {}
+
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:
         """Quantize `z` (B, dim, *positions): see the class for what is returned.
 
@@ -108,11 +115,15 @@ class Quantizer(nn.Module):
         # There is no autocast for shapes alone.
         no_autocast = nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
         with no_autocast:
-            quantized, *rest = self.quantize(z.float())
-        return quantized.to(dtype), *rest
+            out = self.quantize(z.float())
+        values = out.codes.to(dtype), out.indices
+        if out.statistics is not None:
+            loss = z.new_zeros((), dtype=torch.float32) if out.loss is None else out.loss
+            return *values, loss, out.statistics
+        return values if out.loss is None else (*values, out.loss)
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` returns, for a checked `z` in float32 and with autocast off."""
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize a checked `z` (B, dim, *positions), float32 and outside autocast."""
         raise NotImplementedError
 
     def indices_to_codes(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
@@ -170,14 +181,17 @@ class Quantizer(nn.Module):
         `.train()` of the enclosing model changes neither. Gradients still go to `z`. Freeze before
         DistributedDataParallel wraps the model, since it expects the same parameters all the time.
         """
+        asked = self._mode_asked if self._frozen else self.training
         self._set_frozen(True)
         self.zero_grad()  # an optimiser moves whatever has a gradient
-        return self.requires_grad_(False).eval()
+        self.requires_grad_(False).eval()
+        self._mode_asked = asked
+        return self
 
     def unfreeze(self) -> Quantizer:
-        """Undo `freeze`: parameters have gradients, and the next `.train()` has its effect."""
+        """Undo `freeze`: parameters have gradients, and the mode is the one last asked for."""
         self._set_frozen(False)
-        return self.requires_grad_(True)
+        return self.requires_grad_(True).train(self._mode_asked)
 
     def _set_frozen(self, frozen: bool) -> None:
         for part in self.modules():
@@ -185,7 +199,8 @@ class Quantizer(nn.Module):
                 part._frozen = frozen
 
     def train(self, mode: bool = True) -> Quantizer:
-        """As of any module, but a frozen quantizer stays in evaluation mode."""
+        """As of any module, but a frozen quantizer stays in evaluation mode until `unfreeze`."""
+        self._mode_asked = mode
         return super().train(mode and not self._frozen)
 
     @property

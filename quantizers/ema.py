@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer
+from .base import Quantized, Quantizer
 from .checks import check_integer, check_weight
 from .functional import (
     exporting,
@@ -103,8 +103,8 @@ class VectorQuantizeEMA(Quantizer):
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, dim, *positions) to codes like it, indices and a loss (a scalar)."""
         z = z.movedim(1, -1)  # (B, *positions, dim)
         residual = z
         loss, codes_of_stages, indices = z.new_zeros(()), [], []
@@ -125,8 +125,8 @@ class VectorQuantizeEMA(Quantizer):
         if self.training:
             self.batches += 1
         total = sum(codes_of_stages[1:], start=codes_of_stages[0])
-        quantized = straight_through(z, showing_nan(total, z)).movedim(-1, 1)
-        return quantized, torch.stack(indices, -1) if self.stage_axis else indices[0], loss
+        codes = straight_through(z, showing_nan(total, z)).movedim(-1, 1)
+        return Quantized(codes, torch.stack(indices, -1) if self.stage_axis else indices[0], loss)
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Quantizer
+from .base import Quantized, Quantizer
 from .checks import check_levels
 from .functional import HALF_PRECISION, per_channel, round_straight_through_, traced
 
@@ -85,13 +85,13 @@ class FSQ(Quantizer):
         """The integers `round(bound(z))`, straight-through: with the gradient of the bound."""
         return round_straight_through_(self.bound(z, grid))
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize `z` (B, C, *positions) to `(quantized, indices)`, indices (B, *positions)."""
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, C, *positions) to codes like it and indices (B, *positions)."""
         grid = self.grid(z)
         rounded = self.round(z, grid)
         # Rounding can give -0.0, which an index does not keep: adding 0.0 makes it 0.0.
-        quantized = rounded / grid.half_levels + 0.0
-        return quantized, self.pack(rounded)
+        codes = rounded / grid.half_levels + 0.0
+        return Quantized(codes, self.pack(rounded))
 
     def pack(self, rounded: Tensor) -> Tensor:
         """The index (B, *positions) of integers `round(bound(z))` (B, C, *positions).

@@ -59,9 +59,9 @@ def exporting() -> bool:
 
 
 def output_dtype(z: Tensor) -> torch.dtype:
-    """That of `z` where the model around is of half precision itself; float32 under autocast."""
+    """The dtype of codes: that of `z`; float32 under autocast and for integers."""
     autocast = not z.is_meta and torch.is_autocast_enabled(z.device.type)
-    return z.dtype if z.dtype in HALF_PRECISION and not autocast else torch.float32
+    return z.dtype if z.is_floating_point() and not autocast else torch.float32
 
 
 def processes() -> int:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .base import Quantized
 from .functional import per_channel, straight_through
 from .moments import next_batch, running_std, update_moments
 from .residual import ResidualFSQ
@@ -99,11 +100,8 @@ class GeometricRFSQ(ResidualFSQ):
         _, slope = self._constants
         return slope
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`.
-
-        The indices are (B, *positions, K), and `quantized` is like `z`.
-        """
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, dim, *positions) to codes like it and indices (B, *positions, K)."""
         if self.training:
             batch = next_batch(self.batches, self.momentum)
             ((mean, var),) = self._running_moments(z)
@@ -121,7 +119,8 @@ class GeometricRFSQ(ResidualFSQ):
                 residual = residual - codes
                 total = total + (codes if kept is None else torch.where(kept > k, codes, 0))
                 indices.append(self.fsq.pack(rounded))
-        return self._unbound(straight_through(bounded, total)), torch.stack(indices, dim=-1)
+        codes = self._unbound(straight_through(bounded, total))
+        return Quantized(codes, torch.stack(indices, dim=-1))
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions)."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer
+from .base import Quantized, Quantizer
 from .checks import check_integer, check_weight
 from .functional import mean_over_processes, per_channel, showing_nan, straight_through
 
@@ -95,8 +95,8 @@ class LFQ(Quantizer):
         self.temperature = temperature
         self.entropy_groups = entropy_groups
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices, loss)`, loss a scalar."""
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, dim, *positions) to codes like it, indices and a loss (a scalar)."""
         positive = z.detach() > 0
         codes = positive.float() * 2 - 1
         loss = self.commitment_loss_weight * F.mse_loss(z, codes)
@@ -104,7 +104,8 @@ class LFQ(Quantizer):
             token_entropy, batch_entropy = self.entropies(z)
             excess = token_entropy - self.diversity_gamma * batch_entropy
             loss = loss + self.entropy_loss_weight * excess
-        return straight_through(z, showing_nan(codes, z)), self._pack(positive), loss
+        codes = straight_through(z, showing_nan(codes, z))
+        return Quantized(codes, self._pack(positive), loss)
 
     def entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """H_token and H_batch (scalars, nats) of `z` (B, dim, *positions): see the class."""

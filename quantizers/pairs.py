@@ -58,15 +58,20 @@ class Pairs(Quantizer):
         """The flags of the command line that this quantizer reads."""
         return ["pairs", *self.quantizer.read_flags()]
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
+    def flag_values(self) -> dict:
+        """The values of flags that have no default of their own, also where none was given."""
+        return self.quantizer.flag_values()
+
+    def quantize(self, z: Tensor) -> Quantized:
         """Quantize `z` (B, dim, *positions); the last position axis has an even length."""
         self._check_even(z, z.shape[2:])
         left, right = z.unflatten(-1, (-1, 2)).unbind(-1)
         joined = torch.cat([left + right, left - right], 1) * 0.5**0.5
         out = Quantized(*self.quantizer(joined))
         indices = out.indices.unflatten(-1, (-1, 2)).mT.flatten(-3, -2)  # (B, *positions, stages)
-        rest = () if out.loss is None else (out.loss,)
-        return _split(out.codes), indices if self.stage_axis else indices[..., 0], *rest
+        if not self.stage_axis:
+            indices = indices[..., 0]
+        return Quantized(_split(out.codes), indices, out.loss)
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions)."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Quantizer
+from .base import Quantized, Quantizer
 from .checks import check_integer, check_momentum
 from .counting import Counts, count, inverse, rank, unrank
 from .functional import mean_over_processes, per_channel, showing_nan, straight_through
@@ -146,8 +146,8 @@ class SVQ(Quantizer):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, classes={self.classes}, stages={self.stages}"
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`."""
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, dim, *positions) to codes like it and indices (B, *positions[, K])."""
         tracked = self._track(z) if self.training else None
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
@@ -162,7 +162,7 @@ class SVQ(Quantizer):
         codes = self._codes(classes, integers, positions)
         source = _without_gradient_along(z.detach() - codes, z)
         quantized = straight_through(source, showing_nan(codes, z))
-        return quantized, self._tokens(index.view(positions))
+        return Quantized(quantized, self._tokens(index.view(positions)))
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Decode `indices` (B, *positions[, first stages]) to codes (B, dim, *positions).

@@ -213,8 +213,8 @@ def test_a_frozen_quantizer_does_not_change(name):
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert same_bits(module.indices_to_codes(indices, *side), stored)
-    module.unfreeze()
-    host.train()(latent(module))[0].square().sum().backward()
+    module.unfreeze()  # in training mode, which was asked for last
+    host(latent(module))[0].square().sum().backward()
     optimizer.step()
     changed = any(not torch.equal(value, before[k]) for k, value in module.state_dict().items())
     assert module.training and changed == bool(before)

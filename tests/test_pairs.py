@@ -65,7 +65,8 @@ def test_it_keeps_the_contract(name):
     assert all(map(torch.equal, state, pairs.state_dict().values()))
     # As in a host that gives and takes the gradients of all that it holds.
     assert not pairs.requires_grad_(True).indices_to_codes(indices).requires_grad
-    assert pairs.unfreeze().train().quantizer.training
+    assert pairs.unfreeze().quantizer.training
+    assert not pairs.eval().freeze().freeze().unfreeze().quantizer.training
 
 
 def test_pairs_of_pairs_ask_for_four():
