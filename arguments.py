@@ -156,10 +156,14 @@ def _add_quantizer(add: Callable) -> None:
         help="fsq, rfsq: levels of each channel (rfsq: in every stage); default 8 8 8 8 for fsq, "
              "8 8 8 4 for rfsq with 2 stages, 4 4 4 4 4 with 4 stages")
     add("--rfsq-stages", number(int, 1, 64), 2, ARCHITECTURE, help="rfsq: number of stages")
-    add("--rfsq-strategy", STRATEGIES, "layernorm", ARCHITECTURE,
+    add("--rfsq-strategy", tuple(STRATEGIES), "layernorm", ARCHITECTURE,
         help="rfsq: how a stage's residual is brought to the range of the FSQ")
     add("--rfsq-initial-scale", positive, 0.693147,
         help="rfsq scale: the scale of every stage at the start; log 2 as in the paper's code")
+    add("--rfsq-initial-gain", positive, None,
+        help="rfsq layernorm: the gain of every channel at the start, with a bias of 0; 1 in the "
+             "paper's code; default: near the best for a Gaussian, 1.1/sqrt(L) with a bias of -1/L "
+             "for an even number of levels L")
     add("--rfsq-slope", positive, None, ARCHITECTURE,
         help="rfsq geometric: slope of the bound; default: 1/sqrt(6) + 0.7 / levels^stages, for a"
              " fixed rate; for entropy coding 0.1 to 0.2, with more levels")
@@ -294,17 +298,11 @@ def get_args(argv: Sequence[str] | None = None) -> Namespace:
         )
     if args.lr_decay_style == "exponential" and args.lr_decay_ratio == 0:
         parser.error("--lr-decay-style exponential needs a --lr-decay-ratio above 0")
-    if args.ema_decay == 1:
-        parser.error("--ema-decay must be below 1, or the codebook would never move")
     if not args.l1_weight and not args.perceptual_weight:
         parser.error(
             "--l1-weight 0 and --perceptual-weight 0 leave nothing to reconstruct by: "
             "give one of them a weight above 0"
         )
-    if args.levels is not None and "levels" not in QUANTIZERS[args.quantizer].flags:
-        parser.error(f"--levels has no effect on --quantizer {args.quantizer}: leave it out")
-    if args.rfsq_statistics == "image" and args.rfsq_strategy != "layernorm":
-        parser.error("--rfsq-statistics image needs --rfsq-strategy layernorm")
     if args.tensorboard and find_spec("tensorboard") is None:
         parser.error("--tensorboard needs `pip install '.[tensorboard]'`, or leave it out")
     if args.lpips_net is None:

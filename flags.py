@@ -50,9 +50,8 @@ def unread_flags(quantizer: Quantizer) -> set[str]:
 
 
 def with_levels(args: Namespace, quantizer: Quantizer) -> Namespace:
-    """`args` with the levels that `quantizer`, built from them, has also where no flag gave any."""
-    levels = quantizer.levels if "levels" in quantizer.flags else args.levels
-    return Namespace(**{**vars(args), "levels": levels})
+    """A copy of `args` that names the default levels of `quantizer`, built from them."""
+    return Namespace(**{**vars(args), **quantizer.flag_values()})
 
 
 def ignored_flags(args: Namespace, quantizer: Quantizer) -> list[str]:

@@ -25,7 +25,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
-STRATEGIES = (*RFSQ.STRATEGIES, "geometric")  # of --rfsq-strategy; the last is GeometricRFSQ
+# The choices of --rfsq-strategy: that of geometric stages is a class of its own.
+STRATEGIES: dict[str, type[Quantizer]] = {
+    **dict.fromkeys(RFSQ.STRATEGIES, RFSQ),
+    "geometric": GeometricRFSQ,
+}
 
 
 def build_quantizer(args: Namespace) -> Quantizer:
@@ -38,8 +42,8 @@ def build_quantizer(args: Namespace) -> Quantizer:
         raise ValueError(
             f"quantizer {args.quantizer!r} is unknown: choose from {', '.join(QUANTIZERS)}"
         )
-    geometric = args.quantizer == "rfsq" and args.rfsq_strategy == "geometric"
-    quantizer = (GeometricRFSQ if geometric else QUANTIZERS[args.quantizer]).from_args(args)
+    kind = QUANTIZERS[args.quantizer]
+    quantizer = (STRATEGIES[args.rfsq_strategy] if kind is RFSQ else kind).from_args(args)
     return Pairs(quantizer) if args.pairs else quantizer
 
 

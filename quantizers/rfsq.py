@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .base import Quantized
 from .fsq import Grid
 from .functional import per_channel, straight_through
 from .moments import next_batch, running_std, update_moments
@@ -34,9 +35,7 @@ class RFSQ(ResidualFSQ):
         - `scale`: a is a learned positive number for each stage, stored as its logarithm.
         - `layernorm`: A(r) = (r - mean)/std * gain + bias, that is a = gain/std and
           b = bias - a mean, with gain (stored as its logarithm) and bias learned for each stage and
-          channel. They start at gain = 1.1/sqrt(L) and bias = -1/L for even L (0 for odd), within
-          0.5 dB of the least squared error of a unit Gaussian for L = 4 to 64 (0.8 dB for 3): with
-          a gain of 1 the tanh saturates, and the codes of an even L are centred at -1/L.
+          channel.
 
     statistics (of `layernorm`):
         - `global` (default): running averages of the mean and variance of each stage and channel,
@@ -58,6 +57,10 @@ class RFSQ(ResidualFSQ):
             (22.0 bits), [4, 4, 4, 4, 4] for 4 stages (40.0 bits), none for other numbers of stages.
         initial_scale: `scale`: a of every stage at the start. The default, log 2, is what the
             paper's implementation starts from.
+        initial_gain: `layernorm`: gain of every stage and channel at the start, with a bias of 0;
+            1 in the paper's implementation. Default: 1.1/sqrt(L), with a bias of -1/L for even L,
+            within 0.5 dB of the least squared error of a unit Gaussian for L = 4 to 64 (0.8 dB for
+            3). With a gain of 1 the tanh saturates, and the codes of an even L are around -1/L.
         statistics: `layernorm`: `global` or `image`.
         momentum, stage_dropout: see `ResidualFSQ`.
 
@@ -77,6 +80,7 @@ class RFSQ(ResidualFSQ):
         "rfsq_strategy": "strategy",
         "levels": "levels",
         "rfsq_initial_scale": "initial_scale",
+        "rfsq_initial_gain": "initial_gain",
         "rfsq_statistics": "statistics",
         "rfsq_stage_dropout": "stage_dropout",
     }
@@ -87,6 +91,7 @@ class RFSQ(ResidualFSQ):
         strategy: str = "layernorm",
         levels: Sequence[int] | None = None,
         initial_scale: float = 0.693147,
+        initial_gain: float | None = None,
         statistics: str = "global",
         momentum: float = 0.01,
         stage_dropout: float = 0.0,
@@ -102,6 +107,8 @@ class RFSQ(ResidualFSQ):
             raise ValueError(f"statistics 'image' needs strategy 'layernorm', not {strategy!r}")
         if not (math.isfinite(initial_scale) and initial_scale > 0):
             raise ValueError(f"initial_scale must be a positive number, not {initial_scale}")
+        if initial_gain is not None and not (math.isfinite(initial_gain) and initial_gain > 0):
+            raise ValueError(f"initial_gain must be a positive number, not {initial_gain}")
         super().__init__(strategy, stages, levels, momentum, stage_dropout)
         self.strategy = strategy
         self.statistics = statistics if strategy == "layernorm" else None
@@ -112,6 +119,8 @@ class RFSQ(ResidualFSQ):
             level = torch.tensor(self.levels, dtype=torch.float32)
             gain = 1.1 / level.sqrt()
             bias = torch.where(level % 2 == 0, -1 / level, 0.0)
+            if initial_gain is not None:
+                gain, bias = torch.full_like(gain, initial_gain), torch.zeros_like(bias)
             self.log_gain = nn.Parameter(gain.log().repeat(stages, 1))
             self.bias = nn.Parameter(bias.repeat(stages, 1))
         if self.statistics == "global":
@@ -122,14 +131,15 @@ class RFSQ(ResidualFSQ):
 
     def read_flags(self) -> list[str]:
         """The flags of the command line that this quantizer reads."""
-        of = {"rfsq_initial_scale": "scale", "rfsq_statistics": "layernorm"}
+        of = {"rfsq_initial_scale": "scale"}
+        of |= dict.fromkeys(("rfsq_initial_gain", "rfsq_statistics"), "layernorm")
         return [flag for flag in self.flags if of.get(flag, self.strategy) == self.strategy]
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Quantize `z` (B, dim, *positions) to `(quantized, indices)`, indices (B, *positions, K).
+    def quantize(self, z: Tensor) -> Quantized:
+        """Quantize `z` (B, dim, *positions) to codes like it and indices (B, *positions, K).
 
-        With image statistics: `(quantized, indices, loss, statistics)`, the loss a zero and
-        statistics (B, K, 2, dim) the mean and std of each image, stage and channel.
+        The statistics of an image, where they are sent, are (B, K, 2, dim): the mean and std of
+        each stage and channel.
         """
         grid, kept, running = self.fsq.grid(z), self._stages_kept(z), self._running(z)
         updating = self.training and self.statistics == "global"
@@ -155,8 +165,8 @@ class RFSQ(ResidualFSQ):
         if self.statistics == "image":
             # K pairs of (B, C, 1, ...) -> (B, K, 2, C)
             pairs = [torch.stack(pair, dim=1).flatten(2) for pair in statistics]
-            return quantized, indices, z.new_zeros(()), torch.stack(pairs, dim=1)
-        return quantized, indices
+            return Quantized(quantized, indices, statistics=torch.stack(pairs, dim=1))
+        return Quantized(quantized, indices)
 
     def dequantize(self, indices: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Decode `indices` (B, *positions, k) of the first k stages to (B, dim, *positions).
@@ -203,7 +213,7 @@ class RFSQ(ResidualFSQ):
         return list(zip(by_stage(log_gain.exp(), like), by_stage(bias, like), strict=True))
 
     def _fixed_if_frozen(self, parameter: Tensor) -> Tensor:
-        """A parameter without a gradient if frozen, even after `requires_grad_(True)` of a host."""
+        """A parameter, without gradient if frozen, even if the enclosing model asks for one."""
         return parameter.detach() if self._frozen else parameter
 
     def _running(self, like: Tensor) -> list[tuple[Tensor, ...]]:
@@ -246,8 +256,7 @@ def affine(
 
 def denormalise(rounded: Tensor, a: Tensor, b: Tensor, grid: Grid) -> Tensor:
     """The codes `A^-1(n / floor(L/2))` of integers n, A(r) = a r + b: encoder and decoder alike."""
-    # Adding -b/a instead of subtracting b/a saves the backward a negation of the whole gradient.
-    return rounded / (a * grid.half_levels) + (-b / a)
+    return rounded / (a * grid.half_levels) - b / a
 
 
 def by_stage(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:

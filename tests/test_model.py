@@ -13,7 +13,13 @@ import torch
 from arguments import get_args, get_parser
 from checkpoint import Damaged, load_checkpoint, save_checkpoint
 from dataset.images import IMAGENET_MEAN, IMAGENET_STD
-from flags import architecture_flags, current_flags, may_change_flags
+from flags import (
+    architecture_flags,
+    current_flags,
+    differing_flags,
+    may_change_flags,
+    with_levels,
+)
 from model import VQVAE, load_model, load_weights
 from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA, build_quantizer
@@ -297,6 +303,7 @@ def test_flags_reach_the_quantizer():
     assert (rfsq.stages, rfsq.strategy, rfsq.levels) == (3, "scale", [5, 4, 3])
     assert rfsq.log_scale.exp().tolist() == pytest.approx([2.5] * 3)
     assert RFSQ.from_args(parse("--rfsq-statistics image")).statistics == "image"
+    assert RFSQ.from_args(parse("--rfsq-initial-gain 1")).log_gain.eq(0).all()
     geometric = build_quantizer(parse("--rfsq-strategy geometric --rfsq-slope 0.2"))
     assert geometric.slope.tolist() == pytest.approx([0.2] * 4)
     assert FSQ.from_args(parse("--quantizer fsq")).levels == [8, 8, 8, 8]
@@ -392,7 +399,6 @@ BAD_FLAGS = {
     "dim": (["--lfq-dim", "63"], "--lfq-dim.*'63'.*at most 62"),
     "downsample": (["--downsample", "5"], "--downsample.*5"),
     "size": (["--img-size", "130"], "--img-size 130.*--downsample 4"),
-    "decay": (["--ema-decay", "1"], "--ema-decay"),
     "ratio": (
         ["--lr-decay-style", "exponential", "--lr-decay-ratio", "0"],
         "exponential.*--lr-decay-ratio",
@@ -649,6 +655,18 @@ def test_what_only_the_quantizer_knows_is_an_architecture_too(there, here, tmp_p
     name = here.split()[-2]
     with pytest.raises(ValueError, match=f"of another architecture: {name}.* there"):
         load_weights(VQVAE(args), args, path)
+
+
+@pytest.mark.parametrize("pairs", ["", "--pairs"])
+def test_default_levels_are_the_same_run_as_the_same_levels_given(pairs):
+    default, given = (parse(f"{pairs} {levels}") for levels in ("", "--levels 8 8 8 4"))
+    runs = [with_levels(args, build_quantizer(args)) for args in (default, given)]
+    assert not differing_flags(*runs, may_change=())
+    other = parse(f"{pairs} --levels 8 8 4 8")
+    other = with_levels(other, build_quantizer(other))
+    assert differing_flags(runs[0], other, may_change=()) == [
+        "--levels [8, 8, 8, 4] there, [8, 8, 4, 8] here"
+    ]
 
 
 def test_flags_that_make_the_same_model_fit(tmp_path):

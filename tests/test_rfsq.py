@@ -405,6 +405,17 @@ def test_the_last_stage_uses_its_codes_from_the_start(stages, times, decibels):
     assert 10 * math.log10(error["none"] / error["layernorm"]) > decibels
 
 
+@pytest.mark.parametrize("gain", [1.0, 0.4])
+def test_the_initial_gain_asked_for_comes_without_a_bias(gain):
+    rfsq = RFSQ(2, levels=[8, 5], initial_gain=gain)
+    assert rfsq.log_gain.exp().flatten().tolist() == pytest.approx([gain] * 4, rel=1e-6)
+    assert not rfsq.bias.any()
+    # Before any batch the mean is 0 and the variance 1: the first stage is FSQ(gain z) / gain.
+    z = torch.randn(4, 2, 8, 8)
+    first = rfsq.eval().codes_after_each_stage(rfsq(z)[1])[0]
+    torch.testing.assert_close(first, FSQ([8, 5])(gain * z)[0] / gain)
+
+
 # ---------------------------------------------------------------------------------------
 # Scale
 # ---------------------------------------------------------------------------------------
@@ -500,6 +511,8 @@ def test_stages_without_default_levels(stages):
         ({"strategy": "scale", "initial_scale": -1.0}, "initial_scale.*-1.0"),
         ({"strategy": "scale", "initial_scale": math.nan}, "initial_scale.*nan"),
         ({"strategy": "scale", "initial_scale": math.inf}, "initial_scale.*inf"),
+        ({"initial_gain": 0.0}, "initial_gain.*0.0"),
+        ({"initial_gain": math.nan}, "initial_gain.*nan"),
         ({"momentum": 0}, "momentum.*0"),
         ({"momentum": 1.5}, "momentum.*1.5"),
         ({"stage_dropout": -0.1}, "stage_dropout.*-0.1"),

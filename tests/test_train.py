@@ -241,10 +241,14 @@ def test_model_from_a_checkpoint_decodes_in_a_fresh_process(photographs, tmp_pat
 
 
 def test_flags_of_another_quantizer_are_named(photographs, tmp_path, capsys):
-    flags = ["--train-iters=1", "--svq-bits=40", "--ema-stages=1", f"--save={tmp_path / 'run'}"]
+    flags = ["--train-iters=1", "--quantizer=lfq", "--levels", "4", "--svq-bits=40"]
+    flags += ["--ema-stages=1", f"--save={tmp_path / 'run'}"]
     train.main([*TINY, *paths(photographs), *flags])
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warnings == ["warning: --svq-bits 40 has no effect on rfsq-2x2048-layernorm"]
+    assert warnings == [
+        "warning: --levels [4] has no effect on lfq-12",
+        "warning: --svq-bits 40 has no effect on lfq-12",
+    ]
 
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch):
@@ -323,11 +327,11 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
             [*good, "--quantizer=lfq", "--lfq-entropy-groups=13"],
             "entropy_groups must be an integer from 1 to 12",
         ),
-        "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "--ema-decay"),
+        "ema decay": ("train", [*good, "--quantizer=ema", "--ema-decay=1"], "decay must be in"),
         "statistics": (
             "train",
             [*good, "--rfsq-strategy=none", "--rfsq-statistics=image"],
-            "--rfsq-statistics image needs --rfsq-strategy layernorm",
+            "statistics 'image' needs strategy 'layernorm', not 'none'",
         ),
         "all weights 0": (
             "train",
@@ -342,7 +346,6 @@ def bad_inputs(photographs: Path, tmp_path: Path) -> dict[str, tuple[str, list[s
         "too many decoders": ("pack_images", ["a", "b", "--num-workers=9999"], "at most 1024"),
         "giant images": ("pack_images", ["a", "b", "--img-size=10000"], "at most 8192"),
         "nothing to learn from": ("train", [*good, "--l1-weight=0"], "--l1-weight 0"),
-        "levels of lfq": ("train", [*good, "--quantizer=lfq", "--levels", "4"], "--levels"),
         "too many stages": ("train", [*good, "--rfsq-stages=1000000"], "--rfsq-stages"),
         "too many workers": ("train", [*good, "--num-workers=100000"], "--num-workers"),
         "too large": ("train", [*good, "--img-size=1000000"], "--img-size"),
