@@ -31,7 +31,7 @@ IMAGES_HELP = (
 )
 
 
-MAX_SIDE = 8192  # pixels: Pillow takes images of more than 9,459 a side for an attack
+MAX_SIDE = 8192  # pixels: Pillow refuses images of more than 89,478,485, or 9,459 a side
 
 
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):

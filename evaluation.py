@@ -135,10 +135,9 @@ def evaluate_stages(
 
     elements, positions = sum(util.from_all(elements)), max(util.from_all(positions))
     residual, inputs = (sum(util.from_all(squares)) / elements).sqrt().tolist()
-    rows, index_bits = usage.compute(), 0.0
+    rows = usage.compute()
     for k, (row, metric) in enumerate(zip(rows, metrics, strict=True)):
-        index_bits += math.log2(row["codebook_size"])
-        row["bits"] = index_bits + quantizer.side_bits * (k + 1) / quantizer.stages / positions
+        row["bits"] = quantizer.bits_with_side_information(positions, stages=k + 1)
         row["residual_rms_before"], row["residual_rms_after"] = residual[k : k + 2]
         row["fsq_input_rms"] = None if math.isnan(inputs[k]) else inputs[k]
         row |= metric.compute()

@@ -101,7 +101,7 @@ def check_room(folder: Path, need: int) -> None:
 
 
 def parse_json(data: str | bytes):
-    """The value of a JSON text that anyone may have written; ValueError for all that is none."""
+    """Parse JSON that need not be trusted; ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -130,12 +130,12 @@ def is_of_the_disk(error: Exception) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """What the operating system says of an error that `is_of_the_disk`."""
+    """The reason that the operating system gives for an error that `is_of_the_disk`."""
     return getattr(error, "strerror", None) or "out of memory"
 
 
 def unwritable(path: str | Path, error: OSError) -> str:
-    """What to say, and to do, about an error in writing `path`."""
+    """The message for an error in writing `path`: the reason, and what to do."""
     return (
         f"{path} cannot be written ({error.strerror or error}): make room, or give another folder; "
         "what was there before is untouched"

@@ -105,8 +105,8 @@ class ImageMetrics:
         return {**field, "paper": paper, "images": int(images)}
 
 
-def bicubic_floor(images: Tensor, f: int) -> Tensor:
-    """What a plain f-times smaller image keeps: antialiased bicubic down, bicubic up, clamped.
+def bicubic_bound(images: Tensor, f: int) -> Tensor:
+    """Images scaled down by f (bicubic, antialiased) and up again, clamped: a lower bound.
 
     Images (B, 3, H, W) in [0, 1] in and out. As PyTorch computes them: the kernel has a = -0.5 on
     the way down, where it is antialiased, and a = -0.75 on the way up. With -0.5 both ways, as in
@@ -117,8 +117,8 @@ def bicubic_floor(images: Tensor, f: int) -> Tensor:
     return interpolate(small, size=images.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-def mean_colour_floor(images: Tensor) -> Tensor:
-    """Each image's mean colour everywhere, (B, 3, H, W): what three numbers an image keep."""
+def mean_colour_bound(images: Tensor) -> Tensor:
+    """Each image's mean colour everywhere, (B, 3, H, W): three numbers an image, a lower bound."""
     return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
 
 
@@ -230,7 +230,7 @@ def evaluate(
     Args:
         model: not inside DistributedDataParallel, whose forward waits for all processes. Returns
             (reconstruction, indices, loss) for images in [0, 1]; has `f` and a `quantizer` with
-            `bits`, `side_bits` (side information an image), `codebook_sizes` and `stage_axis`.
+            `bits_with_side_information`, `codebook_sizes` and `stage_axis`.
         loader: yields uint8 batches (B, 3, H, W) of one image size; this process's shard, which
             may be empty.
         perceptual: LPIPS on `device`, or None.
@@ -269,8 +269,8 @@ def evaluate(
             if frechet is not None:
                 frechet.update(batch, reconstruction)
             if final:
-                metrics["bicubic"].update(images, bicubic_floor(images, model.f))
-                metrics["mean_colour"].update(images, mean_colour_floor(images))
+                metrics["bicubic"].update(images, bicubic_bound(images, model.f))
+                metrics["mean_colour"].update(images, mean_colour_bound(images))
             if reconstruction.isfinite().all():  # else `compute` refuses, in all processes
                 usage.update(indices)
             positions = indices[0].numel() // len(quantizer.codebook_sizes)
@@ -281,7 +281,7 @@ def evaluate(
     computed = {name: metric.compute() for name, metric in metrics.items()}
     images = [row.pop("images") for row in computed.values()]
     height, width, positions = torch.stack(util.from_all(shape)).amax(dim=0).tolist()
-    bits = quantizer.bits + quantizer.side_bits / positions
+    bits = quantizer.bits_with_side_information(positions)
     result = {
         "images": images[0],
         "image_size": [height, width],
@@ -292,7 +292,7 @@ def evaluate(
         "lpips_net": None if perceptual is None else perceptual.net,
     }
     if final:
-        result["floors"] = computed
+        result["floors"] = computed  # the name in files: the lower bounds
     result["stages"] = usage.compute()
     return result if frechet is None else {**result, "rfid": frechet.compute()}
 

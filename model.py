@@ -107,7 +107,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tokens:
-        """What `encode` returns, under its names, for any quantizer: `decode(*tokens(images))`."""
+        """As `encode`, with names, for any quantizer: `decode(*tokens(images))`."""
         self._check(images, self.quantizer.group)
         check_range(images)
         with in_evaluation_mode(self):
@@ -160,7 +160,7 @@ class VQVAE(nn.Module):
 
 
 class Loaded(NamedTuple):
-    """What `load_model` returns.
+    """A model that `load_model` has loaded, and what its file holds.
 
     Attributes:
         model: on the CPU, in evaluation mode.

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         res_blocks: residual blocks at the lowest resolution.
     """
 
-    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+    def __init__(self, dim: int, channel: int, downsample: int, res_blocks: int = 0):
         super().__init__()
         layers, width = [], 3
         for out in _widths(channel, downsample):
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The mirror image of `Encoder`, with transposed convolutions; same arguments."""
 
-    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+    def __init__(self, dim: int, channel: int, downsample: int, res_blocks: int = 0):
         super().__init__()
         widths = _widths(channel, downsample)[::-1]
         layers: list[nn.Module] = [nn.Conv2d(dim, widths[0], 1)]
@@ -118,7 +118,7 @@ class DCTEncoder(nn.Module):
     Arguments as `Encoder`; `channel` is the width of `layers`.
     """
 
-    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+    def __init__(self, dim: int, channel: int, downsample: int, res_blocks: int = 0):
         super().__init__()
         self.to_channels = nn.PixelUnshuffle(downsample)
         self.linear = nn.Conv2d(3 * downsample**2, dim, 1)
@@ -139,7 +139,7 @@ class DCTEncoder(nn.Module):
 class DCTDecoder(nn.Module):
     """The mirror image of `DCTEncoder`; same arguments."""
 
-    def __init__(self, dim: int, channel: int = 256, downsample: int = 4, res_blocks: int = 0):
+    def __init__(self, dim: int, channel: int, downsample: int, res_blocks: int = 0):
         super().__init__()
         self.linear = nn.Conv2d(dim, 3 * downsample**2, 1)
         self.layers = nn.Sequential(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from files import is_stream, write_whole
 
 SECONDS_A_LINE = 30  # between the progress lines in a log
-# What other commands read: --json and --out replace none of these.
+# Files that other commands read: --json and --out refuse these names.
 KEPT_NAMES = ("args.json", "environment.json", "results.json", "results.txt", "names.txt")
 KEPT_NAMES += ("index.json", "unfinished.json", "config.json", "README.md")
 

@@ -29,7 +29,7 @@ class WeightsMissing(ValueError):
 
 
 def load_pretrained(name: str, url: str, build: Callable[[dict[str, Tensor]], Network]) -> Network:
-    """What `build` makes of the state dict at `url`, which never executes anything.
+    """Load the state dict at `url`, which never executes anything, and build a network from it.
 
     `name` says in the error message what needs the weights.
 
@@ -57,7 +57,7 @@ def load_pretrained(name: str, url: str, build: Callable[[dict[str, Tensor]], Ne
 
 
 def build_in_all(build: Callable[[], Network]) -> Network:
-    """What `build` returns, in all processes of a group. A collective.
+    """Call `build` in all processes of a group and return its result. A collective.
 
     One process of each machine goes first, so that weights are downloaded once.
 

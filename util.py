@@ -62,7 +62,7 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
 
 
 def training_precision(flag: str | None) -> str:
-    """That of encoder, decoder and LPIPS: of `--precision`, or without it of the device."""
+    """Precision of encoder, decoder and LPIPS: the flag, or else bf16 on a GPU, fp32 on a CPU."""
     return flag or ("bf16" if torch.cuda.is_available() else "fp32")
 
 

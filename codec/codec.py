@@ -38,11 +38,13 @@ class Codec:
         device: where the network runs, in float32 (no TF32).
         tile: side, in pixels, of what the network gets at once; rounded up to whole positions.
 
-    `format` writes and reads the files, `stages` is how many of the quantizer a file can hold,
-    `bits` the rate per position without image statistics, `seconds` the time that `encode` and
-    `decode` have spent in the network and in packing.
+    Attributes:
+        format: writes and reads the files.
+        stages: the most stages that a file can hold: all of the quantizer's.
+        seconds: the time that `encode` and `decode` have spent in the network and in packing.
 
-    Raises ValueError: the file is not a checkpoint, or its entropy model does not fit.
+    Raises:
+        ValueError: the file is not a checkpoint, or its entropy model does not fit.
     """
 
     def __init__(
@@ -52,7 +54,6 @@ class Codec:
         self.device = torch.device(device)
         self.model.to(self.device)
         quantizer, f = self.model.quantizer, self.model.f
-        self.bits = quantizer.bits
         # In positions, of which the quantizer may take some together.
         self.tile = up_to(max(1, tile), f * quantizer.group) // f
         self.format = Format(
@@ -100,7 +101,7 @@ class Codec:
         return entropy.Counts(self.format.sizes, self.model.quantizer.levels)
 
     def _read_entropy_model(self, state) -> entropy.EntropyModel:
-        """What `fit` has put into the checkpoint.
+        """The entropy model that `compress.py fit` has put into the checkpoint.
 
         Raises:
             ValueError: it is damaged, or was fitted by another version or to another model.

@@ -250,7 +250,7 @@ class Digit(NamedTuple):
         return found
 
     def features(self, scan: Pass) -> np.ndarray:
-        """What the regressions are on, in the order of their weights (weights, n), float64."""
+        """The inputs of the regressions, in the order of their weights (weights, n), float64."""
         height, width = self.plane.shape
         y, x = np.array(AROUND, np.int32).T[..., None]
         y, x = (scan.rows + y).clip(0, height - 1), (scan.columns + x).clip(0, width - 1)

@@ -134,7 +134,7 @@ class EntropyModel:
             )
 
     def _parts(self, planes: np.ndarray, passes: Sequence[context.Pass], order: Callable):
-        """What is coded at a time, from the first (order `iter`) or the last (`reversed`).
+        """Symbols that are coded together, from the first (order `iter`) or the last (`reversed`).
 
         Yields a digit's plane, rows and columns in it, and constriction's model of the symbols
         there with its parameters: their probabilities, or none where there is one context.

@@ -17,7 +17,7 @@ Tokens = tuple[np.ndarray, np.ndarray | None, tuple[int, int]]
 
 @dataclass
 class Format:
-    """What the files of a model hold.
+    """The file format of a model: from indices to the bytes of a file and back.
 
     Args:
         sizes: the numbers of codes, by stage.
@@ -37,7 +37,7 @@ class Format:
 
     @property
     def stages(self) -> int:
-        """How many a file can hold."""
+        """The most stages that a file can hold."""
         return min(len(self.sizes), 255)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -91,7 +91,7 @@ class Section(io.RawIOBase):
 
 
 class _Headers(Section):
-    """What `tarfile` reads headers from; a header that claims to be huge fills no memory."""
+    """A file for `tarfile` in which a header that claims to be huge fills no memory."""
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER:

@@ -14,7 +14,7 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells these images from others: `names`, and the sizes of the files or the pixels.
+        """Hashes that identify the images: of the `names`, and of the file sizes or the pixels.
 
         A run that is resumed must find the same.
         """

@@ -178,11 +178,11 @@ class SkipCorrupt(ImageDataset):
         return None
 
     def names(self) -> list[str]:
-        """Those of all images, also of images that cannot be read."""
+        """Names of all images, unreadable ones included."""
         return self.images.names()
 
     def fingerprint(self) -> dict[str, str]:
-        """That of all images."""
+        """Fingerprint of all images, unreadable ones included."""
         return self.images.fingerprint()
 
     def skipped(self) -> list[str]:

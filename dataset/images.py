@@ -67,7 +67,7 @@ def _spread_transparency(png: Image.Image) -> None:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `IMAGE_SUFFIXES`: of others, Pillow hands some to programs such as Ghostscript."""
+    """Pillow formats of `IMAGE_SUFFIXES` alone: others may start programs such as Ghostscript."""
     known = Image.registered_extensions()
     return sorted({known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known})
 

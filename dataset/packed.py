@@ -183,7 +183,7 @@ def verify(out: Path, index: dict) -> None:
 
 
 class PackedDataset(ImageDataset):
-    """What `scripts/pack_images.py` made of a folder: the same images in the same order.
+    """Images that `scripts/pack_images.py` has packed: those of a folder, in the same order.
 
     Item i is uint8 (3, img_size, img_size), the same bytes that `ImageFolderDataset` returns.
 

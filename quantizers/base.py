@@ -148,13 +148,13 @@ class Quantizer(nn.Module):
         return self.dequantize(indices, statistics)
 
     def dequantize(self, indices: Tensor, *statistics: Tensor) -> Tensor:
-        """What `indices_to_codes` returns, for checked int64 indices."""
+        """Decode checked int64 indices: see `indices_to_codes`."""
         raise NotImplementedError
 
     def codes_after_each_stage(
         self, indices: Tensor, statistics: Tensor | None = None
     ) -> list[Tensor]:
-        """What the first 1, 2, ... stages of `indices` decode to, each (B, dim, *positions).
+        """Codes of the first 1, 2, ... stages of `indices`, each (B, dim, *positions).
 
         Their differences are the codes of each stage. `statistics` as for `indices_to_codes`.
         """
@@ -164,14 +164,14 @@ class Quantizer(nn.Module):
         return [self.indices_to_codes(indices[..., :k], statistics) for k in stages]
 
     def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor | None:
-        """What the FSQ of a stage is given, (B, dim, *positions); None for a quantizer without one.
+        """Input of the FSQ of a stage, (B, dim, *positions); None for a quantizer without an FSQ.
 
         For analysis of a trained quantizer.
 
         Args:
             stage: its number, from 0.
             z: the latent (B, dim, *positions).
-            quantized: what the stages before it decode to; None for the first stage.
+            quantized: codes of the stages before it, together; None for the first stage.
         """
         return None
 
@@ -212,6 +212,17 @@ class Quantizer(nn.Module):
     def bits(self) -> float:
         """Bits per latent position: log2 of the number of codes, summed over stages."""
         return float(sum(math.log2(size) for size in self.codebook_sizes))
+
+    def bits_with_side_information(self, positions: int, stages: int | None = None) -> float:
+        """Bits per position of the first `stages` (default: all), side information included.
+
+        Args:
+            positions: latent positions of an image, which share its side information.
+            stages: how many, with the side information of these alone.
+        """
+        stages = self.stages if stages is None else stages
+        index_bits = sum(math.log2(size) for size in self.codebook_sizes[:stages])
+        return index_bits + self.side_bits * stages / self.stages / positions
 
     def extra_repr(self) -> str:
         return f"{self.name}, dim={self.dim}, bits={self.bits:g}"

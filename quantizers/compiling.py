@@ -13,9 +13,9 @@ from .functional import exporting
 def opaque(fake: Callable) -> Callable:
     """Decorator: one operator in torch.compile, which would take minutes for its many loops.
 
-    No gradient passes. Such an operator is called with a last argument `compiled=True`: the
-    function may then call the compiled form of what it repeats (see `compiled_form`). Under
-    torch.export and the transforms of torch.func it is traced through instead.
+    No gradient passes. The function has an argument `compiled`, which is True in such an operator:
+    it may then call the compiled form of what it repeats (see `compiled_form`). Under torch.export
+    and the transforms of torch.func it is traced through instead.
 
     `fake` takes the same arguments, tensors without values, and returns tensors of the shapes and
     dtypes of the result.
@@ -27,10 +27,12 @@ def opaque(fake: Callable) -> Callable:
         operator.register_fake(fake)
 
         @functools.wraps(function)
-        def call(*args):
+        def call(*args, **kwargs):
             compiling = torch.compiler.is_compiling() and not exporting()
             with torch.no_grad():
-                return operator(*args, True) if compiling else function(*args)
+                if compiling:
+                    return operator(*args, **kwargs, compiled=True)
+                return function(*args, **kwargs)
 
         return call
 

@@ -46,7 +46,7 @@ class Lengths(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How many vectors there are, by class, first channel and greatest length t in 0 .. T-1.
+    """Numbers of vectors, by class, first channel and greatest length t in 0 .. T-1.
 
     Attributes:
         within: (classes, dim + 1, T), [j, c, t]: vectors of the channels c, c + 1, ... of length
@@ -131,20 +131,20 @@ class _Channel:
         return torch.where(t < 0, 0, table[self.classes, t.clamp(min=0)])
 
     def zeros(self) -> Tensor:
-        """How many have v_c = 0."""
+        """Number of vectors with v_c = 0."""
         return self._at(self.within, self.left - self.lengths.zero)
 
     def each(self, whole: Tensor) -> Tensor:
-        """How many have v_c = v, for a v after this number of whole runs."""
+        """Number of vectors with v_c = v, for one v > 0 after `whole` runs of equal lengths."""
         return self._at(self.within, self.left - self.lengths.first - whole * self.lengths.step)
 
     def runs(self, whole: Tensor | int) -> Tensor:
-        """How many have v_c > 0 after this number of whole runs."""
+        """Number of vectors with v_c > 0 after `whole` runs of equal lengths."""
         t = self.left - self.lengths.first - whole * self.lengths.step
         return self.lengths.run * self._at(self.strided, t)
 
     def up_to(self, magnitude: Tensor) -> Tensor:
-        """How many have v_c from 1 to `magnitude`."""
+        """Number of vectors with v_c from 1 to `magnitude`."""
         whole, more = magnitude // self.lengths.run, magnitude % self.lengths.run
         return self.one_side - self.runs(whole) + more * self.each(whole)
 
@@ -233,7 +233,7 @@ def _rank(
 def _rank_channel(
     within: Tensor, strided: Tensor, lengths: Tensor, classes: Tensor, left: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many vectors come first by their v_c, and what v_c = `value` (N,) leaves of the budget.
+    """Number of vectors that come first by their v_c, and the budget left by v_c = `value` (N,).
 
     The others are the arguments of `_Channel`.
     """

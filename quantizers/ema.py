@@ -198,7 +198,7 @@ class VectorQuantizeEMA(Quantizer):
 
 
 def _tokens_of_processes(tokens: Tensor) -> Tensor:
-    """How many elements `tokens` has in each process, int64 (processes,)."""
+    """Numbers of elements of `tokens` in each process, int64 (processes,)."""
     mine = torch.arange(processes(), device=tokens.device) == rank()
     return sum_over_processes(mine * tokens.numel())
 

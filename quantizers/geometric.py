@@ -131,7 +131,7 @@ class GeometricRFSQ(ResidualFSQ):
 
     @torch.no_grad()
     def stage_input(self, stage: int, z: Tensor, quantized: Tensor | None = None) -> Tensor:
-        """What a stage cuts into L cells of [-1, 1]: see `Quantizer.stage_input`."""
+        """The number in [-1, 1] that a stage cuts into L cells: see `Quantizer.stage_input`."""
         self._check_input(z)
         before = 0 if quantized is None else self._bound(quantized)
         return (self._bound(z.float()) - before) * _power(self._levels_and_slope(z)[0], stage)

@@ -99,7 +99,7 @@ class ResidualFSQ(Quantizer):
         )
 
     def _stages_kept(self, like: Tensor) -> Tensor | None:
-        """How many stages each image of `like` keeps, (B, 1, ...); None without stage dropout.
+        """Number of stages of each image of `like`, (B, 1, ...); None without stage dropout.
 
         Every process draws for the images of all processes and takes its part, so that with equal
         random states N processes do what one does.

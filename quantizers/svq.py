@@ -16,12 +16,13 @@ from .functional import mean_over_processes, per_channel, showing_nan, straight_
 from .moments import next_batch, running_std, store_if, update_moments
 from .svq_search import log_scale, search, suited
 
-MOST = 16  # bits a channel: with more, lengths of 1/8 bit are too coarse
+MAX_BITS_PER_CHANNEL = 16  # on average: with more, lengths of 1/8 bit are too coarse
 UNITS = 8  # code lengths are whole numbers of 1/8 bit
-SPARE = 14  # a budget is at most this many bits above log2 of the number of vectors within it
-SPAN = (-25 / 14, 39 / 14)  # of the classes' steps, in standard deviations of log2 of the scale
-PRIOR = 0.02  # weight of a Laplacian in the statistics of the classes, all together
-MOST_OF_A_CHANNEL = 14  # bits of the strongest: more would be beyond the range of its integers
+BUDGET_MARGIN = 14  # bits that a budget may be above log2 of the number of vectors within it
+# From the finest to the coarsest step, in standard deviations of log2 of the scale.
+CLASS_SPREAD = (-25 / 14, 39 / 14)
+PRIOR_WEIGHT = 0.02  # of a Laplacian in the statistics of the classes, all together
+MAX_BITS_OF_STRONGEST = 14  # channel: more would be beyond the range of its integers
 LAPLACIAN = 2**0.5 * math.e  # 2^h / std, h the differential entropy in bits
 
 
@@ -111,10 +112,10 @@ class SVQ(Quantizer):
         classes = check_integer("classes", classes, 1, 1024)
         stages = check_integer("stages", stages)
         dim = 12 + 2 * bits // 5 if dim is None else check_integer("dim", dim)
-        if bits > MOST * dim:
+        if bits > MAX_BITS_PER_CHANNEL * dim:
             raise ValueError(
-                f"{bits} bits are too many for {dim} channels: at most {MOST} a channel, so give "
-                f"at least {-(-bits // MOST)}"
+                f"{bits} bits are too many for {dim} channels: at most {MAX_BITS_PER_CHANNEL} a "
+                f"channel, so give at least {-(-bits // MAX_BITS_PER_CHANNEL)}"
             )
         if classes > 2 ** (bits - 4):
             raise ValueError(
@@ -152,8 +153,8 @@ class SVQ(Quantizer):
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)
         vectors = vectors[self.order].flatten(1)  # (dim, N)
-        std, level = self._level(self.running_var)
-        candidates = suited(vectors, std[self.order], level, self.steps)
+        std, reference = self._reference_step(self.running_var)
+        candidates = suited(vectors, std[self.order], reference, self.steps)
         classes, integers = search(vectors, candidates, self.steps, self.lengths, counts.budget)
         if tracked is not None:
             self._track_classes(classes, integers, tracked)
@@ -199,7 +200,7 @@ class SVQ(Quantizer):
         return torch.stack([(index >> bits) % size for bits, size in sizes], -1)
 
     def _codes(self, classes: Tensor, integers: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """What the integers (dim, N) stand for, (B, dim, *positions).
+        """The codes (B, dim, *positions) of integers (dim, N).
 
         Steps have 12 bits, so that the product is exact where it matters, and a fused
         multiplication and addition gives the same.
@@ -209,7 +210,7 @@ class SVQ(Quantizer):
         return codes.view(self.dim, *positions).transpose(0, 1)
 
     def _counts(self) -> Counts:
-        return count(self.lengths, UNITS * (self.index_bits + SPARE), self.class_size)
+        return count(self.lengths, UNITS * (self.index_bits + BUDGET_MARGIN), self.class_size)
 
     @torch.no_grad()
     def _track(self, z: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class SVQ(Quantizer):
         mean, var = per_channel(self.running_mean, z), per_channel(self.running_var, z)
         mean, var = update_moments(mean, var, z, weight)
         vectors = (z - mean).transpose(0, 1).flatten(1)
-        scale = log_scale(vectors, *self._level(var.flatten())) - self.log_scale[0]
+        scale = log_scale(vectors, *self._reference_step(var.flatten())) - self.log_scale[0]
         shift, square = mean_over_processes(torch.stack([scale.mean(), scale.square().mean()]))
         new = torch.stack([self.log_scale[0] + shift, (square - shift.square()).clamp(min=0)])
         finite = new.isfinite().all()
@@ -244,49 +245,68 @@ class SVQ(Quantizer):
         moments = mean_over_processes(member.t() @ features)
         self.class_moments.lerp_(moments, weight)
 
-    def _level(self, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard deviations of channels with these variances, and the step for a class's bits."""
+    def _reference_step(self, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard deviations of channels with these variances, and the step for a class's bits.
+
+        By reverse water-filling of a Laplacian.
+        """
         std = running_std(var).double()
         rate = self.index_bits - math.log2(self.classes)
         entropy = (LAPLACIAN * std).log2().sort(descending=True).values
-        # Reverse water-filling: of all numbers of channels, the one that needs the greatest step.
+        # Of all numbers of channels above the water, the one that needs the greatest step.
         used = torch.arange(1, self.dim + 1, device=std.device)
-        level = ((entropy.cumsum(0) - rate) / used).max()
-        return std, level.maximum(entropy[0] - MOST_OF_A_CHANNEL).exp2()
+        step = ((entropy.cumsum(0) - rate) / used).max()
+        return std, step.maximum(entropy[0] - MAX_BITS_OF_STRONGEST).exp2()
 
     @torch.no_grad()
     def _design(self) -> None:
-        """Steps, order of channels, and code lengths, from the running statistics."""
-        std, level = self._level(self.running_var)
-        order = std.argsort(descending=True, stable=True)
-        self.order.copy_(order)
-        # The middles of equal parts.
-        low, high = SPAN
-        half = (high - low) / (2 * self.classes)
+        """Order of channels, steps and code lengths, from the running statistics."""
+        std, reference = self._reference_step(self.running_var)
+        self.order.copy_(std.argsort(descending=True, stable=True))
+        self.steps.copy_(self._class_steps(reference))
+        nonzero, decay = self._probabilities(std, reference)
+        self.lengths.copy_(_code_lengths(nonzero, decay)[:, self.order])
+
+    def _class_steps(self, reference: Tensor) -> Tensor:
+        """The steps (classes,), float32 with 12 bits: spread as the scales of the vectors are."""
+        low, high = CLASS_SPREAD
+        half = (high - low) / (2 * self.classes)  # of the part of a class: its middle is taken
         ends = (low + half, high - half)
-        place = torch.linspace(*ends, self.classes, device=std.device, dtype=torch.float64)
+        place = torch.linspace(*ends, self.classes, device=reference.device, dtype=torch.float64)
         mean, var = self.log_scale.double()
-        steps = (level * (mean + var.sqrt() * place).exp2()).float()
-        self.steps.copy_((steps.view(torch.int32) & ~0xFFF).view(torch.float32))
+        steps = (reference * (mean + var.sqrt() * place).exp2()).float()
+        return (steps.view(torch.int32) & ~0xFFF).view(torch.float32)
 
-        # P(v != 0), E |v| and P(|v| > k + 1 : |v| > k): of a Laplacian, then with what was counted.
-        decay = (-(2**0.5) * level / std).exp().clamp(max=0.999)
-        share, some, magnitude = self.class_moments.double().split([1, self.dim, self.dim], 1)
-        weight = PRIOR / self.classes
-        some = (some + weight * decay.sqrt()) / (share + weight)
-        magnitude = (magnitude + weight * decay.sqrt() / (1 - decay)) / (share + weight)
-        some = some.clamp(2**-12, 1 - 2**-6)
-        decay = (1 - some / magnitude).clamp(2**-10, 1 - 2**-10)
+    def _probabilities(self, std: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """P(v != 0) and P(|v| > k + 1 : |v| > k >= 1) of each class and channel.
 
-        slope = -UNITS * decay.log2()
-        run = (4 / slope).round().clamp(min=1)  # equal lengths for strong channels
-        step = (slope * run).round().clamp(min=1)
-        first = (-UNITS * (some * (1 - decay) / 2).log2()).round()
-        # Less than the others, so that there is one shortest vector. Lengths are relative to it, so
-        # that it is in every class: with many channels its own length can be above every budget.
-        zero = (-UNITS * (1 - some).log2()).round().minimum(first - 1)
-        relative = torch.stack([torch.zeros_like(zero), first - zero, step, run], -1)
-        self.lengths.copy_(relative[:, order])
+        What was counted, and a Laplacian with a small weight.
+        """
+        laplacian = (-(2**0.5) * reference / std).exp().clamp(max=0.999)  # its decay
+        weight = PRIOR_WEIGHT / self.classes
+        share, nonzero, magnitude = self.class_moments.double().split([1, self.dim, self.dim], 1)
+        nonzero = (nonzero + weight * laplacian.sqrt()) / (share + weight)
+        prior = weight * laplacian.sqrt() / (1 - laplacian)
+        magnitude = (magnitude + prior) / (share + weight)
+        nonzero = nonzero.clamp(2**-12, 1 - 2**-6)
+        decay = (1 - nonzero / magnitude).clamp(2**-10, 1 - 2**-10)
+        return nonzero, decay
+
+
+def _code_lengths(nonzero: Tensor, decay: Tensor) -> Tensor:
+    """The numbers of `Lengths` (..., 4), int64, of a geometric distribution of |v| > 0.
+
+    Args:
+        nonzero, decay: as from `SVQ._probabilities`.
+    """
+    slope = -UNITS * decay.log2()
+    run = (4 / slope).round().clamp(min=1)  # equal lengths for strong channels
+    step = (slope * run).round().clamp(min=1)
+    first = (-UNITS * (nonzero * (1 - decay) / 2).log2()).round()
+    # Less than the others, so that there is one shortest vector. Lengths are relative to it, so
+    # that it is in every class: with many channels its own length can be above every budget.
+    zero = (-UNITS * (1 - nonzero).log2()).round().minimum(first - 1)
+    return torch.stack([torch.zeros_like(zero), first - zero, step, run], -1).long()
 
 
 def _without_gradient_along(error: Tensor, z: Tensor) -> Tensor:

@@ -21,22 +21,26 @@ CHUNK = 4096  # vectors at a time, so that they stay in its cache
 LARGEST = 2**20  # greater integers have no place in a budget
 
 
-def log_scale(vectors: Tensor, std: Tensor, level: Tensor) -> Tensor:
+def log_scale(vectors: Tensor, std: Tensor, step: Tensor) -> Tensor:
     """log2 of the RMS of vectors (dim, N), whose channels have the standard deviations `std`.
 
-    A channel counts as far as it is above the noise of quantization with a step of `level`::
+    A channel counts as far as it is above the noise of quantization with this step::
 
-        mean of (v_c / std_c)^2, weighted by std_c^2 / (std_c^2 + level^2 / 12)
+        mean of (v_c / std_c)^2, weighted by std_c^2 / (std_c^2 + step^2 / 12)
     """
-    total = std.square() + level.square() / 12
+    total = std.square() + step.square() / 12
     energy = (vectors.square() / total.float()[:, None]).sum(0)
     return (energy / (std.square() / total).sum().float()).clamp(min=2**-20).log2() / 2
 
 
-def suited(vectors: Tensor, std: Tensor, level: Tensor, steps: Tensor) -> Tensor:
-    """The classes (at most SEARCHED, N) whose steps are nearest to what vectors (dim, N) need."""
-    best = log_scale(vectors, std, level) - FINER
-    octaves = best - (steps / level).float().log2()[:, None]
+def suited(vectors: Tensor, std: Tensor, reference: Tensor, steps: Tensor) -> Tensor:
+    """The classes (at most SEARCHED, N) whose steps are nearest to what vectors (dim, N) need.
+
+    Args:
+        reference: the step by which `log_scale` weighs channels.
+    """
+    best = log_scale(vectors, std, reference) - FINER
+    octaves = best - (steps / reference).float().log2()[:, None]
     return octaves.abs().topk(min(SEARCHED, len(steps)), 0, largest=False).indices
 
 

@@ -39,8 +39,7 @@ CHARACTERS = 22  # of a line of a label
 @torch.no_grad()
 def reconstruct(model: VQVAE, originals: Tensor) -> tuple[Tensor, float]:
     """From the tokens alone: (images (N, 3, H, W) in [0, 1], bits per latent position)."""
-    positions = originals[0, 0].numel() / model.f**2
-    bits = model.quantizer.bits + model.quantizer.side_bits / positions
+    bits = model.quantizer.bits_with_side_information(originals[0, 0].numel() // model.f**2)
     return model.decode(*model.tokens(originals)).clamp(0, 1), bits
 
 

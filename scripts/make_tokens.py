@@ -44,7 +44,7 @@ FLIPPED = "-flipped"
 def settings_of(
     model: VQVAE, saved: dict, images: ImageDataset, size: int, flags: Namespace
 ) -> dict:
-    """What tokens depend on, and the shapes of the arrays.
+    """The settings that tokens depend on, and the shapes of the arrays.
 
     Raises:
         ValueError: the image size does not fit the model.

@@ -69,7 +69,7 @@ class Ours:
         self.points = [(k, c) for c in coded for k in range(1, self.codec.stages + 1)]
 
     def settings(self) -> Iterator[dict]:
-        """What the JSON says of each of the points."""
+        """The entries of the JSON for each of the points."""
         for k, coded in self.points:
             stages = f", {k} of {self.codec.stages} stages" if self.codec.stages > 1 else ""
             label = self.name + stages + (", entropy-coded" if coded else "")
@@ -284,7 +284,7 @@ def measure_all(
 
 
 def method(values: np.ndarray, area: float, perceptual: Perceptual | None) -> str:
-    """What the numbers mean; `values`: measurements (images, settings, 5), `area`: mean pixels."""
+    """Explain the numbers; `values`: measurements (images, settings, 5), `area`: mean pixels."""
     images = len(values)
     with_ssim, with_lpips = np.isfinite(values[:, 0, SSIM:]).sum(0).tolist()
     counts = {"SSIM": with_ssim, "LPIPS": with_lpips if perceptual else images}

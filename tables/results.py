@@ -110,7 +110,7 @@ def read_results(names: Iterable[str]) -> tuple[list[dict], list[str]]:
 
 
 def lacking(run: object) -> list[str]:
-    """The entries that `run` should have as a run's results, and has not, or of another type."""
+    """The names of the entries of results that are missing in `run`, or of another type."""
     missing = [key for key, kind in RESULTS.items() if not _is_a(_entry(run, key), kind)]
     validations = run.get("validations", []) if isinstance(run, dict) else []  # not of older ones
     if not (isinstance(validations, list) and all(map(_is_validation, validations))):
@@ -128,7 +128,7 @@ def lacking(run: object) -> list[str]:
 
 
 def _is_a(value: object, kind: type | UnionType) -> bool:
-    """Whether a value is of a type; a number that is none, or too large for one, is of no type."""
+    """Whether a value is of a type; NaN and numbers beyond 1e300 are of none."""
     number = isinstance(value, int | float)
     return isinstance(value, kind) and (not number or -1e300 < value < 1e300)
 

@@ -140,7 +140,10 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
 
 
 def _is_of_the_paper(row: Row, configuration: Row) -> bool:
-    """Whether the paper's figures are of such a model; of its baselines the flags are not known."""
+    """Whether the paper's figures belong beside this row.
+
+    The flags of its baselines are not known, so that only network and f count for them.
+    """
     network = (row.args.network, row.args.downsample)
     same_network = network == (configuration.args.network, configuration.args.downsample)
     return same_network and (row.args.quantizer != "rfsq" or row.flags == configuration.flags)

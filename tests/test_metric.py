@@ -54,7 +54,9 @@ class Fake(nn.Module):
     def __init__(self):
         super().__init__()
         self.quantizer = SimpleNamespace(
-            bits=44.0, side_bits=50.0, codebook_sizes=[16, 2**40], stage_axis=True
+            codebook_sizes=[16, 2**40],
+            stage_axis=True,
+            bits_with_side_information=lambda positions: 44 + 50 / positions,
         )
         self.frozen = nn.Dropout().eval()
         self.seen_training = None
@@ -212,33 +214,33 @@ def test_bad_images_are_refused(squeeze):
         ImageMetrics(None).update(torch.ones(1, 3, 11, 10), torch.ones(1, 3, 11, 10))
 
 
-# ---------------------------------------------------------------------------- floors
+# ---------------------------------------------------------------------------- lower bounds
 
 
-def test_floors_keep_constant_images():
+def test_lower_bounds_keep_constant_images():
     images = flat(0.0, 0.3, 1.0, side=16)
-    torch.testing.assert_close(metric.bicubic_floor(images, 4), images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(metric.mean_colour_floor(images), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(metric.bicubic_bound(images, 4), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(metric.mean_colour_bound(images), images, atol=1e-6, rtol=0)
 
 
 def test_mean_colour_is_the_mean_of_each_channel():
     images = pictures(2) / 255
-    floor = metric.mean_colour_floor(images)
+    bound = metric.mean_colour_bound(images)
     expected = pictures(2).double().mean(dim=(2, 3)) / 255
-    torch.testing.assert_close(floor[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
-    assert floor.shape == images.shape and floor.std(dim=(2, 3)).max() < 1e-6
+    torch.testing.assert_close(bound[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
+    assert bound.shape == images.shape and bound.std(dim=(2, 3)).max() < 1e-6
 
 
-def test_bicubic_floor_is_antialiased_and_clamped():
+def test_bicubic_bound_is_antialiased_and_clamped():
     checks = torch.zeros(1, 3, 16, 16)
     checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = 1  # finer than any f = 4 image can show
-    floor = metric.bicubic_floor(checks, 4)
-    assert (floor - 0.5).abs().max() < 0.05
+    bound = metric.bicubic_bound(checks, 4)
+    assert (bound - 0.5).abs().max() < 0.05
     edge = torch.zeros(1, 3, 16, 16)
     edge[..., 8:] = 1  # bicubic rings at it
-    floor = metric.bicubic_floor(edge, 4)
-    assert floor.min() >= -1e-6 and floor.max() <= 1 + 1e-6
-    assert 0.01 < (floor - edge).abs().mean() < 0.2
+    bound = metric.bicubic_bound(edge, 4)
+    assert bound.min() >= -1e-6 and bound.max() <= 1 + 1e-6
+    assert 0.01 < (bound - edge).abs().mean() < 0.2
 
 
 # ---------------------------------------------------------------------------- code usage

@@ -405,6 +405,13 @@ def test_the_last_stage_uses_its_codes_from_the_start(stages, times, decibels):
     assert 10 * math.log10(error["none"] / error["layernorm"]) > decibels
 
 
+def test_side_information_is_shared_by_the_positions_of_an_image():
+    rfsq = RFSQ(2, levels=[8, 8, 8, 4], statistics="image")  # 2 x 11 bits, 2 x 4 x 2 half floats
+    assert rfsq.bits_with_side_information(1024) == 22 + 2 * 4 * 2 * 16 / 1024
+    assert rfsq.bits_with_side_information(64, stages=1) == 11 + 4 * 2 * 16 / 64
+    assert RFSQ(4).bits_with_side_information(64, stages=3) == 30
+
+
 @pytest.mark.parametrize("gain", [1.0, 0.4])
 def test_the_initial_gain_asked_for_comes_without_a_bias(gain):
     rfsq = RFSQ(2, levels=[8, 5], initial_gain=gain)

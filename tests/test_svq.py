@@ -189,7 +189,7 @@ def test_the_search_is_close_to_the_optimum(bits, batches, monkeypatch):
         svq = fitted(SVQ(bits, dim=bits // 2), batches=batches)
         z = laplacian_mixture(svq.dim, 200)
         z = (z - svq.running_mean)[:, svq.order]
-        std, level = svq._level(svq.running_var)
+        std, level = svq._reference_step(svq.running_var)
         candidates = suited(z.T, std[svq.order], level, svq.steps)
         assert candidates.shape == (4, 200)
         arguments = (candidates, svq.steps, svq.lengths, svq._counts().budget)
@@ -355,7 +355,7 @@ def test_more_classes_follow_a_mixture_of_scales_better():
     found = [snr(svq, z) for svq in quantizers]
     assert found == sorted(found) and found[0] > 3.6  # dB
     for svq in quantizers:  # the middles of equal parts of -25/14 to 39/14: one class is at 1/2
-        (mean, var), (_, level) = svq.log_scale, svq._level(svq.running_var)
+        (mean, var), (_, level) = svq.log_scale, svq._reference_step(svq.running_var)
         places = ((svq.steps / level).log2() - mean) / var.sqrt()
         middles = -25 / 14 + 64 / 14 * (torch.arange(svq.classes) + 0.5) / svq.classes
         torch.testing.assert_close(places.float(), middles, atol=0.01, rtol=0)
