@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +25,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from quantizers.functional import in_group, rank
 from quantizers.functional import processes as world_size
-from quantizers.functional import rank
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,10 @@ def setup_processes() -> torch.device:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         stop_with_parent(signal.SIGTERM)  # of torchrun
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Objects go through gloo: through NCCL they would wait for the GPU. What one process does
+        # alone, such as a download, may take longer than the ten minutes that NCCL waits.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return torch.device(device)
 
 
@@ -56,14 +60,18 @@ def data_parallel(module: nn.Module) -> DistributedDataParallel:
 
     The quantizers keep their own statistics equal in all processes.
     """
+    # Compiled as one graph. It would be cut into parts whose gradients are sent while others are
+    # computed; a few megabytes are not worth that.
+    torch._dynamo.config.optimize_ddp = False
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(module, **{name: False})  # the second until torch 2.13
 
 
 def training_precision(flag: str | None) -> str:
-    """Precision of encoder, decoder and LPIPS: the flag, or else bf16 on a GPU, fp32 on a CPU."""
-    return flag or ("bf16" if torch.cuda.is_available() else "fp32")
+    """Precision of encoder, decoder and LPIPS: `flag`, or else bf16 on a GPU that has it."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return flag or ("bf16" if has_bf16 else "fp32")
 
 
 def refuse_torchrun() -> None:
@@ -90,8 +98,7 @@ def share_cores(num_workers: int) -> None:
     several times as long. OMP_NUM_THREADS, where it is set, decides instead.
     """
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, cores - num_workers))
+        torch.set_num_threads(max(1, cores_of_process() - num_workers))
 
 
 def set_float32_precision(precision: str) -> None:
@@ -132,12 +139,23 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_process() -> int:
+    """The share of `cpu_cores` of each process that `torchrun` has started on this machine."""
+    return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_workers() -> int:
+    """Loading processes of a training process: half of its cores, and on a GPU all but two."""
+    cores = cores_of_process()
+    return min(16, max(1, cores - 2)) if torch.cuda.is_available() else max(1, min(8, cores // 2))
+
+
 def on_main(function: Callable[[], Result]) -> Result:
     """Run `function` in the main process; all processes get its result, or raise its exception.
 
     A collective. The result consists of plain types and tensors.
     """
-    if world_size() == 1:
+    if not in_group():
         return function()
     outcome = [None, None]
     if rank() == 0:
@@ -156,7 +174,7 @@ def from_all(value) -> list:
 
     A collective.
     """
-    if world_size() == 1:
+    if not in_group():
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -175,16 +193,28 @@ def environment(device: torch.device) -> dict:
 
     The commit is None outside a git checkout, and where git is not installed.
     """
-    cuda = device.type == "cuda"
-    return {
+    found = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "lpips", "numpy")},
-        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
+        **{name: _version(name) for name in ("torch", "torchvision", "lpips", "numpy")},
+        "device": f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["compute_capability"] = list(torch.cuda.get_device_capability(device))
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found
+
+
+def _version(name: str) -> str | None:
+    """The version of a package; None if it is not installed (lpips may be missing)."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -252,9 +252,11 @@ class Quantizer(nn.Module):
             return moved
 
         super()._apply(keep_float32, recurse)
-        self._copies = ()
         if self._constants:
-            self.constants(fn(torch.empty(0, device="cpu")).device)  # copied once, here
+            # Copied once, here: a cast that names no device leaves them where they are.
+            before = self._copies[0].device if self._copies else torch.device("cpu")
+            self._copies = ()
+            self.constants(fn(torch.empty(0, device=before)).device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -225,7 +225,10 @@ def _rank(
     number = torch.zeros_like(classes)
     add_channel = compiled_form(_rank_channel) if compiled else _rank_channel
     for c, value in enumerate(integers):
-        before, left = add_channel(*counts.of(c), lengths[:, c], classes, left, value)
+        (after, along), its_lengths = counts.of(c), lengths[:, c]
+        if compiled:  # not views, for each of whose offsets the compiler would compile again
+            after, along, its_lengths = after.clone(), along.clone(), its_lengths.clone()
+        before, left = add_channel(after, along, its_lengths, classes, left, value)
         number = number + before
     return number
 

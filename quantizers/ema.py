@@ -20,8 +20,8 @@ from .functional import (
 )
 
 # Largest part of the tokens x codes matrix of distances in memory, in elements: on a CPU what fits
-# its cache, on a GPU more.
-CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# its cache, on a GPU 256 MiB.
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
 BLOCK = 32  # codes, of which a CPU takes the least error first
 EPS = 1e-5
 
@@ -37,7 +37,7 @@ class VectorQuantizeEMA(Quantizer):
     times the mean count (so far or of this batch, whichever is less) is dead: before the next
     assignment it moves to a token of the batch. All codes are dead at the first batch, which
     therefore initialises the codebook. The new codes are evenly spaced tokens of the batch of all
-    processes, chosen without random numbers, so that a resumed run continues exactly and two
+    processes, chosen without random numbers: on a CPU a resumed run continues exactly, and two
     processes do what one does.
 
     With `stages` > 1 it is a residual VQ: each stage has its own codebook and quantizes the

@@ -64,27 +64,32 @@ def output_dtype(z: Tensor) -> torch.dtype:
     return z.dtype if z.is_floating_point() and not autocast else torch.float32
 
 
+def in_group() -> bool:
+    """Whether there is a default process group, also of a single process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes() -> int:
     """The number of processes of the default process group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def rank() -> int:
     """The rank of this process in the default process group; 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes without gradient; `x` itself if there is one."""
-    if processes() > 1:
+    """The sum of `x` over all processes without gradient; `x` itself without a process group."""
+    if in_group():
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
     return x
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes without gradient; `x` itself if there is one."""
-    return sum_over_processes(x) / processes() if processes() > 1 else x
+    """The mean of `x` over all processes without gradient; `x` itself without a process group."""
+    return sum_over_processes(x) / processes() if in_group() else x
 
 
 def per_channel(x: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import mean_over_processes, processes
+from .functional import in_group, mean_over_processes
 
 VAR_EPS = 1e-10
 
@@ -50,7 +50,7 @@ def update_moments(mean: Tensor, var: Tensor, x: Tensor, weight: Tensor) -> tupl
     centred = x - mean
     shift = centred.sum_to_size(mean.shape) * share
     square = centred.mul_(centred).sum_to_size(mean.shape) * share
-    if processes() > 1:
+    if in_group():
         shift, square = mean_over_processes(torch.stack([shift, square])).unbind()
     # Not below 0 by rounding, as of a constant channel; a NaN stays one.
     batch_var = torch.addcmul(square, shift, shift, value=-1).clamp(min=0)

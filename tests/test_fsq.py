@@ -297,6 +297,13 @@ def test_a_single_number_is_no_batch_of_indices():
         FSQ([8] * 4).indices_to_codes(torch.tensor(0))
 
 
+def test_a_cast_leaves_the_copies_on_their_device():
+    fsq = FSQ([8] * 4).to("meta")  # where a GPU is missing, another device than the CPU
+    for cast in (lambda: fsq.half(), lambda: fsq.to(memory_format=torch.channels_last)):
+        cast()
+        assert len(fsq._copies) == 2 and all(x.is_meta for x in fsq._copies)
+
+
 def test_a_move_back_to_the_cpu_leaves_no_copy_elsewhere():
     fsq = FSQ([8] * 4).to("meta").to_empty(device="cpu")
     assert not fsq._copies and all(

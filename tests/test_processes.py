@@ -1,4 +1,4 @@
-"""Two and four processes with their shares of a batch do what one does with the whole."""
+"""Processes of a group, with their shares of a batch, do what one does with the whole."""
 
 import os
 import subprocess
@@ -15,6 +15,7 @@ import exits
 import quantizers
 from arguments import get_args
 from model import VQVAE
+from quantizers.functional import in_group as grouped
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH = 4, 8
@@ -61,7 +62,7 @@ def train_quantizer(name, rank, world):
     net = nn.Sequential(nn.Conv1d(3, quantizer.dim, 1), quantizer)
     batches = [2 * torch.randn(BATCH, 3, 6) + 0.3 * step for step in range(STEPS)]
     targets = torch.randn(STEPS, BATCH, quantizer.dim, 6)
-    model = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    model = DistributedDataParallel(net, broadcast_buffers=False) if grouped() else net
     losses, gradients = [], []
     for batch, target in zip(batches, targets, strict=True):
         mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
@@ -81,7 +82,7 @@ def train_model(name, rank, world):
     torch.manual_seed(11)
     model = VQVAE(get_args(["--channel", "8", "--img-size", "16", *MODELS[name]]))
     images = torch.randn(3, BATCH, 3, 16, 16)
-    step_model = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    step_model = DistributedDataParallel(model, broadcast_buffers=False) if grouped() else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for batch in images:
         mine = batch[rank * BATCH // world : (rank + 1) * BATCH // world]
@@ -124,9 +125,9 @@ def one_process():
     return everything()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[1, 2, 4])
 def results(request, one_process, tmp_path_factory):
-    """The results of one process, and of each of two or four."""
+    """The results without a group, and of each process of a group of one, two or four."""
     folder, world = tmp_path_factory.mktemp("processes"), request.param
     # Forked: nothing is imported again, which takes longer than the work.
     torch.multiprocessing.start_processes(
@@ -164,8 +165,8 @@ def test_the_statistics_compared_are_not_those_of_the_start(results):
         assert wanted[name]["sums"].abs().max() > 0.1
         assert wanted[name]["batches"] == STEPS
     # Each process sees tokens of the other's codes only through the sums.
-    first, second, *_ = (result["quantizers"]["lfq"]["loss"] for result in results[1])
-    assert not torch.equal(first, second)
+    first, *others = (result["quantizers"]["lfq"]["loss"] for result in results[1])
+    assert not any(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", MODELS)
