@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 import scheduler
 from networks import DOWNSAMPLES, NETWORKS
 from pretrained import LPIPS_NETS
 from quantizers import QUANTIZERS, STRATEGIES
-from util import cpu_cores
+from util import default_workers
 
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
 QUANTIZER_GROUP = "quantizer"  # title of the group of the flags that quantizers read
@@ -133,7 +135,7 @@ def _add_data(add: Callable) -> None:
         help="pixels a side: the short side is resized to it, the centre is cropped")
     add("--skip-corrupt", bool, False, MAY_CHANGE,
         help="leave out images that cannot be read, and report them, instead of stopping")
-    add("--num-workers", number(int, 0, 1024), max(1, min(8, cpu_cores() // 2)), MAY_CHANGE,
+    add("--num-workers", number(int, 0, 1024), default_workers(), MAY_CHANGE,
         help="loading processes for each training process; 0 loads in the training process")
 
 
@@ -274,7 +276,11 @@ def add_evaluation_flags(parser: Parser, *names: str) -> None:
             default=64,
             help="images at a time; affects no more than rounding",
         ),
-        "--num-workers": dict(type=number(int, 0, 1024), default=1, help="loading processes"),
+        "--num-workers": dict(
+            type=number(int, 0, 1024),
+            default=default_workers() if torch.cuda.is_available() else 1,
+            help="loading processes",
+        ),
         "--lpips-net": dict(choices=LPIPS_CHOICES, help="network of LPIPS; default: as trained"),
         "--json": dict(metavar="FILE", help="write the results there as well"),
     }

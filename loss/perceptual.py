@@ -30,12 +30,13 @@ class Perceptual(nn.Module):
     Args:
         net: backbone, 'vgg' (VGG16), 'alex' (AlexNet) or 'squeeze' (SqueezeNet 1.1). Distances of
             different networks are not comparable.
+        pretrained: False: random weights, for measurements of speed.
 
     Raises:
         ValueError: unknown `net`; weights that are not available (WeightsMissing).
     """
 
-    def __init__(self, net: str = "vgg") -> None:
+    def __init__(self, net: str = "vgg", pretrained: bool = True) -> None:
         super().__init__()
         if net not in LPIPS_NETS:
             raise ValueError(f"perceptual network is {net!r}; allowed: {', '.join(LPIPS_NETS)}")
@@ -50,7 +51,8 @@ class Perceptual(nn.Module):
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # torchvision deprecates the argument lpips passes
             backbone = backbone_class(pretrained=False)
-        backbone.load_state_dict(_backbone_state(net, backbone), assign=True)
+        state = _backbone_state(net, backbone) if pretrained else _random_state(backbone)
+        backbone.load_state_dict(state, assign=True)
         self.blocks = nn.ModuleList(backbone.children())
         self.scaling = lpips.ScalingLayer()
         linear = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
@@ -115,6 +117,10 @@ class Perceptual(nn.Module):
             length = feature.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
             features.append(feature / (length + 1e-10))
         return features
+
+
+def _random_state(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: 0.03 * torch.randn(value.shape) for name, value in backbone.state_dict().items()}
 
 
 def _backbone_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ from importlib.metadata import version
 from operator import truediv
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import torch
 from PIL import Image
@@ -73,8 +72,8 @@ class Case:
     arguments: dict = field(default_factory=dict)  # of that class
     options: dict = field(default_factory=dict)  # of its forward
 
-    def opponent(self, package) -> nn.Module | None:
-        """What takes turns with it; None for nothing, or without the other package."""
+    def alternative(self, package) -> nn.Module | None:
+        """The module that takes turns with it; None for nothing, or without the other package."""
         if callable(self.theirs):
             return self.theirs().to(DEVICE)
         if not (self.theirs and package):
@@ -196,7 +195,7 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
         z = torch.randn(shape, device=DEVICE)
         row = {"quantizer": ours.name, "z": "x".join(map(str, shape)), "ours": mode}
         calls = {"": timing.forward_backward(ours, z, mode)}
-        if theirs := case.opponent(package):
+        if theirs := case.alternative(package):
             row["against"] = case.theirs if isinstance(case.theirs, str) else theirs.name
             if callable(case.theirs):
                 z = torch.randn(batch, theirs.dim, *shape[2:], device=DEVICE)
@@ -267,17 +266,12 @@ class PlainStep(TrainingStep):
 
 def perceptual(net: str) -> tuple[Perceptual | None, str]:
     """The LPIPS network and its name in the table; weights that are not available are random."""
-
-    def random_state(net: str, backbone: nn.Module) -> dict[str, Tensor]:
-        return {k: 0.03 * torch.randn(x.shape) for k, x in backbone.state_dict().items()}
-
     if net == "none":
         return None, "no LPIPS"
     try:
         return Perceptual(net), f"LPIPS({net})"
     except WeightsMissing:
-        with mock.patch("loss.perceptual._backbone_state", random_state):
-            return Perceptual(net), f"LPIPS({net}, random weights)"
+        return Perceptual(net, pretrained=False), f"LPIPS({net}, random weights)"
 
 
 def update(step: TrainingStep, optimizer, images: Tensor, precision: str, mark=lambda part: None):
@@ -303,7 +297,7 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     images = images.to(DEVICE, torch.uint8)
 
     def ours(compiled: bool) -> partial:
-        step = copy.deepcopy(start).to(memory_format=torch.channels_last)
+        step = copy.deepcopy(start).to(DEVICE, memory_format=torch.channels_last)
         if compiled:
             step.compile(fullgraph=True)
         adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=True)

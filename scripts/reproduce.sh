@@ -97,11 +97,11 @@ import torch, arguments, util
 arguments.get_args()
 print(torch.cuda.device_count(), util.cpu_cores())' "${flags[@]}")
 read -r gpus cores <<< "$found"
-JOBS=${JOBS:-$((gpus > 0 ? gpus : 1))}
+IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}"
+JOBS=${JOBS:-$((gpus > 0 ? ${#devices[@]} : 1))} # PyTorch counts the parts of one GPU (MIG) as one
 if [ "$gpus" = 0 ] && [ "$JOBS" -gt 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 fi
-IFS=, read -ra devices <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((gpus - 1)))}"
 
 mkdir -p "$OUT"
 if command -v flock > /dev/null; then
@@ -119,7 +119,7 @@ trap 'rm -rf "$claims"' EXIT
 
 worker() { # NUMBER
     local i job run number
-    [ "$gpus" = 0 ] || export CUDA_VISIBLE_DEVICES=${devices[$1 % gpus]}
+    [ "$gpus" = 0 ] || export CUDA_VISIBLE_DEVICES=${devices[$1 % ${#devices[@]}]}
     export GPUS=1 # paper.sh: one process a run
     for i in "${!jobs[@]}"; do
         mkdir "$claims/$i" 2> /dev/null || continue # only one worker can make the folder

@@ -17,25 +17,31 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 TINY = ["--channel=16", "--img-size=32", "--batch-size=8", "--train-iters=12", "--log-interval=12"]
-DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic", "--lpips-net=none"]
+DATA = ["--train-data-path=synthetic", "--val-data-path=synthetic"]
+DATA += ["--lpips-net=none", "--perceptual-weight=0"]
 every = pytest.mark.parametrize("name", CASES)
 
 
 @every
 def test_indices_are_those_of_the_cpu(name):
-    """A value on the edge of two codes may fall to either side: one in ten thousand at most."""
+    """A value on the edge of two codes may fall to either side: one in a thousand at most.
+
+    Statistics of an image are rounded to half precision, which moves many values when they fall to
+    the other side.
+    """
     module = trained(name)
-    z = torch.cat([latent(module)] * 20)
+    z = torch.cat([latent(module) for _ in range(20)])
     _, wanted, _ = run(module, z)
     _, indices, _ = run(copy.deepcopy(module).cuda(), z.cuda())
-    assert (indices.cpu() != wanted).float().mean() <= 1e-4
+    most = 2e-2 if module.side_bits else 1e-3
+    assert (indices.cpu() != wanted).float().mean() <= most
 
 
 @every
 def test_decoding_gives_the_same_bits(name):
     module = trained(name).cuda()
-    quantized, indices, _ = run(module, latent(module).cuda())
-    assert torch.equal(module.indices_to_codes(indices), quantized)
+    quantized, indices, side = run(module, latent(module).cuda())
+    assert torch.equal(module.indices_to_codes(indices, *side), quantized)
 
 
 @pytest.mark.parametrize("bits, dim", [(22, 20), (40, 12)])  # (40, 12): lengths of long runs
@@ -51,9 +57,10 @@ def test_compiled_search_gives_vectors_that_decode(bits, dim):
 @every
 def test_codes_are_those_of_the_cpu(name):
     module = trained(name)
-    _, indices, _ = run(module, latent(module))
-    codes = copy.deepcopy(module).cuda().indices_to_codes(indices.cuda())
-    torch.testing.assert_close(codes.cpu(), module.indices_to_codes(indices))
+    _, indices, side = run(module, latent(module))
+    on_gpu = (value.cuda() for value in (indices, *side))
+    codes = copy.deepcopy(module).cuda().indices_to_codes(*on_gpu)
+    torch.testing.assert_close(codes.cpu(), module.indices_to_codes(indices, *side))
 
 
 @pytest.mark.parametrize("name", TRACKING)
