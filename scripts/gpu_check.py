@@ -4,15 +4,16 @@
     python scripts/gpu_check.py --toy                # tries the command itself, on any machine
 
 The same command again goes on: a part that is done, by its PART.json in the folder --out, with
-this code, device, torch, images and size, is not run again, and one that does not fit the minutes
-that are left waits for the next call. Each file is written the moment its part ends.
+this code, device, torch, images and size, is not run again, parts that have failed come last, and
+one that does not fit the minutes that are left waits for the next call. The moment a part ends, its
+file is written, and all.json with all of them; PART.log has what its scripts have said.
 
 tests        tests/test_cuda.py: equal indices on CPU and GPU, no wait for the GPU in a step
 step         images/s of the training step at batch 128 and 512, its parts, the rates of the card
 train        images/s of train.py itself, from the images that are given (generated ones without)
-quantizers   against vector-quantize-pytorch (pip install '.[benchmark]'), SVQ against our VQ-EMA
 curves       300 steps in bf16 compiled and in float32 eager: their loss, and a picture of both
-torchrun     one process of NCCL (several need as many GPUs)
+torchrun     train.py under torchrun with NCCL, a process for each GPU
+quantizers   against vector-quantize-pytorch (pip install '.[benchmark]'), SVQ against our VQ-EMA
 2x2048       RFSQ-2x2048-LN, for half of the minutes that are left, and its evaluation
 4x1024       RFSQ-4x1024-LN, for the minutes that are left, and its evaluation
 
@@ -42,11 +43,12 @@ import timing
 import util
 from arguments import LPIPS_CHOICES, Parser, get_args, number
 from files import make_folder, write_json
+from loss import Perceptual
 from run import RunFolder
 from timing import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "step", "train", "quantizers", "curves", "torchrun", "2x2048", "4x1024")
+PARTS = ("tests", "step", "train", "curves", "torchrun", "quantizers", "2x2048", "4x1024")
 GOALS = {"H200": 4500, "H100": 3500}  # images/s of the training step
 SPARE = 20  # seconds of the minutes that no part may count on
 TOY = ["--channel=16", "--img-size=32"]
@@ -58,6 +60,7 @@ class Check:
 
     def __init__(self, args: Namespace):
         self.args, self.out = args, Path(args.out)
+        self.part = PARTS[0]  # the one that runs
         self.ends = time.monotonic() + 60 * args.minutes
         self.environment = util.environment(DEVICE)
         self.model = TOY if args.toy else FULL
@@ -76,34 +79,38 @@ class Check:
         """Seconds that a part may take now."""
         return self.ends - time.monotonic() - SPARE
 
-    def call(self, *command: str) -> str:
-        """Standard output of a script, which is stopped when the minutes are over.
+    def call(self, *command: str) -> None:
+        """Run a script, which is stopped when the minutes are over; its output goes to PART.log.
 
         Raises:
             RuntimeError: it failed; the last line of what it said.
             TimeoutError: it was stopped.
         """
-        words = [sys.executable, *command]
-        try:
-            done = subprocess.run(
-                words, cwd=ROOT, capture_output=True, text=True, timeout=max(1, self.left())
-            )
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"stopped after {self.args.minutes:g} minutes in all") from None
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-            raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
-        return done.stdout
+        log, words = self.out / f"{self.part}.log", [sys.executable, *command]
+        with open(log, "a") as file:
+            print("$", *command, file=file, flush=True)
+            output = dict(stdout=file, stderr=subprocess.STDOUT)
+            try:
+                code = subprocess.run(words, cwd=ROOT, timeout=max(1, self.left()), **output)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError(f"stopped after {self.args.minutes:g} minutes in all") from None
+        if code.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1]
+            raise RuntimeError(f"exit code {code.returncode}: {last} (more in {log})")
 
     def train(self, name: str, *flags: str) -> dict:
-        """Results of train.py in the run folder `name`, with images/s after its first log line."""
-        folder = self.out / name
+        """Results of train.py in the run folder `name`, with images/s after its first log line.
+
+        `other s` are the seconds that did not go into steps: start, compilation, evaluation.
+        """
+        folder, start = self.out / name, time.monotonic()
         saved = [f"--save={folder.resolve()}", "--overwrite", f"--name={name}", "--seed=0"]
         self.call("train.py", *self.model, *self.data, *saved, *flags)
         rates = [row["images_per_s"] for row in self.log(name)]
         results = json.loads((folder / "results.json").read_text())
         keys = ("steps", "images_seen", "train_images", "images", "l1", "psnr", "ssim", "lpips")
         row = {"run": name, "images/s": statistics.median(rates[1:] or rates)}
+        row["other s"] = time.monotonic() - start - results["images_seen"] / row["images/s"]
         return row | {key: results[key] for key in keys if results.get(key) is not None}
 
     def log(self, name: str) -> list[dict]:
@@ -128,7 +135,19 @@ class Check:
     def tests(self) -> list[dict]:
         report = (self.out / "tests.xml").resolve()
         flags = ["-q", "-p", "no:cacheprovider", "-m", "cuda", f"--junit-xml={report}"]
-        self.call("-m", "pytest", "tests/test_cuda.py", *flags)
+        report.unlink(missing_ok=True)
+        try:
+            self.call("-m", "pytest", "tests/test_cuda.py", *flags)
+        except RuntimeError:
+            if not report.exists():
+                raise
+            cases = ElementTree.parse(report).iter("testcase")
+            failed = [
+                case.get("name", "")
+                for case in cases
+                if any(case.find(outcome) is not None for outcome in ("failure", "error"))
+            ]
+            raise RuntimeError(f"{len(failed)} failed: {', '.join(failed[:8])}") from None
         suite = next(ElementTree.parse(report).iter("testsuite")).attrib
         return [{key: int(suite[key]) for key in ("tests", "failures", "errors", "skipped")}]
 
@@ -176,21 +195,23 @@ class Check:
         return rows
 
     def torchrun(self) -> list[dict]:
-        folder = (self.out / "torchrun").resolve()
-        flags = ["--train-iters=4", "--batch-size=4", "--log-interval=2", f"--save={folder}"]
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-        self.call(*launch, "train.py", *self.model, *self.data, *flags, "--overwrite")
+        folder, processes = (self.out / "torchrun").resolve(), max(1, torch.cuda.device_count())
+        flags = ["--train-iters=4", "--log-interval=2", f"--save={folder}", "--overwrite"]
+        flags.append(f"--batch-size={4 * processes}")
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        self.call(*launch, "train.py", *self.model, *self.data, *flags)
         backend = "nccl" if DEVICE.type == "cuda" else "gloo"
         psnr = json.loads((folder / "results.json").read_text())["psnr"]
-        return [{"backend": backend, "processes": 1, "psnr": psnr}]
+        return [{"backend": backend, "processes": processes, "psnr": psnr}]
 
     def long(self, name: str, share: float, *flags: str) -> list[dict]:
         """A run for a share of the time that is left, by the images/s of the part `train`."""
         if not self.done("train"):
             raise RuntimeError("it needs the part train, for its images/s: add it to --only")
-        rate = self.read("train")["rows"][0]["images/s"]
-        # A tenth and a minute for start, compilation and the evaluation, which is at the end.
-        steps = int((0.9 * share * self.left() - 60) * rate / self.batch)
+        short = self.read("train")["rows"][0]
+        # A tenth is kept back, beside what the short run needed for start, compilation and its end.
+        seconds = 0.9 * share * self.left() - max(60, short["other s"])
+        steps = int(seconds * short["images/s"] / self.batch)
         if steps < 6 and not self.args.toy:
             raise TimeoutError("no time is left for it")
         common = [*self.steps(steps, 50), "--max-train-epochs=100000", "--lr=0.002"]
@@ -200,12 +221,12 @@ class Check:
     def parts(self) -> dict[str, tuple[float, Callable[[], list[dict]]]]:
         """By name: the seconds that a part needs on a card of 2023, and what it does."""
         return {
-            "tests": (60.0, self.tests),
+            "tests": (120.0, self.tests),
             "step": (120.0, self.step),
-            "train": (60.0, self.train_rate),
-            "quantizers": (120.0, self.quantizers),
+            "train": (90.0, self.train_rate),
             "curves": (90.0, self.curves),
             "torchrun": (40.0, self.torchrun),
+            "quantizers": (240.0, self.quantizers),
             "2x2048": (90.0, partial(self.long, "2x2048", 0.5, "--rfsq-stages=2")),
             "4x1024": (90.0, partial(self.long, "4x1024", 1.0, "--rfsq-stages=4")),
         }
@@ -228,7 +249,9 @@ class Check:
 
     def run(self) -> dict[str, dict]:
         """Run what is missing; the file of each part by its name."""
-        for name, (seconds, part) in self.parts().items():
+        parts = self.parts()
+        for name in sorted(parts, key=lambda name: self.read(name).get("state") == "failed"):
+            self.part, (seconds, part) = name, parts[name]
             if name not in self.args.only or self.done(name):
                 continue
             if not self.args.toy and self.left() < seconds:
@@ -244,6 +267,7 @@ class Check:
                 record |= {"state": "failed", "error": exits.one_line(error)}
             record["seconds"] = time.monotonic() - start
             write_json(self.out / f"{name}.json", record)
+            write_json(self.out / "all.json", {each: self.read(each) for each in parts})
             print(f"{name}: {record['state']}, {record['seconds']:.0f} s {record.get('error', '')}")
         return {name: self.read(name) for name in self.args.only}
 
@@ -255,7 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: for bad input, before anything is run.
     """
     args = get_flags(argv)
+    if not args.toy and args.lpips_net != "none":
+        Perceptual(args.lpips_net)  # weights that are missing end the script here
     make_folder(args.out, "give another --out")
+    # As PyTorch decides by itself, and tests/conftest.py does not.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(util.cpu_cores()))
     check = Check(args)
     device = check.environment["device"]
     print(f"{device}, torch {torch.__version__}, {args.minutes:g} minutes, into {args.out}")

@@ -16,7 +16,7 @@ settings.load_profile("reproducible")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 # Of the compiler too: it compiles in the process that asks, and starts no pool of others.
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

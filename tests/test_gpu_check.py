@@ -52,6 +52,7 @@ def test_a_part_that_fails_is_written_and_run_again(tmp_path, monkeypatch, capsy
             toy(tmp_path, "--only", "quantizers", "torchrun")
         assert caught.value.code == 1 and len(calls) == 2 * count
     assert "out of memory" in record(tmp_path, "torchrun")["error"]
+    assert "out of memory" in record(tmp_path, "all")["torchrun"]["error"]
     assert "quantizers: exit code 1: out of memory" in capsys.readouterr().out
 
 
@@ -73,12 +74,14 @@ def test_what_was_done_at_toy_size_or_elsewhere_is_not_done(tmp_path):
 
 def test_a_script_that_fails_or_takes_too_long(tmp_path):
     check = gpu_check.Check(gpu_check.get_flags(["--toy", f"--out={tmp_path}"]))
-    assert check.call("-c", "print(1)") == "1\n"
-    with pytest.raises(RuntimeError, match="exit code 2: nowhere is missing"):
+    check.part = "step"
+    check.call("-c", "print(1)")
+    with pytest.raises(RuntimeError, match=r"exit code 2: nowhere is missing \(more in .*step.log"):
         check.call("-c", "import sys; print('nowhere is missing', file=sys.stderr); sys.exit(2)")
     check.ends = 0
     with pytest.raises(TimeoutError, match="stopped after 9 minutes"):
         check.call("-c", "import time; time.sleep(60)")
+    assert (tmp_path / "step.log").read_text().splitlines()[:2] == ["$ -c print(1)", "1"]
 
 
 def test_flags_of_training_follow_those_of_the_command(tmp_path, monkeypatch):
@@ -95,7 +98,7 @@ def test_flags_of_training_follow_those_of_the_command(tmp_path, monkeypatch):
     (tmp_path / "train.json").write_text(
         json.dumps(
             {"state": "done", "toy": False, "environment": check.environment}
-            | {"data": check.data, "rows": [{"images/s": 1280.0}]}
+            | {"data": check.data, "rows": [{"images/s": 1280.0, "other s": 30.0}]}
         )
     )
     calls = []
