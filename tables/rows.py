@@ -125,7 +125,7 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
 
     def place(row: Row) -> tuple:
         quantizer = row.args.quantizer
-        strategy = STRATEGIES.index(row.args.rfsq_strategy)
+        strategy = [*STRATEGIES].index(row.args.rfsq_strategy)
         bits = round(row.runs[0]["bits"])
         return bits, (*ORDER, quantizer).index(quantizer), strategy, row.label
 
