@@ -23,11 +23,11 @@ ENTROPY_MODEL = "entropy_model"  # the key of what `compress.py fit` adds to a c
 
 
 class NotFinite(ValueError):
-    """A number that is NaN or infinite where it would be kept or reported."""
+    """A number that would be saved or reported is NaN or infinite."""
 
 
 class Damaged(ValueError):
-    """A file does not hold what was written to it: an older checkpoint may take its place."""
+    """The content of a file is not what was written: an older checkpoint may take its place."""
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -37,18 +37,17 @@ def save_checkpoint(path: Path, state: dict) -> None:
         NotFinite: one of its tensors holds a NaN or an infinity; nothing is written then.
     """
     state = {"format": CHECKPOINT_FORMAT, **state}
+    _check_finite(state)
     state["checksum"] = _checksum(state)
     write_whole(path, lambda file: torch.save(state, file))
 
 
 def _checksum(state: dict) -> str:
-    """SHA-256 of everything in a checkpoint but its checksum; NotFinite, if a tensor is not."""
+    """SHA-256 of everything in a checkpoint except its checksum."""
     digest = hashlib.sha256()
 
-    def add(value, name: str = "") -> None:
+    def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
-            if not value.isfinite().all():
-                raise NotFinite(f"{name} is not finite")
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             if value.numel():
                 flat = value.detach().cpu().contiguous().reshape(-1)
@@ -56,11 +55,11 @@ def _checksum(state: dict) -> str:
         elif isinstance(value, dict):
             for key, entry in value.items():
                 digest.update(f"{key!r}:".encode())
-                add(entry, f"{name} {key}".strip())
+                add(entry)
         elif isinstance(value, list | tuple):
             digest.update(f"{len(value)}[".encode())
             for entry in value:
-                add(entry, name)
+                add(entry)
         else:
             digest.update(f"{value!r},".encode())
 
@@ -68,17 +67,30 @@ def _checksum(state: dict) -> str:
     return digest.hexdigest()
 
 
-def _check_plain(state, size: int) -> None:
-    """Raises ValueError for what `save_checkpoint` never writes, and what could exhaust memory.
+def _check_finite(value: object, name: str = "") -> None:
+    """Raises NotFinite, with the name of the tensor, if a tensor holds a NaN or an infinity."""
+    if isinstance(value, torch.Tensor):
+        if not value.isfinite().all():
+            raise NotFinite(f"{name} is not finite")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_finite(entry, f"{name} {key}".strip())
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _check_finite(entry, name)
 
-    `size`: of the file, in bytes. A list that contains another one many times, which contains ...,
-    would have more entries, and take for ever.
+
+def _check_plain(state, size: int) -> None:
+    """Raises ValueError for entries that `save_checkpoint` never writes or that exhaust memory.
+
+    Shared references can expand to exponentially many entries, so the count is limited by the size
+    of the file in bytes.
     """
     left, seen = [(state, 0)], 0
     while left:
         value, depth = left.pop()
         seen += 1
-        if depth > 32 or seen > size:  # also for a list that contains itself
+        if depth > 32 or seen > size:  # a list that contains itself exceeds the depth
             raise ValueError("nested too deeply")
         if type(value) is torch.Tensor:
             plain = value.layout == torch.strided and value.device.type == "cpu"
@@ -103,13 +115,14 @@ def load_checkpoint(path: str | Path) -> dict:
             a Hugging Face repository with the files of such a folder.
 
     Returns:
-        'model' (tensors by name), 'args' (flags by name), 'step', and of a checkpoint all else that
-        it holds. An export has the flags of the architecture and of `training` alone, and
+        'model' (tensors by name), 'args' (flags by name), 'step', and every other entry of a
+        checkpoint. An export has only the flags of the architecture and of `training`, and
         'architecture', the names of the former.
 
     Raises:
-        Damaged: one line, if it does not hold what was written, or is not of this project.
-        ValueError: one line, if there is no such file, it cannot be read, or is of a newer version.
+        Damaged: the content is not what was written, or the file is not of this project.
+        ValueError: there is no such file, it cannot be read, or it is of a newer version. The
+            messages have one line.
     """
     path = Path(path)
     if path.is_dir():
@@ -118,12 +131,13 @@ def load_checkpoint(path: str | Path) -> dict:
         state = _read_checkpoint(path)
     else:
         state = _read_export(_download(str(path)))
+    advice = "use an older checkpoint, or copy it again"
     try:
-        damage = "its checksum is wrong" if state.get("checksum") != _checksum(state) else None
+        _check_finite(state)
     except NotFinite as error:
-        damage = str(error)
-    if damage:
-        raise Damaged(f"{path} is damaged ({damage}): use an older checkpoint, or copy it again")
+        raise Damaged(f"{path} is damaged ({error}): {advice}") from error
+    if state.get("checksum") != _checksum(state):
+        raise Damaged(f"{path} is damaged (its checksum is wrong): {advice}")
     return state
 
 
@@ -176,8 +190,14 @@ def save_export(folder: Path, model: dict, architecture: dict, training: dict) -
         NotFinite: a tensor holds a NaN or an infinity; nothing is written then.
     """
     state = _export_state(model, architecture, training)
-    config = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "architecture": architecture}
-    config |= {"training": training, "checksum": _checksum(state)}
+    _check_finite(state)
+    config = {
+        "format": EXPORT_FORMAT,
+        "version": EXPORT_VERSION,
+        "architecture": architecture,
+        "training": training,
+        "checksum": _checksum(state),
+    }
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.clone().contiguous() for name, tensor in state["model"].items()}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -186,7 +206,10 @@ def save_export(folder: Path, model: dict, architecture: dict, training: dict) -
 
 
 def _export_state(model: dict, architecture: dict, training: dict) -> dict:
-    """What `load_checkpoint` returns of an export, without its checksum; order does not matter."""
+    """The result of `load_checkpoint` for an export, except its checksum.
+
+    Flags and tensors are sorted, because the checksum depends on their order.
+    """
     flags = {name: value for name, value in training.items() if name != "step"}
     return {
         "format": CHECKPOINT_FORMAT,
@@ -239,7 +262,7 @@ def _read_export(folder: Path) -> dict:
 
 
 def _download(name: str) -> Path:
-    """The folder into which the files of a Hugging Face repository, `owner/name`, are fetched."""
+    """Fetch the files of a Hugging Face repository, `owner/name`; return their folder."""
     absent = f"checkpoint {name} does not exist: give a file such as runs/NAME/last.pt, or a folder"
     a_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith(".pt")
     if not a_name or Path(name).parent.is_dir():
@@ -267,13 +290,13 @@ def random_states() -> dict:
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        # Of this process's own device: all processes have the same.
+        # The state of this process's own GPU; it is the same in all processes.
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_random_states(states: dict) -> None:
-    """Put back what `random_states` gave."""
+    """Restore the states that `random_states` returned."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]
