@@ -29,7 +29,7 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume 
 
 
 class Interrupted(Exception):
-    """A run was stopped by a signal; what it had to save is saved."""
+    """A signal stopped the run, whose checkpoint, if there is one, is saved."""
 
 
 class StopSignals:
@@ -95,7 +95,7 @@ class StopSignals:
 
 
 def _leave_terminal() -> None:
-    """Let output to a terminal go nowhere: to one that is closed, it would be an error."""
+    """Discard the output to the terminal: writing to one that is closed would be an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # a stream that is closed
@@ -105,7 +105,7 @@ def _leave_terminal() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one printable line, also from a DataLoader's worker."""
+    """The message of an error in one printable line; also of an error in a loading process."""
     text = str(error).strip() or type(error).__name__
     if "\nOriginal Traceback" in text:  # its last line is "package.TypeOfError: message"
         text = re.sub(r"^[\w.]+: ", "", text.splitlines()[-1].strip())
@@ -113,27 +113,30 @@ def one_line(error: BaseException) -> str:
 
 
 def _explain_dead_worker(kind, error, trace) -> None:
-    # Before PyTorch's own error, receiving from the loading process may fail, with any error.
-    dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    """An excepthook: one line where a loading process has died or hangs, else the traceback."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
     files = [Path(frame.filename) for frame in traceback.extract_tb(trace)]
-    dead |= any(file.name == "dataloader.py" for file in files) and any(
+    # Before PyTorch's own error, receiving from the loading process may fail, with any error.
+    receiving = any(file.name == "dataloader.py" for file in files) and any(
         "multiprocessing" in file.parts for file in files
     )
-    problem = "a loading process died; it may have run out of memory: give fewer --num-workers"
-    if isinstance(error, RuntimeError) and "DataLoader timed out" in str(error):
-        dead, problem = True, f"{one_line(error)}: a loading process, or the disk, hangs"
-    if not dead:
-        return sys.__excepthook__(kind, error, trace)
-    print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+    if "DataLoader timed out" in text:
+        _print_error(f"{one_line(error)}: a loading process, or the disk, hangs")
+    elif "DataLoader worker (pid" in text or receiving:
+        _print_error(
+            "a loading process died; it may have run out of memory: give fewer --num-workers"
+        )
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether an error is about the connection to the other processes, of gloo or of NCCL."""
+    """Whether gloo or NCCL raised the error because the connection to a process failed."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads standard output any more, as after `| head`; if so, it leads nowhere."""
+    """Whether the reader of standard output has gone, as after `| head`; if so, discard output."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     closed = any(event & select.POLLERR for _, event in output.poll(0))
@@ -145,8 +148,8 @@ def _output_is_closed() -> bool:
 def run_script(main: Callable) -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
-    So does a file that cannot be read or written. A signal ends a training run with code 75: after
-    its checkpoint is saved, or before the first step without one.
+    A file that cannot be read or written does the same. A signal ends a training run with code 75,
+    after its checkpoint is saved, or before the first step without one.
     """
     sys.excepthook = _explain_dead_worker
     for name in ("stdin", "stdout", "stderr"):
@@ -167,43 +170,66 @@ def run_script(main: Callable) -> None:
 
 
 def _exit_code(main: Callable) -> int:
-    """Run `main`, explain its errors, and return the code with which to end."""
+    """Run `main`; return 0, or the code for its error, which is printed in one line."""
     try:
-        try:
-            main()
-        finally:
-            # PyTorch raises an error of a dead loading process from a signal handler, anywhere: in
-            # these lines at the latest, and not where errors are explained.
-            try:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            except RuntimeError:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                raise
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
-            return 128 + signal.SIGPIPE
-        if isinstance(error, OSError) and not is_of_a_file(error):
+        _run(main)
+    except BaseException as error:
+        code = _explain(error)
+        if code is None:
             raise
-        text = one_line(error)
-        if isinstance(error, OSError) and error.filename is None:
-            text = f"standard output, or a file, cannot be read or written: {text}"
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _explain(error: BaseException) -> int | None:
+    """Print the line that explains an error; return the exit code.
+
+    None: the error is not expected, and nothing is printed.
+    """
+    # UnsupportedOperation is a ValueError as well, and a fault of the program.
+    if isinstance(error, ValueError) and not isinstance(error, io.UnsupportedOperation):
+        _print_error(one_line(error))
         return 2
-    except RuntimeError as error:
-        if not _is_of_a_collective(error):
-            raise
-        print(
-            f"{Path(sys.argv[0]).name}: error: another process of this run has ended, or cannot be "
-            "reached: give the same command again (train.py: with --resume auto)",
-            file=sys.stderr,
+    if isinstance(error, Interrupted):
+        print(error, flush=True)
+        return EXIT_INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError) and _output_is_closed():
+        return 128 + signal.SIGPIPE
+    if isinstance(error, OSError) and is_of_a_file(error):
+        text = one_line(error)
+        if error.filename is None:
+            text = f"standard output, or a file, cannot be read or written: {text}"
+        _print_error(text)
+        return 2
+    if isinstance(error, RuntimeError) and _is_of_a_collective(error):
+        _print_error(
+            "another process of this run has ended, or cannot be reached: give the same command "
+            "again (train.py: with --resume auto)"
         )
         return 1
-    except Interrupted as stop:
-        print(stop, flush=True)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return None
+
+
+def _print_error(text: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+
+
+def _run(main: Callable) -> None:
+    """Run `main`, then take away PyTorch's handler of SIGCHLD.
+
+    When a loading process dies, that handler raises an error, wherever the program is. Without it,
+    no such error can interrupt the explanation of another one.
+    """
+    try:
+        main()
+    finally:
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:  # from the handler, which was called at the last moment
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
 
 
 def _end_at_once(code: int) -> NoReturn:
