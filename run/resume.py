@@ -15,6 +15,7 @@ from checkpoint import load_checkpoint, restore_random_states
 from flags import args_of, differing_flags, may_change_flags, unread_flags, with_levels
 from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
+from segment import is_segment
 
 TRAINING_STATE = {  # what `train.py` adds to weights and flags
     **dict.fromkeys(("step", "train_images", "interval_count", "threads"), int),
@@ -49,7 +50,7 @@ def find_resumed(
     # Older checkpoints lack some.
     saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
     whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
-    whole = whole and all(map(_is_segment, saved["segments"]))
+    whole = whole and all(map(is_segment, saved["segments"]))
     whole = whole and all(saved[name] >= 0 for name in ("interval_seconds", "seconds"))
     whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
     if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
@@ -57,15 +58,6 @@ def find_resumed(
     _check_same_run(path, saved, args, quantizer, train_set)
     run = str(path.parent)
     return {**saved, "path": str(path), "run": run, "checkpoints": checkpoints}
-
-
-def _is_segment(part) -> bool:
-    """Whether this is a part of a run, as `train.py` notes each of them."""
-    kinds = {"first_step": int, "command": str, "commit": str | None, "device": str}
-    kinds |= {"precision": str | None}
-    return isinstance(part, dict) and all(
-        isinstance(part[key], kind) for key, kind in kinds.items() if key in part
-    )
 
 
 def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | None:

@@ -13,6 +13,7 @@ from types import UnionType
 from files import parse_json, walk
 from flags import args_of
 from output import printable
+from segment import is_segment
 
 # In every results.json, of this type; `a.b` is entry b of entry a.
 RESULTS: dict[str, type | UnionType] = {
@@ -139,12 +140,11 @@ def _is_validation(record: object) -> bool:
 
 
 def _is_segment(part: object) -> bool:
-    kinds = {"first_step": int, "commit": str | None, "device": str, "precision": str | None}
-    return (
-        isinstance(part, dict)
-        and all(_is_a(part[key], kind) for key, kind in kinds.items() if key in part)
-        and ("command" not in part or _is_command(part["command"]))
-    )
+    """Whether `part` is a segment whose command can be split into its words."""
+    if not is_segment(part):
+        return False
+    first_step, command = part.get("first_step", 1), part.get("command")
+    return _is_a(first_step, int) and (command is None or _is_command(command))
 
 
 def _is_command(text: object) -> bool:

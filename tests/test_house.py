@@ -15,6 +15,7 @@ FLOORS = (
         "output",
         "quantizers",
         "networks",
+        "segment",
         "similarity",
     },
     {"checkpoint", "util"},
