@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -170,19 +171,12 @@ class Training:
         args = self.args
         self.train_fingerprint = util.on_main(self.train_set.fingerprint)
         self.val_fingerprint = util.on_main(self.val_set.fingerprint)["names"][:32]
-        if resumed:
-            folder = resumed["run"]
-        else:
-            new = (args.save, self.name, args.overwrite, args.resume == "auto")
-            folder = util.on_main(lambda: str(RunFolder.create(*new).path))
+        folder = resumed["run"] if resumed else util.on_main(self._create_folder)
         self.run = RunFolder(folder, self.first_step)
         stack.enter_context(self.run.explained_errors(args.lr))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
         self.environment = util.environment(self.device)
-        options = dict(keep=args.keep, overwrite=args.overwrite, tensorboard=args.tensorboard)
-        util.on_main(
-            lambda: self.run.begin(vars(args), self.environment, resumed, self.steps, **options)
-        )
+        util.on_main(lambda: self._begin_or_resume(resumed))
         self.meter, self.best_psnr, seconds = Meter(self.device), -math.inf, 0.0
         self.segments, self.skipped_before = [], []
         if resumed:
@@ -198,6 +192,38 @@ class Training:
         here = {key: self.environment[key] for key in ("command", "commit", "device")}
         here |= {"precision": self.precision, "compiled": self.compiled}
         self.segments.append({"first_step": self.first_step + 1, **here})
+
+    def _create_folder(self) -> str:
+        args = self.args
+        run = RunFolder.create(
+            args.save,
+            default_name=self.name,
+            overwrite=args.overwrite,
+            resuming=args.resume == "auto",
+        )
+        return str(run.path)
+
+    def _begin_or_resume(self, resumed: dict | None) -> None:
+        args = self.args
+        if resumed is None:
+            self.run.begin(
+                vars(args),
+                self.environment,
+                overwrite=args.overwrite,
+                tensorboard=args.tensorboard,
+            )
+        else:
+            self.run.resume(
+                vars(args),
+                self.environment,
+                checkpoint=Path(resumed["path"]),
+                step=resumed["step"],
+                seen=resumed["checkpoints"],
+                steps=self.steps,
+                keep=args.keep,
+                overwrite=args.overwrite,
+                tensorboard=args.tensorboard,
+            )
 
     def announce(self) -> None:
         """Print what is about to be trained."""

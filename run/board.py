@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-# Of a record, what is the same in all of a run, or no number to draw.
+# Keys that are not drawn: constants of the run, and values that are not numbers.
 LEFT_OUT = {"step", "images", "image_size", "bits", "f", "bpp", "floors"}
 LEFT_OUT |= {"stage", "codebook_size", "tokens"}
 EVENTS = "events.out.tfevents.*"  # the names that TensorBoard gives its files
@@ -24,9 +24,9 @@ class Board:
     """The event files in a run folder, which TensorBoard reads as one run.
 
     Args:
-        folder: where they are.
-        first_step: events of earlier files from this step on are void, because the run goes back
-            to before it; None: there are none.
+        folder: the run folder.
+        first_step: TensorBoard ignores events of earlier files from this step on, which the run
+            repeats; None: there are no earlier files.
     """
 
     def __init__(self, folder: Path, first_step: int | None) -> None:
@@ -34,7 +34,7 @@ class Board:
 
     @cached_property
     def writer(self):
-        """Opened by the first event: it has a thread, and loading processes fork before that."""
+        """The writer, made at the first event: loading processes fork before its thread starts."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self.folder), purge_step=self.first_step)
@@ -43,7 +43,7 @@ class Board:
         """Add the numbers of a record of metrics.jsonl."""
         for name, value in scalars({**record, "kind": None}):
             self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        self.writer.flush()  # what a killed run has logged is on disk
+        self.writer.flush()  # to disk, before the run may be killed
 
     def add_picture(self, picture: Tensor, step: int) -> None:
         """Add the picture of samples, (3, H, W) in [0, 1]."""
@@ -63,9 +63,10 @@ class Board:
 
 
 def scalars(record: dict) -> Iterator[tuple[str, float]]:
-    """(name, value) of every number in a record, those in lists and dictionaries as name/key.
+    """(name, value) of every number in a record.
 
-    The entries of a list are numbered from 1, as stages are.
+    A number in a list or dictionary is named name/key; list entries are numbered from 1, as stages
+    are.
     """
     for name, value in record.items():
         if name in LEFT_OUT:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 RESULTS = ("results.json", "results.txt")
 EARLIER = "results_" + 7 * "[0-9]"  # results of a run that was later continued
 OUTCOME = (*RESULTS, f"{EARLIER}.json", f"{EARLIER}.txt", "samples/step_*.png")
-# What a new run removes, beside its checkpoints, and what it removes or writes.
+# A new run removes the files of REPLACED and the checkpoints, and removes or writes all of WRITTEN.
 REPLACED = ("last.pt", "best.pt", *OUTCOME)
 WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", EVENTS, *OUTCOME)
 
@@ -55,7 +55,7 @@ class RunFolder:
 
     Args:
         path: the folder; made by `create`.
-        step: where the run is, for error messages.
+        step: the step that the run is at, for error messages.
     """
 
     def __init__(self, path: str | Path, step: int = 0):
@@ -69,19 +69,19 @@ class RunFolder:
     # -----------------------------------------------------------------------------------
     @classmethod
     def create(
-        cls, save: str | None, default_name: str, overwrite: bool = False, resuming: bool = False
+        cls, save: str | None, default_name: str, *, overwrite: bool, resuming: bool
     ) -> RunFolder:
-        """The folder of a new run, made.
+        """Make the folder of a new run.
 
         Args:
-            save: the folder; None: `default_name` under runs/, or, where that exists, with a
-                number after it.
-            overwrite: whether it may hold another run, which `begin` then removes.
-            resuming: whether it may hold a run that ended before its first checkpoint.
+            save: the folder; None: `default_name` under runs/, with a number appended if that
+                exists.
+            overwrite: whether the folder may hold another run, which `begin` then removes.
+            resuming: whether the folder may hold a run that ended before its first checkpoint.
 
         Raises:
-            ValueError: it holds another run, a finished run without checkpoints or files of
-                others, or cannot be made.
+            ValueError: the folder holds another run, a finished run without checkpoints, or other
+                files, or cannot be made.
         """
         folder = Path(save or Path("runs", default_name))
         if save is None and not resuming:
@@ -128,59 +128,104 @@ class RunFolder:
         self,
         flags: dict,
         environment: dict,
-        resumed: dict | None,
-        steps: int,
-        keep: int = 2,
+        *,
         overwrite: bool = False,
         tensorboard: bool = False,
     ) -> None:
-        """Record flags and environment, and discard what is newer than the resumed step.
+        """Begin a new run: record flags and environment, then remove an overwritten run.
 
         The new files are written first, so that a full disk leaves the old run as it was.
 
         Args:
             flags: all of them, by name.
-            environment: what `util.environment` gave.
-            resumed: what `find_resumed` gave.
-            steps: the last step of the run.
-            keep: how many checkpoints are kept.
-            overwrite: whether checkpoints of another run may be there.
+            environment: the result of `util.environment`.
+            overwrite: whether the folder may hold checkpoints of another run.
             tensorboard: whether to write events for TensorBoard.
 
         Raises:
-            ValueError: there are checkpoints that `find_resumed` has not seen.
+            ValueError: there are checkpoints, and `overwrite` is not set.
         """
-        step = resumed["step"] if resumed else 0
-        seen = resumed["checkpoints"] if resumed else []
-        new = [path for _, path in self.checkpoints() if path.name not in seen]
-        if new and not overwrite:
-            raise ValueError(
-                f"another process has saved {new[-1]} just now: give the same command again"
-            )
-        (self.path / "samples").mkdir(exist_ok=True)
-        write_json(self.path / "args.json", flags)
-        write_json(self.path / "environment.json", environment)
-        self._trim_log(step, steps)
-        if resumed:  # before the newer ones are gone, one of which last.pt may be
-            self._link(Path(resumed["path"]), "last.pt")
-            self._discard_after(step)
-            if step < steps:
-                self._set_results_aside()
+        if not overwrite:
+            self._refuse_other_checkpoints(seen=())
+        self._record_start(flags, environment)
+        self._write_log([])
         remove_leftovers(self.path)
-        if resumed and STEP_FILE.fullmatch(Path(resumed["path"]).name):
-            self._name_newest(keep)  # a kill within `save` leaves an older last.pt
-        if not step:
-            Board.remove(self.path)
-            old = (path for pattern in REPLACED for path in self.path.glob(pattern))
-            for path in [*old, *(path for _, path in self.checkpoints())]:
-                path.unlink(missing_ok=True)
+        Board.remove(self.path)
+        old = [path for pattern in REPLACED for path in self.path.glob(pattern)]
+        for path in [*old, *(path for _, path in self.checkpoints())]:
+            path.unlink(missing_ok=True)
         if tensorboard:
-            # At the end of a run only its evaluation is repeated: the rest of that step is kept.
-            first = step if step == steps else step + 1
-            self.board = Board(self.path, first if step else None)
+            self.board = Board(self.path, first_step=None)
+
+    def resume(
+        self,
+        flags: dict,
+        environment: dict,
+        *,
+        checkpoint: Path,
+        step: int,
+        seen: Collection[str],
+        steps: int,
+        keep: int = 2,
+        overwrite: bool = False,
+        tensorboard: bool = False,
+    ) -> None:
+        """Continue a run after `step`: record flags and environment, discard what is newer.
+
+        A run that is killed here at any moment can be continued by the same command. In particular,
+        last.pt, which may be one of the newer checkpoints, is replaced before they are deleted.
+
+        Args:
+            flags: all of them, by name.
+            environment: the result of `util.environment`.
+            checkpoint: the file of the checkpoint of `step`.
+            step: how many steps are done.
+            seen: names of the checkpoints that were there when `checkpoint` was chosen.
+            steps: the last step of the run.
+            keep: how many checkpoints are kept.
+            overwrite: whether checkpoints that are not in `seen` may be deleted.
+            tensorboard: whether to write events for TensorBoard.
+
+        Raises:
+            ValueError: there are checkpoints that are not in `seen`, and `overwrite` is not set.
+        """
+        if not overwrite:
+            self._refuse_other_checkpoints(seen)
+        self._record_start(flags, environment)
+        at_end = step == steps  # only the evaluation is repeated
+        self._write_log(
+            record
+            for record in self.read_log()
+            if record["step"] < step
+            or (record["step"] == step and not (at_end and record["kind"] == "val"))
+        )
+        self._link(checkpoint, "last.pt")
+        self._discard_after(step)
+        if not at_end:
+            self._set_results_aside()
+        remove_leftovers(self.path)
+        if STEP_FILE.fullmatch(checkpoint.name):
+            self._name_newest(keep)  # deletes what a kill within `save` has left
+        if tensorboard:
+            # Events from `first` on are void. At the end, those of the last step are written again.
+            first = step if at_end else step + 1
+            self.board = Board(self.path, first)
             for record in self.read_log():
                 if record["step"] >= first:
                     self.board.add(record)
+
+    def _refuse_other_checkpoints(self, seen: Collection[str]) -> None:
+        """Raises ValueError if there are checkpoints other than those that were seen."""
+        new = [path for _, path in self.checkpoints() if path.name not in seen]
+        if new:
+            raise ValueError(
+                f"another process has saved {new[-1]} just now: give the same command again"
+            )
+
+    def _record_start(self, flags: dict, environment: dict) -> None:
+        (self.path / "samples").mkdir(exist_ok=True)
+        write_json(self.path / "args.json", flags)
+        write_json(self.path / "environment.json", environment)
 
     def _discard_after(self, step: int) -> None:
         """Delete the checkpoints after `step`, and best.pt if it is one of them."""
@@ -209,10 +254,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def explained_errors(self, lr: float) -> Iterator[None]:
-        """Within `with`, numbers that diverge and a full disk end the run with one line.
+        """Turn the errors of numbers that diverge, and of a full disk, into one line.
 
         Raises:
-            ValueError: what happened, and what to do.
+            ValueError: says what happened, and what to do.
         """
         try:
             yield
@@ -238,13 +283,13 @@ class RunFolder:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            error.filename = str(self.log_path)  # which an error in writing does not name
+            error.filename = str(self.log_path)  # an error in writing does not name the file
             raise
         if self.board:
             self.board.add(record)
 
     def read_log(self) -> list[dict]:
-        """The records of metrics.jsonl; lines that are none are skipped with a warning."""
+        """The records of metrics.jsonl; damaged lines are skipped with a warning."""
         records, damaged = [], 0
         text = self.log_path.read_bytes() if self.log_path.is_file() else b""
         for line in text.splitlines():
@@ -259,19 +304,17 @@ class RunFolder:
             print(f"warning: {self.log_path}: {damaged} damaged lines skipped", flush=True)
         return records
 
-    def _trim_log(self, step: int, steps: int) -> None:
-        # A run that is resumed at its end is evaluated once more.
-        kept = [
-            record
-            for record in self.read_log()
-            if record["step"] < step
-            or (record["step"] == step and not (step == steps and record["kind"] == "val"))
-        ]
-        lines = "".join(json.dumps(record) + "\n" for record in kept if step)
+    def _write_log(self, records: Iterable[dict]) -> None:
+        """Replace metrics.jsonl, whole or not at all."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         write_whole(self.log_path, lambda file: file.write(lines.encode()))
 
     def validations(self, images: str) -> list[dict]:
-        """Step and metrics of each evaluation of one validation set (or of an old log)."""
+        """Step and metrics of each evaluation of a validation set.
+
+        Args:
+            images: identifies the set; records of older versions, which name none, count as well.
+        """
         records = [record for record in self.read_log() if record["kind"] == "val"]
         return [
             {key: record.get(key) for key in ("step", *FIELD)}
@@ -288,12 +331,12 @@ class RunFolder:
         return sorted((int(match[1]), path) for match, path in named if match)
 
     def save(self, state: dict, keep: int) -> None:
-        """Write step_*.pt, name it last.pt too, then delete all but the newest `keep`."""
+        """Write step_*.pt, name it last.pt as well, then delete all but the newest `keep`."""
         save_checkpoint(self.path / f"step_{state['step']:07d}.pt", state)
         self._name_newest(keep)
 
     def _name_newest(self, keep: int) -> None:
-        """What `save` does after writing."""
+        """Name the newest checkpoint last.pt, then delete all but the newest `keep`."""
         found = [path for _, path in self.checkpoints()]
         self._link(found[-1], "last.pt")
         for old in found[:-keep]:
@@ -307,11 +350,12 @@ class RunFolder:
             self._link(newest, "last.pt")
 
     def mark_best(self, step: int) -> None:
-        """Name the checkpoint of `step` best.pt too."""
+        """Give the checkpoint of `step` the second name best.pt."""
         path = self.path / f"step_{step:07d}.pt"
         self._link(path if path.exists() else self.path / "last.pt", "best.pt")
 
     def _link(self, path: Path, name: str) -> None:
+        """Give a file a second name, which at every moment names the old file or the new one."""
         link = self.path / f".{name}{TEMPORARY}"
         link.unlink(missing_ok=True)
         try:
@@ -351,7 +395,7 @@ class RunFolder:
     # Pictures and results
     # -----------------------------------------------------------------------------------
     def draw_samples(self, model, images, device: torch.device, step: int) -> None:
-        """A PNG of the first validation images, the originals over their reconstructions."""
+        """Write a PNG of the first validation images, originals over reconstructions."""
         from torchvision.utils import make_grid, save_image  # torchvision takes seconds to import
 
         readable = (image for i in range(len(images)) if (image := images[i]) is not None)
