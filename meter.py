@@ -15,7 +15,7 @@ from checkpoint import NotFinite
 
 
 class Meter:
-    """Means of the loss terms over an interval of steps, and the time that the interval took.
+    """Means of the loss terms over an interval of steps, and its duration.
 
     The sums stay on the device, because reading them would wait for it. A step whose loss or
     gradient is not finite counts as skipped and enters no mean.
@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         # Row 0: sums of the terms of good steps, and the number of good steps; row 1: how often
-        # each was not finite. They take their size from the first step.
+        # each term was not finite. The first step sets the size.
         self.sums = torch.zeros((), device=device)
         self.skipped = torch.zeros(2, device=device)  # steps in all, and in a row
         self.count, self.names = 0, []
@@ -41,22 +41,22 @@ class Meter:
         self.count += 1
 
     def seconds(self) -> float:
-        """Seconds since the interval began, evaluations left out."""
+        """Seconds since the interval began, without evaluations."""
         return time.perf_counter() - self.start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within `with`, time does not count."""
-        self.skipped.cpu()  # waits for the steps that a GPU still has to do: their time counts
+        """Exclude the time within `with`."""
+        self.skipped.cpu()  # waits for the steps that are queued on a GPU: their time counts
         before = self.seconds()
         yield
         self.start = time.perf_counter() - before
 
     def compute(self, max_skipped: int) -> tuple[dict, float]:
-        """The mean of each term over good steps and all processes, and the steps a second.
+        """End the interval: the mean of each term over good steps and processes; steps a second.
 
-        Begins a new interval. A collective. 'skipped_steps', of the run so far, is added if there
-        were any; a mean is None without good steps.
+        A collective. A mean is None if there was no good step. 'skipped_steps', the number of them
+        in the run so far, is added to the means if there were any.
 
         Raises:
             NotFinite: the last `max_skipped` steps or more were all skipped.
@@ -78,20 +78,20 @@ class Meter:
         self.start = time.perf_counter()
         return means | ({"skipped_steps": int(in_all)} if in_all else {}), speed
 
-    def state_dict(self) -> dict:
-        """What a checkpoint holds of it: one row of sums per rank. A collective."""
-        return {
-            "interval_sums": torch.stack(util.from_all(self.sums.cpu())),
-            "interval_count": self.count,
-            "interval_seconds": self.seconds(),
-            "skipped": self.skipped,
-        }
+    def gathered_sums(self) -> Tensor:
+        """The sums of all processes on the CPU, one row per rank. A collective."""
+        return torch.stack(util.from_all(self.sums.cpu()))
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue the interval of a checkpoint."""
-        sums = state["interval_sums"]
-        # If the process count changed, every rank uses the mean of the rows.
-        sums = sums[util.rank()] if len(sums) == util.world_size() else sums.mean(0)
-        self.sums, self.skipped = (x.to(self.skipped.device) for x in (sums, state["skipped"]))
-        self.count = state["interval_count"]
-        self.start = time.perf_counter() - state["interval_seconds"]
+    def resume(self, sums: Tensor, count: int, seconds: float, skipped: Tensor) -> None:
+        """Continue the interval of an interrupted run.
+
+        Args:
+            sums: one row per rank; if the process count changed, every rank uses their mean.
+            count: how many steps are in the sums.
+            seconds: how long these steps have taken.
+            skipped: (2,), steps that were skipped: in all, and in a row.
+        """
+        own = sums[util.rank()] if len(sums) == util.world_size() else sums.mean(0)
+        self.sums, self.skipped = own.to(self.skipped.device), skipped.to(self.skipped.device)
+        self.count = count
+        self.start = time.perf_counter() - seconds

@@ -14,7 +14,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,8 +32,10 @@ from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
 from run import RunFolder
-from run.resume import find_resumed, restore
+from run.resume import Resumed, best_psnr, find_resumed, restore
+from run.state import RunState
 from scheduler import learning_rate
+from segment import Segment
 
 
 class TrainingStep(nn.Module):
@@ -111,17 +112,17 @@ class Training:
         steps = max(1, args.max_train_epochs * len(self.train_set) // args.batch_size)
         self.steps = min(steps, args.train_iters or steps)
 
-    def _find_start(self) -> dict | None:
+    def _find_start(self) -> Resumed | None:
         """The checkpoint of --resume and its step, or the weights of --load."""
         args, quantizer = self.args, self.model.quantizer
         self.name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
         resumed = util.on_main(lambda: find_resumed(args, self.name, quantizer, self.train_set))
         if resumed:
-            args.load = resumed["args"].get("load")  # where the run began
+            args.load = resumed.args.get("load")  # where the run began
         elif args.load:
             load_weights(self.model, args, args.load)
-        self.resumed_from = resumed["path"] if resumed else None
-        self.first_step = resumed["step"] if resumed else 0  # how many are done
+        self.resumed_from = resumed.path if resumed else None
+        self.first_step = resumed.state.step if resumed else 0  # how many are done
         if self.first_step > self.steps:
             raise ValueError(
                 f"the checkpoint is at step {self.first_step}, but these flags end the run at step "
@@ -129,7 +130,7 @@ class Training:
             )
         return resumed
 
-    def _build_step(self, resumed: dict | None) -> None:
+    def _build_step(self, resumed: Resumed | None) -> None:
         """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
         args, device = self.args, self.device
         gpu = device.type == "cuda"
@@ -166,12 +167,12 @@ class Training:
         if args.num_workers:
             iter(self.val_batches)  # starts its processes, before there are threads to fork beside
 
-    def _open_run(self, resumed: dict | None, stack: contextlib.ExitStack) -> None:
+    def _open_run(self, resumed: Resumed | None, stack: contextlib.ExitStack) -> None:
         """Lock and begin the run folder, and take up what the checkpoint says of the run so far."""
         args = self.args
         self.train_fingerprint = util.on_main(self.train_set.fingerprint)
         self.val_fingerprint = util.on_main(self.val_set.fingerprint)["names"][:32]
-        folder = resumed["run"] if resumed else util.on_main(self._create_folder)
+        folder = resumed.path.parent if resumed else util.on_main(self._create_folder)
         self.run = RunFolder(folder, self.first_step)
         stack.enter_context(self.run.explained_errors(args.lr))
         util.on_main(lambda: stack.enter_context(self.run.locked()))
@@ -180,18 +181,29 @@ class Training:
         self.meter, self.best_psnr, seconds = Meter(self.device), -math.inf, 0.0
         self.segments, self.skipped_before = [], []
         if resumed:
-            self.meter.load_state_dict(resumed)
-            best_is_left = util.on_main((self.run.path / "best.pt").exists)
-            same_images = resumed.get("validation", self.val_fingerprint) == self.val_fingerprint
-            if best_is_left and same_images:
-                earlier = [each["psnr"] for each in self._validations()]
-                self.best_psnr = max([resumed["best_psnr"], *earlier])
-            seconds = resumed["seconds"]
-            self.segments, self.skipped_before = resumed["segments"], resumed["skipped_images"]
+            state = resumed.state
+            self.meter.resume(
+                sums=state.interval_sums,
+                count=state.interval_count,
+                seconds=state.interval_seconds,
+                skipped=state.skipped,
+            )
+            self.best_psnr = util.on_main(
+                lambda: best_psnr(resumed, self.run, self.val_fingerprint)
+            )
+            seconds = state.seconds
+            self.segments, self.skipped_before = state.segments, state.skipped_images
         self.started = time.perf_counter() - seconds  # as if there had been no interruption
-        here = {key: self.environment[key] for key in ("command", "commit", "device")}
-        here |= {"precision": self.precision, "compiled": self.compiled}
-        self.segments.append({"first_step": self.first_step + 1, **here})
+        self.segments.append(
+            Segment(
+                first_step=self.first_step + 1,
+                command=self.environment["command"],
+                commit=self.environment["commit"],
+                device=self.environment["device"],
+                precision=self.precision,
+                compiled=self.compiled,
+            )
+        )
 
     def _create_folder(self) -> str:
         args = self.args
@@ -203,7 +215,7 @@ class Training:
         )
         return str(run.path)
 
-    def _begin_or_resume(self, resumed: dict | None) -> None:
+    def _begin_or_resume(self, resumed: Resumed | None) -> None:
         args = self.args
         if resumed is None:
             self.run.begin(
@@ -216,9 +228,9 @@ class Training:
             self.run.resume(
                 vars(args),
                 self.environment,
-                checkpoint=Path(resumed["path"]),
-                step=resumed["step"],
-                seen=resumed["checkpoints"],
+                checkpoint=resumed.path,
+                step=resumed.state.step,
+                seen=resumed.seen,
                 steps=self.steps,
                 keep=args.keep,
                 overwrite=args.overwrite,
@@ -313,23 +325,29 @@ class Training:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective."""
         with self.meter.paused():
-            state = {
+            state = RunState(
+                step=step,
+                best_psnr=self.best_psnr,
+                seconds=time.perf_counter() - self.started,
+                interval_sums=self.meter.gathered_sums(),
+                interval_count=self.meter.count,
+                interval_seconds=self.meter.seconds(),
+                skipped=self.meter.skipped,
+                random=random_states(),
+                threads=torch.get_num_threads(),
+                train_images=len(self.train_set),
+                train_fingerprint=self.train_fingerprint,
+                validation=self.val_fingerprint,
+                segments=self.segments,
+                skipped_images=self.skipped_images(),
+            )
+            checkpoint = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "args": vars(self.args),
-                "step": step,
-                "best_psnr": self.best_psnr,
-                "train_images": len(self.train_set),
-                "train_fingerprint": self.train_fingerprint,
-                "validation": self.val_fingerprint,
-                "segments": self.segments,
-                "skipped_images": self.skipped_images(),
-                **self.meter.state_dict(),
-                "seconds": time.perf_counter() - self.started,
-                "random": random_states(),
-                "threads": torch.get_num_threads(),
+                **state.state_dict(),
             }
-            util.on_main(lambda: self.run.save(state, self.args.keep))
+            util.on_main(lambda: self.run.save(checkpoint, self.args.keep))
 
     def skipped_images(self) -> list[str]:
         """The files that were left out since the run began. A collective."""

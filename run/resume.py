@@ -1,8 +1,10 @@
-"""Resuming: the checkpoint, whether it is of the same run, and its state put back."""
+"""Resuming: a checkpoint is found, compared with the flags, and its state restored."""
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,30 +17,38 @@ from checkpoint import load_checkpoint, restore_random_states
 from flags import args_of, differing_flags, may_change_flags, unread_flags, with_levels
 from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
-from segment import is_segment
+from run.state import RunState
 
-TRAINING_STATE = {  # what `train.py` adds to weights and flags
-    **dict.fromkeys(("step", "train_images", "interval_count", "threads"), int),
-    **dict.fromkeys(("best_psnr", "interval_seconds", "seconds"), float),
-    **dict.fromkeys(("interval_sums", "skipped"), torch.Tensor),
-    **dict.fromkeys(("optimizer", "random", "train_fingerprint"), dict),
-    **dict.fromkeys(("segments", "skipped_images"), list),
-}
-YOUNGER = ("train_fingerprint", "segments", "skipped_images")
-
-# What PyTorch and Python raise for a state that is not of this model, or damaged.
+# What PyTorch and Python raise for a state that is damaged or of another model.
 UNFIT = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
 MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
 
+@dataclass
+class Resumed:
+    """The checkpoint that --resume continues.
+
+    Attributes:
+        path: its file, in the run folder.
+        seen: names of the checkpoints that were in the folder when this one was chosen.
+        model: the weights, by name.
+        optimizer: the state of Adam.
+        args: the flags, by name.
+        state: everything else.
+    """
+
+    path: Path
+    seen: list[str]
+    model: dict
+    optimizer: dict
+    args: dict
+    state: RunState
+
+
 def find_resumed(
     args: Namespace, default_name: str, quantizer: Quantizer, train_set: Dataset
-) -> dict | None:
-    """What --resume continues; None: nothing.
-
-    Returns:
-        The checkpoint, and its `path`, the folder of its `run`, and the names of the `checkpoints`
-        that are there.
+) -> Resumed | None:
+    """The checkpoint that --resume continues, or None for a new run.
 
     Raises:
         ValueError: there is none, it is damaged, or it belongs to another run.
@@ -46,29 +56,35 @@ def find_resumed(
     found = _find(args, default_name)
     if found is None:
         return None
-    path, saved, checkpoints = found
-    # Older checkpoints lack some.
-    saved = {**{name: TRAINING_STATE[name]() for name in YOUNGER}, **saved}
-    whole = all(type(saved.get(name)) is kind for name, kind in TRAINING_STATE.items())
-    whole = whole and all(map(is_segment, saved["segments"]))
-    whole = whole and all(saved[name] >= 0 for name in ("interval_seconds", "seconds"))
-    whole = whole and all(isinstance(name, str) for name in saved["skipped_images"])
-    if not whole or saved["skipped"].shape != (2,) or not saved["interval_sums"].dim():
-        raise ValueError(f"{path} holds no training state: give a last.pt or step_*.pt of a run")
-    _check_same_run(path, saved, args, quantizer, train_set)
-    run = str(path.parent)
-    return {**saved, "path": str(path), "run": run, "checkpoints": checkpoints}
+    path, saved, seen = found
+    try:
+        state = RunState.from_checkpoint(saved)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds no training state ({error}): give a last.pt or step_*.pt of a run"
+        ) from error
+    resumed = Resumed(
+        path=path,
+        seen=seen,
+        model=saved["model"],
+        optimizer=saved.get("optimizer", {}),
+        args=saved["args"],
+        state=state,
+    )
+    _check_same_run(resumed, args, quantizer, train_set)
+    return resumed
 
 
 def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | None:
-    """The checkpoint of --resume: its file, what it holds, and the checkpoints beside it."""
+    """The file of --resume, its content, and the names of all checkpoints in its folder."""
     if args.resume is None:
         return None
     automatic = args.resume == "auto"
     path = Path((args.save or Path("runs", default_name)) if automatic else args.resume)
     folder = path.parent if path.is_file() else path
-    # Before the newest one is read: one that another process saves from now on is not known.
-    checkpoints = [each.name for _, each in RunFolder(folder).checkpoints()]
+    # Listed before the newest one is read: `RunFolder` refuses to delete a checkpoint that another
+    # process saves from now on.
+    seen = [each.name for _, each in RunFolder(folder).checkpoints()]
     if path.is_file():
         saved = load_checkpoint(path)
         if not (folder / "args.json").is_file():
@@ -90,28 +106,29 @@ def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | 
             f"--resume {args.resume} continues the run in {folder}, not in --save {args.save}: "
             "leave --save out, or start a new run from the weights with --load"
         )
-    return path, saved, checkpoints
+    return path, saved, seen
 
 
 def _check_same_run(
-    path: Path, saved: dict, args: Namespace, quantizer: Quantizer, train_set: Dataset
+    resumed: Resumed, args: Namespace, quantizer: Quantizer, train_set: Dataset
 ) -> None:
-    """Raises ValueError if the images or the flags make another run than the checkpoint's."""
-    if saved["train_images"] != len(train_set):
+    """Raises ValueError if the flags or the training images differ from those of the checkpoint."""
+    path, state = resumed.path, resumed.state
+    if state.train_images != len(train_set):
         raise ValueError(
-            f"{path} is of a run on {saved['train_images']:,} training images, but "
+            f"{path} is of a run on {state.train_images:,} training images, but "
             f"--train-data-path has {len(train_set):,}: give the same images to resume it"
         )
     try:
-        before = args_of(saved)
+        before = args_of({"args": resumed.args})
         before = with_levels(before, build_quantizer(before))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
-        may_change.add("lpips_net")  # then it is only measured
+        may_change.add("lpips_net")  # it is a metric then, and no part of the loss
     differ = differing_flags(before, with_levels(args, quantizer), {*may_change, "precision"})
-    there = saved["segments"][-1].get("precision") if saved["segments"] else before.precision
+    there = state.segments[-1].get("precision") if state.segments else before.precision
     here = util.training_precision(args.precision)
     if there not in (None, here):
         differ.append(f"--precision {there} there, {here} here")
@@ -120,7 +137,7 @@ def _check_same_run(
             f"{path} is of another run: {'; '.join(differ)}: give the same flags to resume it"
         )
     # A packed folder has names, and no sizes.
-    there, here = saved["train_fingerprint"], train_set.fingerprint()
+    there, here = state.train_fingerprint, train_set.fingerprint()
     other = [what for what in here if what in there and here[what] != there[what]]
     if other and not args.allow_other_images:
         raise ValueError(
@@ -129,17 +146,30 @@ def _check_same_run(
         )
 
 
+def best_psnr(resumed: Resumed, run: RunFolder, validation: str) -> float:
+    """The PSNR above which a checkpoint becomes the new best.pt. In the main process.
+
+    -inf, if best.pt is not there, or was chosen by validation images other than `validation`.
+    """
+    same_images = resumed.state.validation in ("", validation)
+    if not same_images or not (run.path / "best.pt").exists():
+        return -math.inf
+    # A checkpoint is saved before its own evaluation, which therefore is only in the log.
+    logged = [record["psnr"] for record in run.validations(validation)]
+    return max([resumed.state.best_psnr, *logged])
+
+
 def restore(
-    resumed: dict, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    resumed: Resumed, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> None:
-    """Put back weights, moments of the optimizer and random states of a checkpoint.
+    """Restore weights, moments of the optimizer, random states and the number of threads.
 
     Raises:
-        ValueError: they are those of another model, or damaged.
+        ValueError: they are damaged, or of another model.
     """
     try:
-        model.load_state_dict(resumed["model"])
-        moments = resumed["optimizer"]["state"]
+        model.load_state_dict(resumed.model)
+        moments = resumed.optimizer["state"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(parameters):
             own = moments.get(number, {})  # empty before the first step
@@ -147,16 +177,17 @@ def restore(
             like = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
             if own and shapes != like:
                 raise ValueError(f"moments of parameter {number} do not fit")
-        # The hyperparameters are those of the flags, which are the same.
+        # The hyperparameters come from the flags, which are the same.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        restore_random_states(resumed["random"])
+        restore_random_states(resumed.state.random)
         if device.type == "cpu":
-            if not 1 <= resumed["threads"] <= MAX_THREADS:
-                raise ValueError(f"{resumed['threads']} threads")
-            torch.set_num_threads(resumed["threads"])  # sums are rounded by threads
+            threads = resumed.state.threads
+            if not 1 <= threads <= MAX_THREADS:
+                raise ValueError(f"{threads} threads")
+            torch.set_num_threads(threads)  # the rounding of sums depends on it
     except UNFIT as error:
         raise ValueError(
-            f"{resumed['path']} holds the training state of another model, or is damaged "
+            f"{resumed.path} holds the training state of another model, or is damaged "
             f"({exits.one_line(error)}): use an older checkpoint"
         ) from error
