@@ -13,7 +13,8 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,13 +57,69 @@ class TrainingStep(nn.Module):
             return self.criterion(images, reconstruction, quantizer_loss), indices
 
 
+class StepResult(NamedTuple):
+    """The result of `optimise`: tensors on the device, where they may still be computed.
+
+    Attributes:
+        terms: the loss and its terms, scalars by name.
+        indices: the codes of the batch.
+        norm: the norm of the gradient before clipping.
+        bad: 1.0 if the update was skipped, else 0.0.
+    """
+
+    terms: dict[str, Tensor]
+    indices: Tensor
+    norm: Tensor
+    bad: Tensor
+
+
+def optimise(
+    step: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    batch: Tensor,
+    clip_grad: float,
+    mark: Callable[[str], None] = lambda part: None,
+) -> StepResult:
+    """One step of training. The update is skipped if the loss or the gradient is not finite.
+
+    Args:
+        step: a `TrainingStep`, which may be compiled and wrapped for several processes.
+        optimizer: Adam with `fused=True`, which reads `found_inf` on the device.
+        parameters: the parameters of the optimizer.
+        batch: uint8 images (B, 3, H, W), on the device.
+        clip_grad: the largest norm of the gradient; 0 does not clip.
+        mark: called after each part with its name: "forward", "backward", "optimizer".
+    """
+    terms, indices = step(batch)
+    mark("forward")
+    optimizer.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    mark("backward")
+    norm = nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+    bad = not_finite(terms["loss"], norm)
+    optimizer.found_inf = bad  # 1: Adam skips the step
+    optimizer.step()
+    mark("optimizer")
+    return StepResult(terms, indices, norm, bad)
+
+
+def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    """1.0 if the loss or the gradient of any process is not finite, else 0.0; on the device."""
+    bad = (~(loss.detach().isfinite() & norm.isfinite())).float()
+    if util.world_size() > 1:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return bad
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train and evaluate as the flags say (`argv`, or the command line); return the results.
 
     Raises:
         ValueError: for bad input, before anything is written; later, for a loss that stays not
             finite, a damaged image or a disk that cannot be written.
-        exits.Interrupted: a signal stopped the run; after the first step its checkpoint is saved.
+        exits.Interrupted: a signal stopped the run; from the first step on, a checkpoint is saved
+            before.
     """
     with contextlib.ExitStack() as stack:
         training = Training(get_args(argv), stack)
@@ -285,13 +342,10 @@ class Training:
                 lr = learning_rate(step - 1, *schedule)
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                terms, indices = self.training_step(batch.to(self.device, non_blocking=True))
-                self.optimizer.zero_grad(set_to_none=True)
-                terms["loss"].backward()
-                norm = nn.utils.clip_grad_norm_(self.parameters, args.clip_grad or math.inf)
-                bad = not_finite(terms["loss"], norm)
-                self.optimizer.found_inf = bad  # 1: Adam skips the step
-                self.optimizer.step()
+                batch = batch.to(self.device, non_blocking=True)
+                terms, indices, norm, bad = optimise(
+                    self.training_step, self.optimizer, self.parameters, batch, args.clip_grad
+                )
                 self.meter.update({**terms, "grad_norm": norm}, bad)
                 profile_step()
 
@@ -460,14 +514,6 @@ class Training:
             print_skipped(skipped)
             print(f"\n{table}\n\nresults, pictures and checkpoints: {self.run.path}", flush=True)
         return results
-
-
-def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    """1.0 if the loss or the gradient of any process is not finite, else 0.0; on the device."""
-    bad = (~(loss.detach().isfinite() & norm.isfinite())).float()
-    if util.world_size() > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return bad
 
 
 if __name__ == "__main__":

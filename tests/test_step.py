@@ -57,6 +57,24 @@ def batch(count=4):
     return torch.stack([SyntheticDataset(32, 0, count)[i] for i in range(count)])
 
 
+def test_a_bad_step_is_skipped_and_marked():
+    step = build([])
+    adam = torch.optim.Adam(step.model.parameters(), lr=0.01, fused=True)
+    parameters, parts = list(step.model.parameters()), []
+    before = [p.detach().clone() for p in parameters]
+
+    def bad_step(images):
+        terms, indices = step(images)
+        return {**terms, "loss": terms["loss"] * torch.inf}, indices
+
+    for module, bad in ((bad_step, 1.0), (step, 0.0)):
+        result = train.optimise(module, adam, parameters, batch(), 1.0, mark=parts.append)
+        same = all(map(torch.equal, before, parameters))
+        assert (result.bad.item(), same) == (bad, bad == 1.0)
+    assert parts == 2 * ["forward", "backward", "optimizer"]
+    assert result.indices.shape == (4, 8, 8, 2) and result.norm > 0
+
+
 def run(step):
     terms, indices = step(batch())
     terms["loss"].backward()
