@@ -25,14 +25,13 @@ import exits
 import util
 from arguments import get_args
 from checkpoint import NotFinite, random_states
-from dataset import build_dataset, print_skipped, skipped_images
+from dataset import build_dataset, skipped_images
 from dataset.loaders import train_loader, val_loader
-from flags import ignored_flags
 from loss import TrainingLoss, lpips_if_available, lpips_network
 from meter import Meter
 from metric import evaluate, format_results
 from model import VQVAE, load_weights
-from run import RunFolder
+from run import RunFolder, report
 from run.resume import Resumed, best_psnr, find_resumed, restore
 from run.state import RunState
 from scheduler import learning_rate
@@ -145,8 +144,7 @@ class Training:
         util.set_float32_precision("ieee")  # also in bf16, where the quantizer stays in float32
         util.seed_everything(args.seed)
         self.stop = stack.enter_context(exits.StopSignals())
-        self.main_process = util.rank() == 0
-        self.progress_shown = self.main_process and sys.stderr.isatty()
+        self.progress_shown = util.rank() == 0 and sys.stderr.isatty()
         self._find_images()
         self.model = VQVAE(args)
         resumed = self._find_start()
@@ -296,26 +294,21 @@ class Training:
 
     def announce(self) -> None:
         """Print what is about to be trained."""
-        if not self.main_process:
+        if util.rank() > 0:
             return
-        quantizer = self.model.quantizer
-        for flag in ignored_flags(self.args, quantizer):
-            print(f"warning: {flag} has no effect on {quantizer.name}", file=sys.stderr)
-        suffix = ", compiled" if self.compiled else ""
-        images = f"{len(self.train_set):,} training images"
-        if self.train_set.endless:
-            images = f"endless training images (an epoch: {len(self.train_set):,})"
-        side = f" and {quantizer.side_bits:g} per image" if quantizer.side_bits else ""
-        print(
-            f"{quantizer.name}: {quantizer.bits:.4g} bits per position{side}, f = {self.model.f}, "
-            f"{sum(p.numel() for p in self.parameters):,} parameters\n"
-            f"{images}, {len(self.val_set):,} for validation; "
-            f"{self.steps:,} steps of {self.args.batch_size} on {self.device} in "
-            f"{self.precision}{suffix}; run folder {self.run.path}"
+        report.print_start(
+            self.args,
+            self.model,
+            self.train_set,
+            self.val_set,
+            steps=self.steps,
+            device=self.device,
+            precision=self.precision,
+            compiled=self.compiled,
+            folder=self.run.path,
         )
         if self.resumed_from:
-            print(f"resumed after step {self.first_step} from {self.resumed_from}")
-        sys.stdout.flush()
+            print(f"resumed after step {self.first_step} from {self.resumed_from}", flush=True)
 
     # -------------------------------------------------------------------------------------
     # Train
@@ -437,11 +430,7 @@ class Training:
         record = {"kind": "val", "step": step, "validation": self.val_fingerprint}
         self.run.log({**record, **result})
         self.run.draw_samples(self.model, self.val_set, self.device, step)
-        lpips = f"  LPIPS-{self.perceptual.net} {result['lpips']:.4f}" if self.perceptual else ""
-        tqdm.write(
-            f"step {step}/{self.steps}  validation: PSNR {result['psnr']:.2f} dB  "
-            f"SSIM {result['ssim']:.4f}  L1 {result['l1']:.4f}{lpips}"
-        )
+        report.print_evaluation(step, self.steps, result)
 
     def interrupted(self, step: int) -> exits.Interrupted:
         """The exception that ends a run which a signal has stopped."""
@@ -450,69 +439,48 @@ class Training:
             f"the same command with --resume {self.run.path}"
         )
 
-    # -------------------------------------------------------------------------------------
-    # Report
-    # -------------------------------------------------------------------------------------
     def log(self, step: int, lr: float, indices: Tensor, bar: tqdm) -> None:
         """Log the interval that ends with `step`, and show it. A collective."""
         means, steps_per_s = self.meter.compute(self.args.max_skipped_steps)
-        speed = steps_per_s * self.args.batch_size
-        stages = indices.unbind(-1) if self.model.quantizer.stage_axis else [indices]
-        record = {
-            "kind": "train",
-            "step": step,
-            "epoch": round(step * self.args.batch_size / len(self.train_set), 4),
-            "lr": lr,
-            **means,
-            "images_per_s": round(speed, 1),
-            "peak_memory_mib": util.peak_memory_mib(self.device),
-            "codes_in_batch": [len(torch.unique(stage)) for stage in stages],  # of this process
-        }
-        if not self.main_process:
+        if util.rank() > 0:
             return
+        record = report.training_record(
+            step=step,
+            epoch=step * self.args.batch_size / len(self.train_set),
+            lr=lr,
+            means=means,
+            images_per_s=steps_per_s * self.args.batch_size,
+            device=self.device,
+            indices=indices,
+            stage_axis=self.model.quantizer.stage_axis,
+        )
         self.run.log(record)
         if self.progress_shown:
-            loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
-            bar.set_postfix(loss=loss, lr=f"{lr:.2e}", images_s=f"{speed:.0f}")
-            return
-        terms = [f"{n} {record[n]:.4f}" for n in self.meter.names if record[n] is not None]
-        if "skipped_steps" in record:
-            terms.append(f"{record['skipped_steps']} steps skipped so far")
-        print(
-            f"step {step}/{self.steps}  epoch {record['epoch']:.2f}  {'  '.join(terms)}  "
-            f"lr {lr:.2e}  {speed:.0f} images/s",
-            flush=True,
-        )
+            report.show_progress(bar, record)
+        else:
+            report.print_training(record, terms=self.meter.names, steps=self.steps)
 
-    def write_results(self, result: dict) -> dict:
+    def write_results(self, evaluation: dict) -> dict:
         """Write results.json and results.txt, and print the final table. A collective."""
-        args, skipped = self.args, self.skipped_images()
-        results = {
-            "name": args.name or self.model.quantizer.name,
-            **result,
-            "validations": self._validations(),
-            "parameters": sum(p.numel() for p in self.parameters),
-            "steps": self.steps,
-            "batch_size": args.batch_size,
-            "images_seen": self.steps * args.batch_size,
-            "train_images": len(self.train_set),
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "skipped_steps": int(self.meter.skipped[0]),
-            "skipped_images": skipped,
-            "seed": args.seed,
-            "precision": self.precision,
-            "train_data": args.train_data_path,
-            "val_data": args.val_data_path,
-            "checkpoint": "last.pt",
-            "environment": self.environment,
-            "segments": self.segments,
-            "args": vars(args),
-        }
-        table = format_results(result)
+        skipped = self.skipped_images()
+        results = report.results_of_run(
+            self.args,
+            evaluation=evaluation,
+            validations=self._validations(),
+            model=self.model,
+            steps=self.steps,
+            train_images=len(self.train_set),
+            seconds=time.perf_counter() - self.started,
+            skipped_steps=int(self.meter.skipped[0]),
+            skipped_images=skipped,
+            precision=self.precision,
+            environment=self.environment,
+            segments=self.segments,
+        )
+        table = format_results(evaluation)
         util.on_main(lambda: self.run.write_results(results, table))
-        if self.main_process:
-            print_skipped(skipped)
-            print(f"\n{table}\n\nresults, pictures and checkpoints: {self.run.path}", flush=True)
+        if util.rank() == 0:
+            report.print_end(table, skipped, self.run.path)
         return results
 
 
