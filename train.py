@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -24,18 +23,14 @@ from tqdm import tqdm
 import exits
 import util
 from arguments import get_args
-from checkpoint import NotFinite, random_states
-from dataset import build_dataset, skipped_images
-from dataset.loaders import train_loader, val_loader
+from checkpoint import NotFinite
 from loss import TrainingLoss, lpips_if_available, lpips_network
-from meter import Meter
 from metric import evaluate, format_results
-from model import VQVAE, load_weights
-from run import RunFolder, report
-from run.resume import Resumed, best_psnr, find_resumed, restore
-from run.state import RunState
+from model import VQVAE
+from run import report, setup
+from run.progress import Progress
+from run.resume import best_psnr, owes_evaluation, restore
 from scheduler import learning_rate
-from segment import Segment
 
 
 class TrainingStep(nn.Module):
@@ -122,7 +117,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """
     with contextlib.ExitStack() as stack:
         training = Training(get_args(argv), stack)
-        training.announce()
         result = training.fit()
         return training.write_results(result)
 
@@ -139,205 +133,123 @@ class Training:
 
     def __init__(self, args: Namespace, stack: contextlib.ExitStack):
         self.args = args
-        self.device = util.setup_processes()
+        self.device = device = util.setup_processes()
         util.share_cores(args.num_workers)
         util.set_float32_precision("ieee")  # also in bf16, where the quantizer stays in float32
         util.seed_everything(args.seed)
         self.stop = stack.enter_context(exits.StopSignals())
         self.progress_shown = util.rank() == 0 and sys.stderr.isatty()
-        self._find_images()
-        self.model = VQVAE(args)
-        resumed = self._find_start()
-        self._build_step(resumed)
-        self._start_loaders()
-        self._open_run(resumed, stack)
 
-    def _find_images(self) -> None:
-        """The images, and the length of an epoch and of the run in steps."""
-        args = self.args
-        if args.batch_size % util.world_size():
-            raise ValueError(
-                f"--batch-size {args.batch_size} does not divide among {util.world_size()} "
-                f"processes: give a multiple of {util.world_size()}"
-            )
-        common = dict(img_size=args.img_size, seed=args.seed, skip_corrupt=args.skip_corrupt)
-        self.train_set = build_dataset(args.train_data_path, train=True, **common)
-        self.val_set = build_dataset(args.val_data_path, train=False, **common)
-        self.steps_per_epoch = math.ceil(len(self.train_set) / args.batch_size)
+        self.train_set, self.val_set = setup.build_datasets(args)
         steps = max(1, args.max_train_epochs * len(self.train_set) // args.batch_size)
         self.steps = min(steps, args.train_iters or steps)
 
-    def _find_start(self) -> Resumed | None:
-        """The checkpoint of --resume and its step, or the weights of --load."""
-        args, quantizer = self.args, self.model.quantizer
-        self.name = f"{quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
-        resumed = util.on_main(lambda: find_resumed(args, self.name, quantizer, self.train_set))
-        if resumed:
-            args.load = resumed.args.get("load")  # where the run began
-        elif args.load:
-            load_weights(self.model, args, args.load)
-        self.resumed_from = resumed.path if resumed else None
-        self.first_step = resumed.state.step if resumed else 0  # how many are done
-        if self.first_step > self.steps:
-            raise ValueError(
-                f"the checkpoint is at step {self.first_step}, but these flags end the run at step "
-                f"{self.steps}: give more --max-train-epochs or --train-iters"
-            )
-        return resumed
+        self.model = VQVAE(args)
+        name = f"{self.model.quantizer.name}-f{self.model.f}-c{args.channel}-s{args.seed}"
+        resumed = setup.find_start(args, name, self.model, self.train_set, self.steps)
+        self.start_step = resumed.state.step if resumed else 0  # how many steps are done
 
-    def _build_step(self, resumed: Resumed | None) -> None:
-        """Model, LPIPS, loss and optimizer on the device, with the state of the checkpoint."""
-        args, device = self.args, self.device
-        gpu = device.type == "cuda"
         self.precision = util.training_precision(args.precision)
-        self.compiled = gpu if args.compile is None else args.compile
+        self.compiled = device.type == "cuda" if args.compile is None else args.compile
         self.model.to(device, memory_format=torch.channels_last)
         load = lpips_network if args.perceptual_weight else lpips_if_available
         self.perceptual = load(args.lpips_net, device, args.img_size)
-        weights = (args.l1_weight, args.perceptual_weight, args.quantizer_loss_weight)
-        criterion = TrainingLoss(*weights, self.perceptual)
-        criterion.to(device, memory_format=torch.channels_last)
-        self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+            self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
         )
         if resumed:
             restore(resumed, self.model, self.optimizer, device)
-        self.training_step: nn.Module = TrainingStep(
-            self.model, criterion, bf16=self.precision == "bf16"
+        self.training_step = self._build_step()
+
+        self.batches, self.val_batches = setup.start_loaders(
+            args, self.train_set, self.val_set, self.start_step, self.steps, device, self.stop
         )
-        if self.compiled:
-            self.training_step.compile(fullgraph=True)
-        if util.world_size() > 1:
-            self.training_step = util.data_parallel(self.training_step)
+        train_fingerprint = util.on_main(self.train_set.fingerprint)
+        validation = util.on_main(self.val_set.fingerprint)["names"][:32]
+        self.environment = util.environment(device)
+        self.run = setup.open_folder(args, name, resumed, self.steps, self.environment, stack)
 
-    def _start_loaders(self) -> None:
-        """This process's batches for training and validation."""
-        args, processes = self.args, util.world_size()
-        share = dict(num_workers=args.num_workers, rank=util.rank(), world_size=processes)
-        share |= dict(device=self.device, stop=self.stop)
-        order = dict(steps=self.steps, start_step=self.first_step, seed=args.seed)
-        self.batches = train_loader(self.train_set, args.batch_size // processes, **order, **share)
-        self.val_batches = val_loader(self.val_set, min(args.batch_size, 64), **share)
-        if args.num_workers:
-            iter(self.val_batches)  # starts its processes, before there are threads to fork beside
-
-    def _open_run(self, resumed: Resumed | None, stack: contextlib.ExitStack) -> None:
-        """Lock and begin the run folder, and take up what the checkpoint says of the run so far."""
-        args = self.args
-        self.train_fingerprint = util.on_main(self.train_set.fingerprint)
-        self.val_fingerprint = util.on_main(self.val_set.fingerprint)["names"][:32]
-        folder = resumed.path.parent if resumed else util.on_main(self._create_folder)
-        self.run = RunFolder(folder, self.first_step)
-        stack.enter_context(self.run.explained_errors(args.lr))
-        util.on_main(lambda: stack.enter_context(self.run.locked()))
-        self.environment = util.environment(self.device)
-        util.on_main(lambda: self._begin_or_resume(resumed))
-        self.meter, self.best_psnr, seconds = Meter(self.device), -math.inf, 0.0
-        self.segments, self.skipped_before = [], []
+        self.progress = Progress(
+            self.train_set, self.val_set, train_fingerprint, validation, device
+        )
+        self.meter = self.progress.meter
         if resumed:
-            state = resumed.state
-            self.meter.resume(
-                sums=state.interval_sums,
-                count=state.interval_count,
-                seconds=state.interval_seconds,
-                skipped=state.skipped,
-            )
-            self.best_psnr = util.on_main(
-                lambda: best_psnr(resumed, self.run, self.val_fingerprint)
-            )
-            seconds = state.seconds
-            self.segments, self.skipped_before = state.segments, state.skipped_images
-        self.started = time.perf_counter() - seconds  # as if there had been no interruption
-        self.segments.append(
-            Segment(
-                first_step=self.first_step + 1,
-                command=self.environment["command"],
-                commit=self.environment["commit"],
-                device=self.environment["device"],
+            best = util.on_main(lambda: best_psnr(resumed.state, self.run, validation))
+            self.progress.restore(resumed.state, best)
+        self.progress.begin_segment(
+            self.start_step + 1, self.environment, self.precision, self.compiled
+        )
+        if util.rank() == 0:
+            report.print_start(
+                args,
+                self.model,
+                self.train_set,
+                self.val_set,
+                steps=self.steps,
+                device=device,
                 precision=self.precision,
                 compiled=self.compiled,
-            )
-        )
-
-    def _create_folder(self) -> str:
-        args = self.args
-        run = RunFolder.create(
-            args.save,
-            default_name=self.name,
-            overwrite=args.overwrite,
-            resuming=args.resume == "auto",
-        )
-        return str(run.path)
-
-    def _begin_or_resume(self, resumed: Resumed | None) -> None:
-        args = self.args
-        if resumed is None:
-            self.run.begin(
-                vars(args),
-                self.environment,
-                overwrite=args.overwrite,
-                tensorboard=args.tensorboard,
-            )
-        else:
-            self.run.resume(
-                vars(args),
-                self.environment,
-                checkpoint=resumed.path,
-                step=resumed.state.step,
-                seen=resumed.seen,
-                steps=self.steps,
-                keep=args.keep,
-                overwrite=args.overwrite,
-                tensorboard=args.tensorboard,
+                folder=self.run.path,
+                resumed=resumed,
             )
 
-    def announce(self) -> None:
-        """Print what is about to be trained."""
-        if util.rank() > 0:
-            return
-        report.print_start(
-            self.args,
-            self.model,
-            self.train_set,
-            self.val_set,
-            steps=self.steps,
-            device=self.device,
-            precision=self.precision,
-            compiled=self.compiled,
-            folder=self.run.path,
+    def _build_step(self) -> nn.Module:
+        """Model and loss as one module, compiled, and wrapped if there are several processes."""
+        criterion = TrainingLoss(
+            l1_weight=self.args.l1_weight,
+            perceptual_weight=self.args.perceptual_weight,
+            quantizer_weight=self.args.quantizer_loss_weight,
+            perceptual=self.perceptual,
         )
-        if self.resumed_from:
-            print(f"resumed after step {self.first_step} from {self.resumed_from}", flush=True)
+        criterion.to(self.device, memory_format=torch.channels_last)
+        step = TrainingStep(self.model, criterion, bf16=self.precision == "bf16")
+        if self.compiled:
+            step.compile(fullgraph=True)
+        return util.data_parallel(step) if util.world_size() > 1 else step
 
-    # -------------------------------------------------------------------------------------
-    # Train
-    # -------------------------------------------------------------------------------------
     def fit(self) -> dict:
-        """Train from `first_step` to `steps`; return the result of the last evaluation."""
+        """Train from `start_step` to `steps`; return the result of the last evaluation."""
         args = self.args
-        save_interval = args.save_interval or self.steps_per_epoch
-        eval_interval = args.eval_interval or self.steps_per_epoch
-        schedule = (self.steps, args.lr, args.warmup, args.lr_decay_style, args.lr_decay_ratio)
-        progress = dict(total=self.steps, initial=self.first_step, unit="step")
+        epoch = math.ceil(len(self.train_set) / args.batch_size)
+        save_interval = args.save_interval or epoch
+        eval_interval = args.eval_interval or epoch
+        parameters = list(self.model.parameters())
         bar = tqdm(
             self.batches,
             desc=self.model.quantizer.name,
+            total=self.steps,
+            initial=self.start_step,
+            unit="step",
             disable=not self.progress_shown,
-            **progress,
         )
         self.model.train()
         self.stop.defer()
-        result = self.assess(self.first_step) if self._owes_evaluation(eval_interval) else {}
+        validation = self.progress.validation
+        owed = util.on_main(
+            lambda: owes_evaluation(
+                self.run, validation, self.start_step, self.steps, eval_interval
+            )
+        )
+        result = self.assess(self.start_step) if owed else {}
         with util.profiler(args.profile, self.run.path / "trace.json") as profile_step:
-            for step, batch in enumerate(bar, start=self.first_step + 1):
+            for step, batch in enumerate(bar, start=self.start_step + 1):
                 self.run.step = step
-                lr = learning_rate(step - 1, *schedule)
+                lr = learning_rate(
+                    step - 1,
+                    steps=self.steps,
+                    peak=args.lr,
+                    warmup=args.warmup,
+                    style=args.lr_decay_style,
+                    decay_ratio=args.lr_decay_ratio,
+                )
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                batch = batch.to(self.device, non_blocking=True)
                 terms, indices, norm, bad = optimise(
-                    self.training_step, self.optimizer, self.parameters, batch, args.clip_grad
+                    self.training_step,
+                    self.optimizer,
+                    parameters,
+                    batch.to(self.device, non_blocking=True),
+                    args.clip_grad,
                 )
                 self.meter.update({**terms, "grad_norm": norm}, bad)
                 profile_step()
@@ -355,89 +267,6 @@ class Training:
                     result = self.assess(step)
         bar.close()
         return result
-
-    def _owes_evaluation(self, eval_interval: int) -> bool:
-        """Whether the run was stopped between the checkpoint and the evaluation of one step."""
-        done = self.first_step
-        if done == 0:
-            return False
-        if done == self.steps:
-            return True
-        return done % eval_interval == 0 and done not in [v["step"] for v in self._validations()]
-
-    def _validations(self) -> list[dict]:
-        """Step and metrics of each evaluation of this validation set so far. A collective."""
-        return util.on_main(lambda: self.run.validations(self.val_fingerprint))
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step`. A collective."""
-        with self.meter.paused():
-            state = RunState(
-                step=step,
-                best_psnr=self.best_psnr,
-                seconds=time.perf_counter() - self.started,
-                interval_sums=self.meter.gathered_sums(),
-                interval_count=self.meter.count,
-                interval_seconds=self.meter.seconds(),
-                skipped=self.meter.skipped,
-                random=random_states(),
-                threads=torch.get_num_threads(),
-                train_images=len(self.train_set),
-                train_fingerprint=self.train_fingerprint,
-                validation=self.val_fingerprint,
-                segments=self.segments,
-                skipped_images=self.skipped_images(),
-            )
-            checkpoint = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "args": vars(self.args),
-                **state.state_dict(),
-            }
-            util.on_main(lambda: self.run.save(checkpoint, self.args.keep))
-
-    def skipped_images(self) -> list[str]:
-        """The files that were left out since the run began. A collective."""
-        return sorted({*self.skipped_before, *skipped_images(self.train_set, self.val_set)})
-
-    def assess(self, step: int) -> dict:
-        """Evaluate, draw the samples and mark the best checkpoint. A collective."""
-        with self.meter.paused():
-            try:
-                result = evaluate(
-                    self.model,
-                    self.val_batches,
-                    self.perceptual,
-                    self.device,
-                    progress=self.progress_shown,
-                    final=step == self.steps,
-                    stop=lambda: self.stop.received is not None,
-                )
-            except exits.Interrupted as error:
-                raise self.interrupted(step) from error
-            except NotFinite:
-                util.on_main(lambda: self.run.discard(step))
-                raise
-            util.on_main(lambda: self.record_evaluation(step, result))
-            self.best_psnr = max(result["psnr"], self.best_psnr)
-        return result
-
-    def record_evaluation(self, step: int, result: dict) -> None:
-        """Mark the best checkpoint, log the result and draw the samples. In the main process."""
-        if result["psnr"] > self.best_psnr:
-            self.run.mark_best(step)
-        # After best.pt: what is logged is not evaluated again after a kill.
-        record = {"kind": "val", "step": step, "validation": self.val_fingerprint}
-        self.run.log({**record, **result})
-        self.run.draw_samples(self.model, self.val_set, self.device, step)
-        report.print_evaluation(step, self.steps, result)
-
-    def interrupted(self, step: int) -> exits.Interrupted:
-        """The exception that ends a run which a signal has stopped."""
-        return exits.Interrupted(
-            f"stopped by {self.stop.received or 'another process'} after step {step}; to go on: "
-            f"the same command with --resume {self.run.path}"
-        )
 
     def log(self, step: int, lr: float, indices: Tensor, bar: tqdm) -> None:
         """Log the interval that ends with `step`, and show it. A collective."""
@@ -460,27 +289,72 @@ class Training:
         else:
             report.print_training(record, terms=self.meter.names, steps=self.steps)
 
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`. A collective."""
+        with self.meter.paused():
+            checkpoint = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "args": vars(self.args),
+                **self.progress.state(step).state_dict(),
+            }
+            util.on_main(lambda: self.run.save(checkpoint, self.args.keep))
+
+    def assess(self, step: int) -> dict:
+        """Evaluate, draw the samples and mark the best checkpoint. A collective."""
+        with self.meter.paused():
+            try:
+                result = evaluate(
+                    self.model,
+                    self.val_batches,
+                    self.perceptual,
+                    self.device,
+                    progress=self.progress_shown,
+                    final=step == self.steps,
+                    stop=lambda: self.stop.received is not None,
+                )
+            except exits.Interrupted as error:
+                raise self.interrupted(step) from error
+            except NotFinite:
+                util.on_main(lambda: self.run.discard(step))
+                raise
+            util.on_main(lambda: self.record_evaluation(step, result))
+            self.progress.best_psnr = max(result["psnr"], self.progress.best_psnr)
+        return result
+
+    def record_evaluation(self, step: int, result: dict) -> None:
+        """Mark the best checkpoint, log the result and draw the samples. In the main process."""
+        if result["psnr"] > self.progress.best_psnr:
+            self.run.mark_best(step)
+        # After best.pt: what is logged is not evaluated again after a kill.
+        record = {"kind": "val", "step": step, "validation": self.progress.validation}
+        self.run.log({**record, **result})
+        self.run.draw_samples(self.model, self.val_set, self.device, step)
+        report.print_evaluation(step, self.steps, result)
+
+    def interrupted(self, step: int) -> exits.Interrupted:
+        """The exception that ends a run which a signal has stopped."""
+        return exits.Interrupted(
+            f"stopped by {self.stop.received or 'another process'} after step {step}; to go on: "
+            f"the same command with --resume {self.run.path}"
+        )
+
     def write_results(self, evaluation: dict) -> dict:
         """Write results.json and results.txt, and print the final table. A collective."""
-        skipped = self.skipped_images()
         results = report.results_of_run(
             self.args,
+            self.model,
+            self.progress,
             evaluation=evaluation,
-            validations=self._validations(),
-            model=self.model,
+            validations=util.on_main(lambda: self.run.validations(self.progress.validation)),
             steps=self.steps,
-            train_images=len(self.train_set),
-            seconds=time.perf_counter() - self.started,
-            skipped_steps=int(self.meter.skipped[0]),
-            skipped_images=skipped,
             precision=self.precision,
             environment=self.environment,
-            segments=self.segments,
         )
         table = format_results(evaluation)
         util.on_main(lambda: self.run.write_results(results, table))
         if util.rank() == 0:
-            report.print_end(table, skipped, self.run.path)
+            report.print_end(table, results["skipped_images"], self.run.path)
         return results
 
 

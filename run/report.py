@@ -15,6 +15,8 @@ import util
 from dataset import ImageDataset, print_skipped
 from flags import ignored_flags
 from model import VQVAE
+from run.progress import Progress
+from run.resume import Resumed
 
 
 def print_start(
@@ -27,6 +29,7 @@ def print_start(
     precision: str,
     compiled: bool,
     folder: Path,
+    resumed: Resumed | None,
 ) -> None:
     """Print what is about to be trained, and a warning for each flag that has no effect."""
     quantizer = model.quantizer
@@ -43,8 +46,10 @@ def print_start(
         f"{images}, {len(val_set):,} for validation; "
         f"{steps:,} steps of {args.batch_size} on {device} in {precision}{suffix}; "
         f"run folder {folder}",
-        flush=True,
     )
+    if resumed:
+        print(f"resumed after step {resumed.state.step} from {resumed.path}")
+    sys.stdout.flush()
 
 
 def number_of_parameters(model: VQVAE) -> int:
@@ -126,33 +131,25 @@ def print_evaluation(step: int, steps: int, result: dict) -> None:
 
 def results_of_run(
     args: Namespace,
+    model: VQVAE,
+    progress: Progress,
     evaluation: dict,
     validations: list[dict],
-    model: VQVAE,
     steps: int,
-    train_images: int,
-    seconds: float,
-    skipped_steps: int,
-    skipped_images: list[str],
     precision: str,
     environment: dict,
-    segments: list[dict],
 ) -> dict:
-    """The content of results.json.
+    """The content of results.json. A collective.
 
     Args:
         args: the flags.
+        model: its quantizer's name is the default name of the run.
+        progress: that of the whole run.
         evaluation: the result of the last evaluation.
         validations: step and metrics of all evaluations.
-        model: its quantizer's name is the default name of the run.
         steps: how many steps were trained.
-        train_images: the size of the training set.
-        seconds: how long the run took, interruptions left out.
-        skipped_steps: steps whose loss or gradient was not finite.
-        skipped_images: files that could not be read.
         precision: `fp32` or `bf16`.
         environment: the result of `util.environment`.
-        segments: where the steps were computed, see `segment.py`.
     """
     return {
         "name": args.name or model.quantizer.name,
@@ -162,17 +159,17 @@ def results_of_run(
         "steps": steps,
         "batch_size": args.batch_size,
         "images_seen": steps * args.batch_size,
-        "train_images": train_images,
-        "seconds": round(seconds, 1),
-        "skipped_steps": skipped_steps,
-        "skipped_images": skipped_images,
+        "train_images": len(progress.train_set),
+        "seconds": round(progress.seconds(), 1),
+        "skipped_steps": int(progress.meter.skipped[0]),
+        "skipped_images": progress.skipped_images(),
         "seed": args.seed,
         "precision": precision,
         "train_data": args.train_data_path,
         "val_data": args.val_data_path,
         "checkpoint": "last.pt",
         "environment": environment,
-        "segments": segments,
+        "segments": progress.segments,
         "args": vars(args),
     }
 

@@ -146,17 +146,30 @@ def _check_same_run(
         )
 
 
-def best_psnr(resumed: Resumed, run: RunFolder, validation: str) -> float:
+def best_psnr(state: RunState, run: RunFolder, validation: str) -> float:
     """The PSNR above which a checkpoint becomes the new best.pt. In the main process.
 
     -inf, if best.pt is not there, or was chosen by validation images other than `validation`.
     """
-    same_images = resumed.state.validation in ("", validation)
+    same_images = state.validation in ("", validation)
     if not same_images or not (run.path / "best.pt").exists():
         return -math.inf
     # A checkpoint is saved before its own evaluation, which therefore is only in the log.
     logged = [record["psnr"] for record in run.validations(validation)]
-    return max([resumed.state.best_psnr, *logged])
+    return max([state.best_psnr, *logged])
+
+
+def owes_evaluation(run: RunFolder, validation: str, step: int, steps: int, interval: int) -> bool:
+    """Whether a run that continues after `step` still has to evaluate the model of that step.
+
+    It was stopped between the checkpoint and the evaluation. In the main process.
+    """
+    if step == 0:
+        return False
+    if step == steps:
+        return True
+    evaluated = [record["step"] for record in run.validations(validation)]
+    return step % interval == 0 and step not in evaluated
 
 
 def restore(

@@ -33,7 +33,7 @@ from loss import TrainingLoss
 from meter import Meter
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
-from run import RunFolder
+from run import RunFolder, setup
 from scripts import pack_images
 from train import Training
 
@@ -172,7 +172,7 @@ def test_a_signal_in_an_evaluation_loses_nothing(
 @pytest.mark.parametrize("number", exits.StopSignals.SIGNALS)
 def test_a_signal_before_the_first_step_ends_at_once(number, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in exits.StopSignals.SIGNALS]
-    before_call(monkeypatch, "train.build_dataset", 1, lambda: os.kill(os.getpid(), number))
+    before_call(monkeypatch, "setup.build_dataset", 1, lambda: os.kill(os.getpid(), number))
     with pytest.raises(exits.Interrupted, match=f"by {number.name} before the first step"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -701,7 +701,7 @@ def test_a_checkpoint_alone_makes_no_run_of_its_folder(tmp_path):
 def before_call(monkeypatch, name: str, number: int, act) -> None:
     """Do `act()` just before the call `number` of a function, named as `place.function`."""
     places = {"train": train, "shutil": shutil, "RunFolder": RunFolder, "Meter": Meter}
-    places["run"] = sys.modules["run.folder"]
+    places |= {"run": sys.modules["run.folder"], "setup": setup}
     module = places[name.split(".")[0]]
     function, calls = getattr(module, name.split(".")[1]), iter(range(1, 10**6))
 
