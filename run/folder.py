@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from files import (
     write_json,
     write_whole,
 )
-from metric import FIELD
+from run import logfile
 from run.board import EVENTS, Board
 
 SAMPLES = 8  # validation images in a picture of samples
@@ -148,7 +147,7 @@ class RunFolder:
         if not overwrite:
             self._refuse_other_checkpoints(seen=())
         self._record_start(flags, environment)
-        self._write_log([])
+        logfile.replace(self.log_path, [])
         remove_leftovers(self.path)
         Board.remove(self.path)
         old = [path for pattern in REPLACED for path in self.path.glob(pattern)]
@@ -193,12 +192,7 @@ class RunFolder:
             self._refuse_other_checkpoints(seen)
         self._record_start(flags, environment)
         at_end = step == steps  # only the evaluation is repeated
-        self._write_log(
-            record
-            for record in self.read_log()
-            if record["step"] < step
-            or (record["step"] == step and not (at_end and record["kind"] == "val"))
-        )
+        logfile.replace(self.log_path, logfile.up_to(self.read_log(), step, evaluated=not at_end))
         self._link(checkpoint, "last.pt")
         self._discard_after(step)
         if not at_end:
@@ -279,48 +273,17 @@ class RunFolder:
     # -----------------------------------------------------------------------------------
     def log(self, record: dict) -> None:
         """Append a record to metrics.jsonl, and to TensorBoard's events."""
-        try:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            error.filename = str(self.log_path)  # an error in writing does not name the file
-            raise
+        logfile.append(self.log_path, record)
         if self.board:
             self.board.add(record)
 
     def read_log(self) -> list[dict]:
         """The records of metrics.jsonl; damaged lines are skipped with a warning."""
-        records, damaged = [], 0
-        text = self.log_path.read_bytes() if self.log_path.is_file() else b""
-        for line in text.splitlines():
-            try:
-                record = parse_json(line)
-                if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
-                    raise TypeError
-                records.append(record)
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
-        if damaged:
-            print(f"warning: {self.log_path}: {damaged} damaged lines skipped", flush=True)
-        return records
-
-    def _write_log(self, records: Iterable[dict]) -> None:
-        """Replace metrics.jsonl, whole or not at all."""
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_whole(self.log_path, lambda file: file.write(lines.encode()))
+        return logfile.read(self.log_path)
 
     def validations(self, images: str) -> list[dict]:
-        """Step and metrics of each evaluation of a validation set.
-
-        Args:
-            images: identifies the set; records of older versions, which name none, count as well.
-        """
-        records = [record for record in self.read_log() if record["kind"] == "val"]
-        return [
-            {key: record.get(key) for key in ("step", *FIELD)}
-            for record in records
-            if record.get("validation", images) == images
-        ]
+        """Step and metrics of each evaluation of a validation set, see `logfile.validations`."""
+        return logfile.validations(self.read_log(), images)
 
     # -----------------------------------------------------------------------------------
     # Checkpoints

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 import exits
 import util
 from checkpoint import load_checkpoint, restore_random_states
+from dataset import ImageDataset
 from flags import args_of, differing_flags, may_change_flags, unread_flags, with_levels
 from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
@@ -46,7 +46,7 @@ class Resumed:
 
 
 def find_resumed(
-    args: Namespace, default_name: str, quantizer: Quantizer, train_set: Dataset
+    args: Namespace, default_name: str, quantizer: Quantizer, train_set: ImageDataset
 ) -> Resumed | None:
     """The checkpoint that --resume continues, or None for a new run.
 
@@ -110,7 +110,7 @@ def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | 
 
 
 def _check_same_run(
-    resumed: Resumed, args: Namespace, quantizer: Quantizer, train_set: Dataset
+    resumed: Resumed, args: Namespace, quantizer: Quantizer, train_set: ImageDataset
 ) -> None:
     """Raises ValueError if the flags or the training images differ from those of the checkpoint."""
     path, state = resumed.path, resumed.state
