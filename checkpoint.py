@@ -19,7 +19,7 @@ EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
 CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
 MAX_CONFIG = 2**20  # bytes
-ENTROPY_MODEL = "entropy_model"  # the key of what `compress.py fit` adds to a checkpoint
+ENTROPY_MODEL = "entropy_model"  # a key that `compress.py fit` adds to a checkpoint
 
 
 class NotFinite(ValueError):

@@ -237,7 +237,7 @@ def _end_at_once(code: int) -> NoReturn:
 
     A thread of gloo may still hold a tensor of the last collective. If it frees that tensor while
     Python ends, the process is aborted (SIGABRT), although all its work is done. The threads do
-    not end with the process group: what DistributedDataParallel leaves behind holds it.
+    not end with `destroy_process_group`, because DistributedDataParallel still holds the group.
     """
     gc.collect()  # ends the loading processes
     for stream in (sys.stdout, sys.stderr):

@@ -34,10 +34,10 @@ from scheduler import learning_rate
 
 
 class TrainingStep(nn.Module):
-    """uint8 images (B, 3, H, W) -> the loss by its terms, and the indices: what is compiled.
+    """The compiled part of a step: uint8 images (B, 3, H, W) -> the loss by its terms, indices.
 
     With `bf16`, encoder, decoder and LPIPS run under autocast; the quantizer turns it off for
-    itself, and the loss adds up in float32.
+    itself, and the loss is summed in float32.
     """
 
     def __init__(self, model: VQVAE, criterion: TrainingLoss, bf16: bool):
@@ -326,7 +326,7 @@ class Training:
         """Mark the best checkpoint, log the result and draw the samples. In the main process."""
         if result["psnr"] > self.progress.best_psnr:
             self.run.mark_best(step)
-        # After best.pt: what is logged is not evaluated again after a kill.
+        # After best.pt is named: a logged evaluation is not repeated after a kill.
         record = {"kind": "val", "step": step, "validation": self.progress.validation}
         self.run.log({**record, **result})
         self.run.draw_samples(self.model, self.val_set, self.device, step)

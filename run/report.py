@@ -1,4 +1,4 @@
-"""What a training run prints, and the records that it logs and writes as its results."""
+"""The printed lines of a training run, and the records of its log and its results."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
 from run.state import RunState
 
-# What PyTorch and Python raise for a state that is damaged or of another model.
+# Errors of PyTorch and Python for a state that is damaged or of another model.
 UNFIT = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
 MAX_THREADS = 512  # of a checkpoint that another machine wrote
 
@@ -138,7 +138,7 @@ def _check_same_run(
         )
     # A packed folder has names, and no sizes.
     there, here = state.train_fingerprint, train_set.fingerprint()
-    other = [what for what in here if what in there and here[what] != there[what]]
+    other = [name for name in here if name in there and here[name] != there[name]]
     if other and not args.allow_other_images:
         raise ValueError(
             f"{path} is of a run on other training images (their {' and '.join(other)} differ): "
