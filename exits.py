@@ -122,6 +122,11 @@ def _explain_dead_worker(kind, error, trace) -> None:
     )
     if "DataLoader timed out" in text:
         _print_error(f"{one_line(error)}: a loading process, or the disk, hangs")
+    elif "shared memory" in text:
+        _print_error(
+            "a loading process died, as there is too little shared memory: give fewer "
+            "--num-workers, or a container more (docker run --ipc=host)"
+        )
     elif "DataLoader worker (pid" in text or receiving:
         _print_error(
             "a loading process died; it may have run out of memory: give fewer --num-workers"
@@ -160,10 +165,14 @@ def run_script(main: Callable) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _exit_code(main)
-    finally:
-        if several := dist.is_initialized():
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        sys.excepthook(*sys.exc_info())
+        _end_at_once(1)
+    if dist.is_initialized():
+        if code == 0:  # otherwise it would wait for processes that wait for this one
             dist.destroy_process_group()
-    if several:
         _end_at_once(code)
     if code:
         sys.exit(code)
@@ -202,6 +211,9 @@ def _explain(error: BaseException) -> int | None:
         if error.filename is None:
             text = f"standard output, or a file, cannot be read or written: {text}"
         _print_error(text)
+        return 2
+    if isinstance(error, torch.OutOfMemoryError):
+        _print_error("the memory of the GPU is full: give a smaller --batch-size, or more GPUs")
         return 2
     if isinstance(error, RuntimeError) and _is_of_a_collective(error):
         _print_error(

@@ -61,7 +61,7 @@ class Meter:
         Raises:
             NotFinite: the last `max_skipped` steps or more were all skipped.
         """
-        if util.world_size() > 1:
+        if util.in_group():
             dist.all_reduce(self.sums)
         *totals, in_all, in_a_row = torch.cat([self.sums.flatten(), self.skipped]).tolist()
         speed = self.count / self.seconds()  # now that the device has done all its steps

@@ -101,7 +101,7 @@ def optimise(
 def not_finite(loss: Tensor, norm: Tensor) -> Tensor:
     """1.0 if the loss or the gradient of any process is not finite, else 0.0; on the device."""
     bad = (~(loss.detach().isfinite() & norm.isfinite())).float()
-    if util.world_size() > 1:
+    if util.in_group():
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     return bad
 
@@ -194,7 +194,7 @@ class Training:
             )
 
     def _build_step(self) -> nn.Module:
-        """Model and loss as one module, compiled, and wrapped if there are several processes."""
+        """Model and loss as one module, compiled, and wrapped in a process group."""
         criterion = TrainingLoss(
             l1_weight=self.args.l1_weight,
             perceptual_weight=self.args.perceptual_weight,
@@ -205,7 +205,7 @@ class Training:
         step = TrainingStep(self.model, criterion, bf16=self.precision == "bf16")
         if self.compiled:
             step.compile(fullgraph=True)
-        return util.data_parallel(step) if util.world_size() > 1 else step
+        return util.data_parallel(step) if util.in_group() else step
 
     def fit(self) -> dict:
         """Train from `start_step` to `steps`; return the result of the last evaluation."""

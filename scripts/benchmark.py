@@ -56,7 +56,7 @@ from model import VQVAE
 from quantizers import FSQ, LFQ, RFSQ, SVQ, Pairs, Quantizer, VectorQuantizeEMA
 from quantizers.residual import PAPER_LEVELS
 from timing import CUDA, DEVICE, spread, timer
-from train import TrainingStep
+from train import TrainingStep, optimise
 
 PACKAGE, INSTALL = "vector_quantize_pytorch", "pip install '.[benchmark]'"
 SECTIONS = ("quantizers", "step", "loader", "limits")
@@ -274,17 +274,20 @@ def perceptual(net: str) -> tuple[Perceptual | None, str]:
         return Perceptual(net, pretrained=False), f"LPIPS({net}, random weights)"
 
 
-def update(step: TrainingStep, optimizer, images: Tensor, precision: str, mark=lambda part: None):
-    """One step as in `train.py`; calls `mark` with the part that has just been done."""
-    util.set_float32_precision(precision)  # a setting of the process, in which the steps differ
+def our_update(step: TrainingStep, optimizer, images: Tensor, mark=lambda part: None):
+    """One step of `train.py`."""
+    util.set_float32_precision("ieee")  # a setting of the process, in which the steps differ
+    optimise(step, optimizer, step.model.parameters(), images, clip_grad=1.0, mark=mark)
+
+
+def plain_update(step: TrainingStep, optimizer, images: Tensor, precision: str):
+    """One step of plain PyTorch with the same model and loss."""
+    util.set_float32_precision(precision)
     terms, _ = step(images)
-    mark("loss")
     optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
-    mark("backward")
     nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
     optimizer.step()
-    mark("optimizer")
 
 
 def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
@@ -296,24 +299,24 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size))
     images = images.to(DEVICE, torch.uint8)
 
-    def ours(compiled: bool) -> partial:
+    def ours(compiled: bool) -> tuple[TrainingStep, partial]:
         step = copy.deepcopy(start).to(DEVICE, memory_format=torch.channels_last)
         if compiled:
             step.compile(fullgraph=True)
         adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5, fused=True)
-        return partial(update, step, adam, images, "ieee")
+        return step, partial(our_update, step, adam, images)
 
     def plain(precision: str) -> partial:
         step = PlainStep(copy.deepcopy(start.model), copy.deepcopy(criterion), bf16=False)
         adam = torch.optim.Adam(step.model.parameters(), 1e-4, weight_decay=5e-5)
-        return partial(update, step, adam, images, precision)
+        return partial(plain_update, step, adam, images, precision)
 
     compiled = CUDA if args.compile is None else args.compile
     how = f"{args.precision}, compiled" if compiled else args.precision
-    steps = {f"ours, {how}": ours(compiled), "plain, fp32": plain("ieee")}
+    steps = {f"ours, {how}": ours(compiled)[1], "plain, fp32": plain("ieee")}
     if CUDA:
         steps["plain, tf32"] = plain("tf32")
-    times, eager = timing.turns(steps.values(), args.repeats), ours(False)
+    times, (step, eager) = timing.turns(steps.values(), args.repeats), ours(False)
     with FlopCounterMode(display=False) as counter:
         eager()
     rows = []
@@ -328,11 +331,10 @@ def training_step(args: Namespace, rates: dict) -> dict[str, dict]:
     about = f"width {args.channel}, {args.img_size} pixels, batch {args.batch_size}, {lpips_name}"
     title = f"training step, {start.model.quantizer.name}, {about}; ratio: how much faster ours is"
     result = {"times": timing.table(title, rows)}
-    step = eager.args[0]
     modules = {name: getattr(step.model, name) for name in ("encoder", "quantizer", "decoder")}
     if network is not None:
         modules["LPIPS"] = step.criterion.perceptual
-    parts = timing.part_times(eager, modules, ("loss", "backward", "optimizer"), args.repeats)
+    parts = timing.part_times(eager, modules, ("forward", "backward", "optimizer"), args.repeats)
     return result | {"parts": timing.table("its parts, eager, each waited for", parts)}
 
 

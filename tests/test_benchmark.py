@@ -83,7 +83,7 @@ def test_every_section_and_the_json(monkeypatch, tmp_path, capsys):
     for row in result["quantizers"]["entropies"]["rows"]:
         assert row["ours off by"] < 1e-6 and row["theirs off by"] < 1e-6
     parts = {row["part"]: row["share"] for row in result["step"]["parts"]["rows"]}
-    assert list(parts) == ["encoder", "quantizer", "decoder", "loss", "backward", "optimizer"]
+    assert list(parts) == ["encoder", "quantizer", "decoder", "forward", "backward", "optimizer"]
     assert sum(parts.values()) == pytest.approx(1)
     loader = [(r["images"], r["workers"]) for r in result["loader"]["times"]["rows"]]
     assert loader == [("folder", 1), ("packed", 1), ("packed", 4)]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +193,34 @@ def test_precision_and_compile_flags_are_written_down(tmp_path, monkeypatch):
     assert train.main([*flags, "--precision=bf16"])["precision"] == "bf16"
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert record["peak_memory_mib"] > 100
+
+
+IN_A_GROUP = """
+import torch, train, util
+from torch._dynamo.utils import counters
+from loss import TrainingLoss
+from model import VQVAE
+from arguments import get_args
+
+util.setup_processes()
+model = VQVAE(get_args(["--channel=256", "--img-size=32"])).train()
+step = train.TrainingStep(model, TrainingLoss(1.0, 0.0, 1.0, None), bf16=True)
+step.compile(fullgraph=True, backend="aot_eager")
+step = util.data_parallel(step)
+parameters = list(model.parameters())
+adam = torch.optim.Adam(parameters, fused=True)
+images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+result = train.optimise(step, adam, parameters, images, 1.0)
+print(counters["stats"]["unique_graphs"], result.bad.item())
+"""
+
+
+def test_one_graph_also_in_a_process_group():
+    """DistributedDataParallel would cut it where its buckets of gradients end."""
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_GROUP],
+        **dict(cwd=root, env=os.environ | one, capture_output=True, text=True),
+    )
+    assert done.stdout.split() == ["1", "0.0"], done.stderr
