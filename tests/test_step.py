@@ -197,21 +197,26 @@ def test_precision_and_compile_flags_are_written_down(tmp_path, monkeypatch):
 
 IN_A_GROUP = """
 import torch, train, util
-from torch._dynamo.utils import counters
 from loss import TrainingLoss
 from model import VQVAE
 from arguments import get_args
 
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
 util.setup_processes()
 model = VQVAE(get_args(["--channel=256", "--img-size=32"])).train()
 step = train.TrainingStep(model, TrainingLoss(1.0, 0.0, 1.0, None), bf16=True)
-step.compile(fullgraph=True, backend="aot_eager")
+step.compile(fullgraph=True, backend=backend)
 step = util.data_parallel(step)
 parameters = list(model.parameters())
 adam = torch.optim.Adam(parameters, fused=True)
 images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
 result = train.optimise(step, adam, parameters, images, 1.0)
-print(counters["stats"]["unique_graphs"], result.bad.item())
+print(len(graphs), result.bad.item())
 """
 
 
