@@ -306,7 +306,9 @@ def get_parser() -> Parser:
             add("--limit", type=number(int, 1), metavar="N", help=limit_help)
         else:
             add("--stages", type=number(int, 1), help="first stages only; default: all")
-            keep_help = "continue: keep outputs that this command wrote before"
+            keep_help = "continue: keep the files of this model that are there"
+            if run is decode:
+                keep_help = "continue: keep the files that are there, whatever they show"
             add("--keep-existing", action="store_true", help=keep_help)
         add("--skip-corrupt", action="store_true", help="leave out and list unreadable files")
         if run is encode:

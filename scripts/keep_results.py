@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     text = "run folders, folders of them, results.json, globs"
     parser.add_argument("runs", nargs="+", metavar="RUNS", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the copies")
-    text = "NAME of the files, instead of the configuration's: for runs that differ in another flag"
+    text = "name of the files instead of the configuration's, for runs that differ in another flag"
     parser.add_argument("--name", help=text)
     text = "replace copies of other runs of the same flags and seed"
     parser.add_argument("--force", action="store_true", help=text)
