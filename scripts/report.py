@@ -44,7 +44,7 @@ def comparable(row: Row, base: Row) -> bool:
         return False
     if a.rfsq_strategy == b.rfsq_strategy == "layernorm":
         return (a.rfsq_statistics, b.rfsq_statistics) == ("global", "image")
-    return b.rfsq_strategy == "none" != a.rfsq_strategy
+    return b.rfsq_strategy == "none" and a.rfsq_strategy != "none"
 
 
 def show(runs: Sequence[dict], metric: str) -> str:
