@@ -13,7 +13,7 @@ set -euo pipefail
 here=$(dirname "$0")
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 export OUT=${OUT:-runs/best}
-source "$here/setup.sh"
+NEEDS="constriction matplotlib" source "$here/setup.sh"
 # Wrong flags, then folders without images, end the script here and not after the training.
 folders=$(
     PYTHONPATH=$ROOT python - "$@" << 'END'

@@ -1,6 +1,17 @@
-# Sourced by the other scripts: makes .venv in the project folder once, and again only when
-# pyproject.toml has changed. Takes another interpreter from PYTHON, another place from VENV.
+# Sourced by the other scripts. Another environment that is active (venv or conda) and has the
+# packages of training, and the modules in NEEDS, is used as it is. Otherwise makes .venv in the
+# project folder once, and again only when pyproject.toml has changed. Takes another interpreter
+# from PYTHON, another place from VENV.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+# shellcheck disable=SC2086  # NEEDS is several words
+if [ -z "${VENV:-}" ] && [ -n "$active" ] && [ "$active" != "$ROOT/.venv" ] && python -c '
+import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))
+' torch torchvision lpips numpy tqdm safetensors ${NEEDS:-}; then
+    return
+fi
 VENV=${VENV:-$ROOT/.venv}
 is_made() { cmp -s "$ROOT/pyproject.toml" "$VENV/pyproject.toml"; }
 if ! is_made; then

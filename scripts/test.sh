@@ -3,6 +3,8 @@
 #   ./scripts/test.sh -m "not slow"                         # under a minute
 #   ./scripts/test.sh tests/test_fsq.py -k round_trip
 set -euo pipefail
+NEEDS="pytest xdist hypothesis ruff basedpyright constriction skimage torch_fidelity tensorboard"
+NEEDS+=" setuptools matplotlib"
 source "$(dirname "$0")/setup.sh"
 cd "$ROOT"
 ruff check .

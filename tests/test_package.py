@@ -80,6 +80,24 @@ esac
 """
 
 
+@pytest.mark.parametrize("needs, installs", [("", False), ("no_such_module", True)])
+def test_an_active_environment_that_has_everything_is_used(needs, installs, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    setup = shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").touch()
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_PYTHON.format(python=sys.executable, log=log))
+    python.chmod(0o755)
+    here = Path(sys.executable).parent
+    variables = {**os.environ, "PYTHON": str(python), "VIRTUAL_ENV": str(here), "NEEDS": needs}
+    variables["PATH"] = f"{here}:{variables['PATH']}"
+    variables.pop("VENV", None)
+    command = ["bash", "-euc", f"source {setup} && command -v python"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    used = tmp_path / ".venv" / "bin" if installs else here
+    assert done.stdout.splitlines()[-1] == str(used / "python") and log.exists() is installs
+
+
 def test_two_scripts_that_start_at_once_install_once(tmp_path):
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text(FAKE_PYTHON.format(python=sys.executable, log=log))
