@@ -229,7 +229,7 @@ def _add_optimizer(add: Callable) -> None:
     add("--clip-grad", number(float, 0), 1.0, help="largest norm of the gradient; 0 does not clip")
     add("--precision", ("bf16", "fp32"), None,
         help="of encoder, decoder and LPIPS in training; the quantizer and the evaluation are "
-             "float32; default: bf16 on a GPU, fp32 on a CPU")
+             "float32; default: bf16 on a GPU that has it, else fp32")
     add("--compile", bool, None, MAY_CHANGE,
         help="compile the forward and the loss (torch.compile); default: on a GPU")
 
