@@ -137,7 +137,7 @@ def test_the_dct_network_starts_as_an_orthonormal_transform(factor):
 def test_shapes_that_cannot_be(shape):
     for kind in (Encoder, Decoder):
         with pytest.raises(ValueError, match=r"downsample|channel"):
-            kind(4, **shape)
+            kind(4, **{"channel": 64, "downsample": 4, **shape})
 
 
 @every

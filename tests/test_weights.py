@@ -32,7 +32,7 @@ def test_they_are_small_and_say_what_they_are():
 @pytest.mark.parametrize("name", BITS)
 def test_a_file_of_today_decodes_to_its_image(name):
     codec = Codec(WEIGHTS / name)
-    assert codec.bits == BITS[name]
+    assert codec.model.quantizer.bits == BITS[name]
     decoded = codec.decode((WEIGHTS / "samples" / f"{name}.rfsq").read_bytes()).astype(int)
     with Image.open(WEIGHTS / "samples" / f"{name}.png") as image:
         expected = np.asarray(image).astype(int)
