@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import DEADLINE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -182,7 +183,7 @@ def test_a_model_trained_by_several_processes(results, name):
 
 
 GROUP_OF_ONE = """
-import atexit, exits, torch, util
+import atexit, exits, time, torch, util
 
 def main(step):
     util.setup_processes()
@@ -194,6 +195,11 @@ def main(step):
 
 def stop():
     raise exits.Interrupted("stopped")
+
+def fail(error):
+    # As NCCL does where the others wait for this process.
+    torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+    raise error
 """
 
 
@@ -207,3 +213,23 @@ def test_a_process_of_a_group_ends_without_the_end_of_python(step, code):
     )
     assert script.returncode == code, script.stderr
     assert script.stdout.split() == ["done"] + ["stopped"] * (step == "stop")
+
+
+@pytest.mark.parametrize(
+    "error, code, last",
+    [
+        ("ValueError('damaged')", 2, "-c: error: damaged"),
+        ("AssertionError('a fault')", 1, "AssertionError: a fault"),
+        ("torch.OutOfMemoryError('CUDA')", 2, "-c: error: the memory of the GPU is full"),
+    ],
+)
+def test_an_error_of_one_process_ends_it_without_waiting_for_the_others(error, code, last):
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    command = f"exits.run_script(lambda: main(lambda: fail({error})))"
+    script = subprocess.run(
+        [sys.executable, "-c", f"{GROUP_OF_ONE}\n{command}"],
+        **dict(cwd=ROOT, env=os.environ | one, capture_output=True, text=True, timeout=DEADLINE),
+    )
+    assert script.returncode == code and script.stdout == "done\n"
+    assert last in script.stderr.splitlines()[-1]
+    assert ("Traceback" in script.stderr) == (code == 1)
