@@ -1,14 +1,18 @@
 # Sourced by the other scripts. Another environment that is active (venv or conda) and has the
-# packages of training, and the modules in NEEDS, is used as it is. Otherwise makes .venv in the
-# project folder once, and again only when pyproject.toml has changed. Takes another interpreter
-# from PYTHON, another place from VENV.
+# packages of training (torch 2.6 or newer), and the modules in NEEDS, is used as it is. Otherwise
+# makes .venv in the project folder once, and again only when pyproject.toml has changed. Takes
+# another interpreter from PYTHON, another place from VENV.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 # shellcheck disable=SC2086  # NEEDS is several words
 if [ -z "${VENV:-}" ] && [ -n "$active" ] && [ "$active" != "$ROOT/.venv" ] && python -c '
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, sys.argv[1:])))
+sys.exit(
+    not all(map(find_spec, sys.argv[1:]))
+    or [int(part) for part in version("torch").split(".")[:2]] < [2, 6]
+)
 ' torch torchvision lpips numpy tqdm safetensors ${NEEDS:-}; then
     return
 fi
