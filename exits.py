@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from files import is_of_a_file
 from output import printable
-from util import from_all, world_size
+from util import from_all, in_group, world_size
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
@@ -166,11 +166,11 @@ def run_script(main: Callable) -> None:
     try:
         code = _exit_code(main)
     except Exception:
-        if not dist.is_initialized():
+        if not in_group():
             raise
         sys.excepthook(*sys.exc_info())
         _end_at_once(1)
-    if dist.is_initialized():
+    if in_group():
         if code == 0:  # otherwise it would wait for processes that wait for this one
             dist.destroy_process_group()
         _end_at_once(code)

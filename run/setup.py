@@ -29,21 +29,11 @@ def build_datasets(args: Namespace) -> tuple[ImageDataset, ImageDataset]:
             f"--batch-size {args.batch_size} does not divide among {util.world_size()} "
             f"processes: give a multiple of {util.world_size()}"
         )
-    train_set = build_dataset(
-        args.train_data_path,
-        img_size=args.img_size,
-        seed=args.seed,
-        train=True,
-        skip_corrupt=args.skip_corrupt,
-    )
-    val_set = build_dataset(
-        args.val_data_path,
-        img_size=args.img_size,
-        seed=args.seed,
-        train=False,
-        skip_corrupt=args.skip_corrupt,
-    )
-    return train_set, val_set
+
+    def images(path: str, train: bool) -> ImageDataset:
+        return build_dataset(path, args.img_size, args.seed, train, skip_corrupt=args.skip_corrupt)
+
+    return images(args.train_data_path, train=True), images(args.val_data_path, train=False)
 
 
 def find_start(

@@ -122,6 +122,10 @@ def exists(pid: int) -> bool:
         return False
 
 
+# Variables of a process that is a group of its own, as `torchrun` sets them.
+GROUP_OF_ONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
 def script_environment(folder: Path, **programs: str) -> dict[str, str]:
     """Variables for the shell scripts: this interpreter, one thread, no network and no LPIPS.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import DEADLINE
+from processes import DEADLINE, GROUP_OF_ONE
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -182,7 +182,7 @@ def test_a_model_trained_by_several_processes(results, name):
     assert not torch.equal(wanted["encoder.layers.0.weight"], start["encoder.layers.0.weight"])
 
 
-GROUP_OF_ONE = """
+IN_A_GROUP = """
 import atexit, exits, time, torch, util
 
 def main(step):
@@ -206,10 +206,9 @@ def fail(error):
 @pytest.mark.parametrize("step, code", [("list", 0), ("stop", exits.EXIT_INTERRUPTED)])
 def test_a_process_of_a_group_ends_without_the_end_of_python(step, code):
     """In it a thread that frees the tensor of the last collective aborts the process."""
-    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     script = subprocess.run(
-        [sys.executable, "-c", f"{GROUP_OF_ONE}\nexits.run_script(lambda: main({step}))"],
-        **dict(cwd=ROOT, env=os.environ | one, capture_output=True, text=True),
+        [sys.executable, "-c", f"{IN_A_GROUP}\nexits.run_script(lambda: main({step}))"],
+        **dict(cwd=ROOT, env=os.environ | GROUP_OF_ONE, capture_output=True, text=True),
     )
     assert script.returncode == code, script.stderr
     assert script.stdout.split() == ["done"] + ["stopped"] * (step == "stop")
@@ -224,11 +223,16 @@ def test_a_process_of_a_group_ends_without_the_end_of_python(step, code):
     ],
 )
 def test_an_error_of_one_process_ends_it_without_waiting_for_the_others(error, code, last):
-    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     command = f"exits.run_script(lambda: main(lambda: fail({error})))"
     script = subprocess.run(
-        [sys.executable, "-c", f"{GROUP_OF_ONE}\n{command}"],
-        **dict(cwd=ROOT, env=os.environ | one, capture_output=True, text=True, timeout=DEADLINE),
+        [sys.executable, "-c", f"{IN_A_GROUP}\n{command}"],
+        **dict(
+            cwd=ROOT,
+            env=os.environ | GROUP_OF_ONE,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        ),
     )
     assert script.returncode == code and script.stdout == "done\n"
     assert last in script.stderr.splitlines()[-1]

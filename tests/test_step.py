@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import GROUP_OF_ONE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -222,10 +223,9 @@ print(len(graphs), result.bad.item())
 
 def test_one_graph_also_in_a_process_group():
     """DistributedDataParallel would cut it where its buckets of gradients end."""
-    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, "-c", IN_A_GROUP],
-        **dict(cwd=root, env=os.environ | one, capture_output=True, text=True),
+        **dict(cwd=root, env=os.environ | GROUP_OF_ONE, capture_output=True, text=True),
     )
     assert done.stdout.split() == ["1", "0.0"], done.stderr
