@@ -33,17 +33,6 @@ def showing_nan(codes: Tensor, z: Tensor) -> Tensor:
     return codes.masked_fill(z.isnan(), math.nan)
 
 
-def round_straight_through_(x: Tensor) -> Tensor:
-    """Round `x` in place, with the gradient of not rounding it: `straight_through(x, x.round())`.
-
-    In place, because an autograd function written in Python costs more than all of the arithmetic
-    around it. No operation may have saved `x` for its backward: autograd raises a RuntimeError if
-    one has.
-    """
-    x.detach().round_()  # shares the memory of x, unseen by autograd
-    return x
-
-
 def traced() -> bool:
     """Whether tensors have no values: in torch.compile, export, and transforms of torch.func."""
     return (

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantizers import FSQ, straight_through
-from quantizers.functional import round_straight_through_
 
 # L: (z, code, digit), from h = (L-1) 0.999 / 2, offset 1/2 and shift tan(offset/h) for even L.
 # L = 4, z = 0.5: h = 1.4985, shift = tan(0.33367) = 0.34668; 1.4985 tanh(0.84668) - 0.5 = 0.533,
@@ -85,26 +84,6 @@ def test_straight_through_gradient_goes_to_the_source_alone():
     (straight_through(source, value) * upstream).sum().backward()
     assert torch.equal(source.grad, upstream)
     assert value.grad is None
-
-
-def test_rounding_in_place_is_straight_through_as_well():
-    source = (10 * torch.randn(50)).requires_grad_()
-    upstream = torch.randn(50)
-    one, two = 3 * source, 3 * source
-    wanted = straight_through(two, two.round())
-    rounded = round_straight_through_(one)
-    assert rounded is one
-    assert torch.equal(rounded.view(torch.int32), wanted.view(torch.int32))
-    (gradient,) = torch.autograd.grad(rounded, source, upstream)
-    assert torch.equal(gradient, torch.autograd.grad(wanted, source, upstream)[0])
-
-
-def test_rounding_in_place_what_a_backward_needs_is_an_error():
-    source = torch.randn(5, requires_grad=True)
-    saved = torch.sigmoid(source)  # whose gradient is computed from its values
-    round_straight_through_(saved)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        saved.sum().backward()
 
 
 # ---------------------------------------------------------------------------------------
