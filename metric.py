@@ -24,9 +24,9 @@ import exits
 import output
 import util
 from checkpoint import NotFinite
-from dataset.images import IMAGENET_STD
 from fid import FrechetDistance
 from loss.perceptual import Perceptual
+from networks import IMAGENET_STD
 from similarity import check_range, l1, psnr, ssim
 
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint
-from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from flags import architecture_flags, args_of, differing_flags
-from networks import NETWORKS
+from networks import NETWORKS, Normalisation
 from quantizers import Quantized, build_quantizer
 from similarity import check_range
 from util import in_evaluation_mode
@@ -64,19 +63,7 @@ class VQVAE(nn.Module):
         encoder, decoder = NETWORKS[args.network]
         self.encoder = encoder(*shape)
         self.decoder = decoder(*shape)
-        self._set_normalisation(device=None)
-
-    def _set_normalisation(self, device: torch.device | None) -> None:
-        for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            value = torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # A cast to half precision must not round ImageNet's mean and std, and a model that was
-        # made on the meta device must get them back.
-        super()._apply(fn, recurse)
-        self._set_normalisation(self.mean.device)
-        return self
+        self.normalise = Normalisation()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> (reconstruction, indices, loss).
@@ -125,8 +112,7 @@ class VQVAE(nn.Module):
     def to_latent(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> what the quantizer gets, (B, dim, H/f, W/f)."""
         self._check(images, 1)
-        normalised = (images.float() - self.mean) / self.std
-        return self.encoder(normalised.to(self._dtype(self.encoder)))
+        return self.encoder(self.normalise(images).to(self._dtype(self.encoder)))
 
     def to_images(self, quantized: Tensor) -> Tensor:
         """Codes (B, dim, H/f, W/f) -> images (B, 3, H, W), [0, 1] but not clamped.
@@ -134,8 +120,7 @@ class VQVAE(nn.Module):
         float32, or the precision that the decoder has been cast to.
         """
         dtype = self._dtype(self.decoder)
-        images = self.decoder(quantized.to(dtype)).float() * self.std + self.mean
-        return images.to(dtype)
+        return self.normalise.inverse(self.decoder(quantized.to(dtype))).to(dtype)
 
     @staticmethod
     def _dtype(network: nn.Module) -> torch.dtype:

@@ -1,6 +1,6 @@
 """The networks around the quantizer: strided convolutions, as in the paper, or a block transform.
 
-All take images (B, 3, H, W) to a latent (B, dim, H/f, W/f), or back.
+All take normalised images (B, 3, H, W) to a latent (B, dim, H/f, W/f), or back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,44 @@ import torch
 from torch import Tensor, nn
 
 DOWNSAMPLES = {4: 2, 8: 3, 16: 4}  # factor: number of strided convolutions
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Normalisation(nn.Module):
+    """Images (B, 3, H, W) in [0, 1], minus ImageNet's mean, over its standard deviation.
+
+    In float32, whatever the enclosing module is cast to.
+
+    Attributes:
+        mean, std: (3, 1, 1), not in the state dict.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._set(device=None)
+
+    def _set(self, device: torch.device | None) -> None:
+        for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            value = torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # A cast to half precision must not round them, and a module that was made on the meta
+        # device must get them back.
+        super()._apply(fn, recurse)
+        self._set(self.mean.device)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+    def inverse(self, normalised: Tensor) -> Tensor:
+        """Normalised images to [0, 1]; values beyond are not clamped."""
+        return normalised.float() * self.std + self.mean
 
 
 class ResidualBlock(nn.Module):

@@ -18,8 +18,6 @@ from PIL import Image, ImageOps
 from files import is_of_the_disk, reason_of, walk
 from output import printable
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF

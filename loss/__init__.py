@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dataset.images import IMAGENET_STD
 from loss.perceptual import Perceptual, lpips_if_available, lpips_network
+from networks import Normalisation
 from pretrained import WeightsMissing
 
 __all__ = ["Perceptual", "TrainingLoss", "WeightsMissing", "lpips_if_available", "lpips_network"]
@@ -48,17 +48,7 @@ class TrainingLoss(nn.Module):
                 "pass one, or set the weight to 0"
             )
         self.perceptual = perceptual if perceptual_weight > 0 else None
-        self._set_std(device=None)
-
-    def _set_std(self, device: torch.device | None) -> None:
-        std = torch.tensor(IMAGENET_STD, dtype=torch.float32, device=device).view(3, 1, 1)
-        self.register_buffer("std", std, persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # A cast to half precision must not round it, and a visit to the meta device not lose it.
-        super()._apply(fn, recurse)
-        self._set_std(self.std.device)
-        return self
+        self.normalise = Normalisation()
 
     def forward(
         self, images: Tensor, reconstruction: Tensor, quantizer_loss: Tensor
@@ -86,7 +76,7 @@ class TrainingLoss(nn.Module):
             )
         # |(a - mean)/std - (b - mean)/std| = |a - b| / std
         difference = reconstruction.float() - images
-        terms = {"l1": (difference.abs() / self.std).mean()}
+        terms = {"l1": (difference.abs() / self.normalise.std).mean()}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(images, reconstruction).mean()
         terms["quantizer"] = quantizer_loss

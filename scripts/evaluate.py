@@ -36,7 +36,8 @@ def mflop(model: VQVAE, height: int, width: int) -> dict[str, float]:
 
     Convolutions and matrix products alone; a multiplication and an addition count as two.
     """
-    x, counts = torch.zeros(1, 3, height, width, device=model.mean.device), {}
+    device = next(model.parameters()).device
+    x, counts = torch.zeros(1, 3, height, width, device=device), {}
     for name in ("encoder", "decoder"):
         with FlopCounterMode(display=False) as counter:
             x = getattr(model, name)(x)

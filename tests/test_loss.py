@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
-from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from loss import Perceptual, TrainingLoss, WeightsMissing, perceptual
+from networks import IMAGENET_MEAN, IMAGENET_STD
 
 FILES = {
     "alex": "alexnet-owt-7be5be79.pth",

@@ -13,10 +13,10 @@ from torch.nn.functional import avg_pool2d, interpolate
 import exits
 import metric
 from checkpoint import NotFinite
-from dataset.images import IMAGENET_STD
 from fid import FrechetDistance
 from loss import Perceptual
 from metric import CodeUsage, ImageMetrics, evaluate, format_results, usage_note
+from networks import IMAGENET_STD
 from similarity import PSNR_CAP, l1, psnr, ssim
 
 STD = torch.tensor(IMAGENET_STD, dtype=torch.float64)

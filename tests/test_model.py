@@ -12,7 +12,6 @@ import torch
 
 from arguments import get_args, get_parser
 from checkpoint import Damaged, load_checkpoint, save_checkpoint
-from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from flags import (
     architecture_flags,
     current_flags,
@@ -21,7 +20,16 @@ from flags import (
     with_levels,
 )
 from model import VQVAE, load_model, load_weights
-from networks import NETWORKS, DCTDecoder, DCTEncoder, Decoder, Encoder, dct_basis
+from networks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NETWORKS,
+    DCTDecoder,
+    DCTEncoder,
+    Decoder,
+    Encoder,
+    dct_basis,
+)
 from quantizers import FSQ, LFQ, QUANTIZERS, RFSQ, GeometricRFSQ, VectorQuantizeEMA, build_quantizer
 from util import peak_memory_mib
 
@@ -240,7 +248,8 @@ def test_the_network_sees_normalised_images():
     torch.testing.assert_close(seen[0], (images - mean) / std)
     torch.testing.assert_close(reconstruction, seen[1] * std + mean)
     for moved in (model.bfloat16(), model.to("meta").to_empty(device="cpu")):
-        assert torch.equal(moved.mean, mean) and torch.equal(moved.std, std)
+        kept = moved.normalise
+        assert torch.equal(kept.mean, mean) and torch.equal(kept.std, std)
 
 
 def test_encode_gives_the_mode_back_after_an_error():
@@ -699,10 +708,11 @@ def test_no_image_is_an_error(network):
 
 def test_the_default_precision_of_a_host_leaves_the_normalisation():
     model = VQVAE(get_args(["--channel=16"]))
-    mean, before = model.mean.clone(), torch.get_default_dtype()
+    mean, before = model.normalise.mean.clone(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         model.to("cpu")
     finally:
         torch.set_default_dtype(before)
-    assert torch.equal(model.mean, mean) and model.mean.dtype == torch.float32
+    kept = model.normalise.mean
+    assert torch.equal(kept, mean) and kept.dtype == torch.float32

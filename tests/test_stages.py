@@ -14,10 +14,10 @@ from PIL import Image
 
 import exits
 import loss.perceptual
-from dataset.images import IMAGENET_MEAN, IMAGENET_STD
 from dataset.synthetic import SyntheticDataset
 from evaluation import evaluate_stages, prepare
 from model import load_model
+from networks import IMAGENET_MEAN, IMAGENET_STD
 from scripts import compare, evaluate, stages
 from similarity import psnr, ssim
 
