@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from loss.perceptual import Perceptual, lpips_if_available, lpips_network

@@ -31,7 +31,6 @@ import time
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,7 +47,6 @@ from run import RunFolder
 from timing import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "step", "train", "curves", "torchrun", "quantizers", "2x2048", "4x1024")
 GOALS = {"H200": 4500, "H100": 3500}  # images/s of the training step
 SPARE = 20  # seconds of the minutes that no part may count on
 TOY = ["--channel=16", "--img-size=32"]
@@ -60,7 +58,7 @@ class Check:
 
     def __init__(self, args: Namespace):
         self.args, self.out = args, Path(args.out)
-        self.part = PARTS[0]  # the one that runs
+        self.part = ""  # the one that runs
         self.ends = time.monotonic() + 60 * args.minutes
         self.environment = util.environment(DEVICE)
         self.model = TOY if args.toy else FULL
@@ -218,19 +216,6 @@ class Check:
         common += [f"--{what}-interval={max(steps, 1)}" for what in ("eval", "save")]
         return [self.train(name, *common, *flags)]
 
-    def parts(self) -> dict[str, tuple[float, Callable[[], list[dict]]]]:
-        """By name: the seconds that a part needs on a card of 2023, and what it does."""
-        return {
-            "tests": (120.0, self.tests),
-            "step": (120.0, self.step),
-            "train": (90.0, self.train_rate),
-            "curves": (90.0, self.curves),
-            "torchrun": (40.0, self.torchrun),
-            "quantizers": (240.0, self.quantizers),
-            "2x2048": (90.0, partial(self.long, "2x2048", 0.5, "--rfsq-stages=2")),
-            "4x1024": (90.0, partial(self.long, "4x1024", 1.0, "--rfsq-stages=4")),
-        }
-
     # -------------------------------------------------------------------------------------
     # Their files
     # -------------------------------------------------------------------------------------
@@ -249,9 +234,8 @@ class Check:
 
     def run(self) -> dict[str, dict]:
         """Run what is missing; the file of each part by its name."""
-        parts = self.parts()
-        for name in sorted(parts, key=lambda name: self.read(name).get("state") == "failed"):
-            self.part, (seconds, part) = name, parts[name]
+        for name in sorted(PARTS, key=lambda name: self.read(name).get("state") == "failed"):
+            self.part, (seconds, part) = name, PARTS[name]
             if name not in self.args.only or self.done(name):
                 continue
             if not self.args.toy and self.left() < seconds:
@@ -262,14 +246,27 @@ class Check:
             record = {"part": name, "environment": self.environment}
             record |= {"data": self.data, "toy": self.args.toy}
             try:
-                record |= {"state": "done", "rows": part()}
+                record |= {"state": "done", "rows": part(self)}
             except (RuntimeError, OSError, LookupError, ValueError, TypeError) as error:
                 record |= {"state": "failed", "error": exits.one_line(error)}
             record["seconds"] = time.monotonic() - start
             write_json(self.out / f"{name}.json", record)
-            write_json(self.out / "all.json", {each: self.read(each) for each in parts})
+            write_json(self.out / "all.json", {each: self.read(each) for each in PARTS})
             print(f"{name}: {record['state']}, {record['seconds']:.0f} s {record.get('error', '')}")
         return {name: self.read(name) for name in self.args.only}
+
+
+# By name: the seconds that a part needs on a card of 2023, and what it does.
+PARTS: dict[str, tuple[float, Callable[[Check], list[dict]]]] = {
+    "tests": (120.0, Check.tests),
+    "step": (120.0, Check.step),
+    "train": (90.0, Check.train_rate),
+    "curves": (90.0, Check.curves),
+    "torchrun": (40.0, Check.torchrun),
+    "quantizers": (240.0, Check.quantizers),
+    "2x2048": (90.0, lambda check: check.long("2x2048", 0.5, "--rfsq-stages=2")),
+    "4x1024": (90.0, lambda check: check.long("4x1024", 1.0, "--rfsq-stages=4")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -306,7 +303,7 @@ def get_flags(argv: Sequence[str] | None) -> Namespace:
     add("--val-data-path", str, "synthetic", metavar="DIR", help="likewise")
     text = "of the training runs; the part `step` takes vgg, with random weights if it must"
     add("--lpips-net", LPIPS_CHOICES, "vgg", help=text)
-    add("--only", PARTS, PARTS, nargs="+", metavar="PART", help="the parts to be run")
+    add("--only", tuple(PARTS), tuple(PARTS), nargs="+", metavar="PART", help="the parts to be run")
     add("--toy", bool, False, help="tiny sizes, to try the command itself without a GPU")
     args = parser.parse_args(argv)
     if not args.toy and DEVICE.type != "cuda":

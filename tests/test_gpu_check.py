@@ -109,9 +109,7 @@ def test_flags_of_training_follow_those_of_the_command(tmp_path, monkeypatch):
     assert {f"--eval-interval={steps}", f"--save-interval={steps}"} <= set(calls[0])
 
 
-def test_parts_have_the_names_of_the_flag(tmp_path):
-    args = gpu_check.get_flags(["--toy", f"--out={tmp_path}"])
-    assert tuple(gpu_check.Check(args).parts()) == gpu_check.PARTS
+def test_every_part_is_explained():
     for part in gpu_check.PARTS:
         assert f"\n{part} " in (gpu_check.__doc__ or "")
 
