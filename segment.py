@@ -17,6 +17,8 @@ class Segment(TypedDict, total=False):
     device: str
     precision: str | None
     compiled: bool
+    torch: str | None
+    processes: int
 
 
 TYPES = get_type_hints(Segment)
@@ -27,3 +29,13 @@ def is_segment(value: object) -> TypeGuard[Segment]:
     return isinstance(value, dict) and all(
         isinstance(value[name], kind) for name, kind in TYPES.items() if name in value
     )
+
+
+def changes(before: Segment, now: Segment) -> list[str]:
+    """What differs between two segments and changes the rounding of a run, in words."""
+    names = ("device", "torch", "processes", "compiled")
+    return [
+        f"{name} {before[name]}, now {now[name]}"
+        for name in names
+        if name in before and before[name] != now[name]
+    ]

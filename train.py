@@ -176,7 +176,7 @@ class Training:
         if resumed:
             best = util.on_main(lambda: best_psnr(resumed.state, self.run, validation))
             self.progress.restore(resumed.state, best)
-        self.progress.begin_segment(
+        changed = self.progress.begin_segment(
             self.start_step + 1, self.environment, self.precision, self.compiled
         )
         if util.rank() == 0:
@@ -191,6 +191,7 @@ class Training:
                 compiled=self.compiled,
                 folder=self.run.path,
                 resumed=resumed,
+                changed=changed,
             )
 
     def _build_step(self) -> nn.Module:

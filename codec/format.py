@@ -129,7 +129,8 @@ class Format:
         if not known:
             model = "model or entropy model" if header.coded else "model"
             raise ValueError(
-                f"the file was written with another {model}: give the checkpoint that encoded it"
+                f"the file was written with another {model}, or by a version of the project with "
+                "other flags: give the checkpoint and the version that encoded it"
             )
         if not 1 <= header.stages <= self.stages:
             raise ValueError(f"the file claims {header.stages} stages: the model has {self.stages}")

@@ -271,7 +271,8 @@ class Quantizer(nn.Module):
             if value is not None and value.dtype in HALF_PRECISION:
                 raise ValueError(
                     f"{key} of {self.name} must be float32, not {value.dtype}: call .float() of "
-                    "the quantizer, and leave it out of mixed precision of parameters"
+                    "the quantizer, and leave it out of mixed precision of parameters (with FSDP: "
+                    "fully_shard of the quantizer by itself, before that of the model)"
                 )
 
     def _check_input(self, z: Tensor) -> None:

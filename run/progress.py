@@ -11,7 +11,7 @@ from checkpoint import random_states
 from dataset import ImageDataset, skipped_images
 from meter import Meter
 from run.state import RunState
-from segment import Segment
+from segment import Segment, changes
 
 
 class Progress:
@@ -61,8 +61,11 @@ class Progress:
 
     def begin_segment(
         self, first_step: int, environment: dict, precision: str, compiled: bool
-    ) -> None:
-        """Note where the steps from `first_step` on are computed."""
+    ) -> list[str]:
+        """Note where the steps from `first_step` on are computed.
+
+        Returns what has changed since the segment before: see `segment.changes`.
+        """
         segment = Segment(
             first_step=first_step,
             command=environment["command"],
@@ -70,8 +73,12 @@ class Progress:
             device=environment["device"],
             precision=precision,
             compiled=compiled,
+            torch=environment["torch"],
+            processes=environment["processes"],
         )
+        changed = changes(self.segments[-1], segment) if self.segments else []
         self.segments.append(segment)
+        return changed
 
     def state(self, step: int) -> RunState:
         """The state after `step`, for a checkpoint. A collective."""

@@ -30,8 +30,12 @@ def print_start(
     compiled: bool,
     folder: Path,
     resumed: Resumed | None,
+    changed: Sequence[str],
 ) -> None:
-    """Print what is about to be trained, and a warning for each flag that has no effect."""
+    """Print what is about to be trained, and a warning for each flag that has no effect.
+
+    `changed`: what has changed since the interruption of a resumed run.
+    """
     quantizer = model.quantizer
     for flag in ignored_flags(args, quantizer):
         print(f"warning: {flag} has no effect on {quantizer.name}", file=sys.stderr)
@@ -49,6 +53,8 @@ def print_start(
     )
     if resumed:
         print(f"resumed after step {resumed.state.step} from {resumed.path}")
+    if changed:
+        print(f"not to the bit what it would have been: {'; '.join(changed)}")
     sys.stdout.flush()
 
 

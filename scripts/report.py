@@ -133,10 +133,15 @@ def origins(row: Row) -> str:
 
 
 def way(part: dict) -> str:
-    """Commit, hardware and command of a part of a run, without what differs between seeds."""
+    """Commit, machine and command of a part of a run, without what differs between seeds."""
     command = without_flags(part["command"], ("--seed", "--save", "--resume"))
     commit, _, changed = (part["commit"] or "unknown").partition(" ")
-    return f"commit {f'{commit[:10]} {changed}'.strip()}, {part['device']}: `{command}`"
+    machine = part["device"]
+    if part.get("torch"):
+        machine += f", torch {part['torch']}"
+    if part.get("processes", 1) > 1:
+        machine += f", {part['processes']} processes"
+    return f"commit {f'{commit[:10]} {changed}'.strip()}, {machine}: `{command}`"
 
 
 def describe(c: dict, others: Sequence[dict]) -> list[str]:

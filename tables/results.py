@@ -188,13 +188,16 @@ def without_flags(command: str, flags: Iterable[str]) -> str:
 
 
 def parts_of(run: dict) -> list[dict]:
-    """How a run went on whenever it was resumed: first_step, command, commit, device, precision.
+    """How a run went on whenever it was resumed, each part with the entries of a `Segment`.
 
     One part for a run of an older version, which does not say.
     """
     known = {"first_step": 1, **run["environment"]}
     known["precision"] = run.get("precision") or run["args"].get("precision") or "fp32"
-    return [{**known, **part} for part in run.get("segments") or [{}]]
+    parts = run.get("segments") or [{}]
+    if len(parts) > 1:  # the environment is that of the last one
+        known = {key: known[key] for key in known.keys() - {"torch", "processes"}}
+    return [{**known, **part} for part in parts]
 
 
 def portable(run: dict) -> dict:

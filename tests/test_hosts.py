@@ -1,16 +1,24 @@
 """Quantizers inside models of other projects: how those load, cast, compile and differentiate."""
 
 import copy
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CASES, TRACKING, latent, run, same_bits, trained
+from processes import GROUP_OF_ONE, in_fresh_process
 from torch import nn
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import checkpoint
 
-from quantizers import Quantized, straight_through
+from quantizers import RFSQ, Pairs, Quantized, straight_through
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,6 +139,31 @@ def test_a_host_of_half_precision_trains(name, dtype):
     net[2](out[0]).float().square().mean().backward()
     assert net[0].weight.grad.dtype == dtype and net[0].weight.grad.isfinite().all()
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in module.parameters())
+
+
+def shard():
+    """FSDP as docs/quantizers.md says, in a group of one process."""
+    os.environ.update(GROUP_OF_ONE)
+    dist.init_process_group("gloo")
+    for make in (lambda: RFSQ(2), lambda: Pairs(RFSQ(2, "scale", levels=[4] * 8))):
+        quantizer = make()
+        model = nn.Sequential(nn.Conv1d(3, quantizer.dim, 1), quantizer)
+        fully_shard(quantizer)
+        register_fsdp_forward_method(quantizer, "indices_to_codes")
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        model(torch.randn(2, 3, 8))[0].float().sum().backward()
+        quantized, indices = model.eval()(torch.randn(2, 3, 8))
+        codes = quantizer.indices_to_codes(indices)
+        assert torch.equal(codes.to(quantized.dtype), quantized)
+    model = nn.Sequential(RFSQ(2))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="fully_shard of the quantizer by itself"):
+        model(torch.randn(2, 4, 8))
+
+
+@pytest.mark.slow
+def test_sharded_parameters():
+    in_fresh_process(shard)
 
 
 # ---------------------------------------------------------------------------------------

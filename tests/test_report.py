@@ -305,6 +305,11 @@ def test_the_parts_of_a_resumed_run_are_told(tmp_path):
     assert "bf16, then fp32" in text and "/home" not in text and "--seed=" not in text
     assert "from step 1: commit aaaaaaaaaa, a GPU: `python train.py --lr 1`" in text
     assert text.count("from step") == 2 and "from step 801: commit bbbbbbbbbb, a CPU" in text
+    newer = [{**gpu, "torch": "2.6.0"}, {**gpu, "first_step": 801, "torch": "2.14.1"}]
+    newer.append({**newer[1], "first_step": 901, "processes": 2})
+    text = report.main([str(make_run(tmp_path / "newer", segments=newer))])
+    for step, machine in ((1, "2.6.0"), (801, "2.14.1"), (901, "2.14.1, 2 processes")):
+        assert f"from step {step}: commit aaaaaaaaaa, a GPU, torch {machine}: `" in text
 
 
 def make_images(folder: Path) -> Path:

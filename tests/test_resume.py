@@ -406,7 +406,7 @@ def test_best_is_of_one_validation_set(monkeypatch, tmp_path):
     assert load_checkpoint(folder / "best.pt")["step"] == 8
 
 
-def test_a_resumed_run_says_how_it_began_and_went_on(tmp_path):
+def test_a_resumed_run_says_how_it_began_and_went_on(tmp_path, monkeypatch, capsys):
     run(tmp_path / "first", "--train-iters=4")
     load = f"--load={tmp_path / 'first' / 'last.pt'}"
     folder, flags = tmp_path / "run", ["--lr-decay-style=constant"]
@@ -416,6 +416,14 @@ def test_a_resumed_run_says_how_it_began_and_went_on(tmp_path):
     assert [part["precision"] for part in results["segments"]] == ["fp32", "fp32"]
     assert results["args"]["load"] == load.removeprefix("--load=")
     assert [part["first_step"] for part in results["segments"]] == [1, 5]
+    installed = util.version("torch")
+    assert all(part["torch"] == installed for part in results["segments"])
+    assert "not to the bit" not in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(util, "version", lambda name: "2.6.0")
+        run(folder, *flags, "--train-iters=8", "--resume=auto")
+    line = f"not to the bit what it would have been: torch {installed}, now 2.6.0\n"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "executes"])
