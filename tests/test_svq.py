@@ -15,7 +15,8 @@ from arguments import get_args
 from model import VQVAE
 from quantizers import FSQ, SVQ, GeometricRFSQ, compiling, svq_search
 from quantizers.counting import SATURATED, Lengths, count, rank, unrank
-from quantizers.svq_search import search, suited
+from quantizers.svq import PRIOR_WEIGHT
+from quantizers.svq_search import log_scale, search, suited
 
 SEEDS = range(12)
 
@@ -331,6 +332,94 @@ def test_tables_move_in_training_and_are_integers_that_stay():
     integers = torch.arange(2**12)
     exact = integers.double() * svq.steps.double()[:, None]
     assert torch.equal((integers * svq.steps[:, None]).double(), exact)
+
+
+def test_the_scale_statistics_are_those_of_the_vectors():
+    """Mean and variance of log2 of the scale; the first batch counts alone."""
+    svq = SVQ(16, dim=4)
+    z = torch.randn(1, 4, 500) * torch.exp2(torch.randn(1, 1, 500)) + 5
+    svq(z)
+    scale = log_scale(z[0] - svq.running_mean[:, None], *svq._reference_step(svq.running_var))
+    wanted = torch.stack([scale.mean(), scale.var(correction=0)])
+    torch.testing.assert_close(svq.log_scale, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scale_of_a_vector_by_hand():
+    """Channels count as far as they are above the noise of quantization, step^2 / 12."""
+    std, step = torch.tensor([2.0, 0.1]).double(), torch.tensor(1.2).double()
+    strong, weak = 4 / (4 + 0.12), 0.01 / (0.01 + 0.12)
+    for first, second in ((3.0, -1.0), (0.5, 0.0)):
+        mean = (strong * (first / 2) ** 2 + weak * (second / 0.1) ** 2) / (strong + weak)
+        found = log_scale(torch.tensor([[first], [second]]), std, step)
+        assert found.item() == pytest.approx(math.log2(mean) / 2, rel=1e-5)
+
+
+def test_the_statistics_of_the_classes_are_running_means():
+    """Shares, P(v != 0) and mean |v|, recomputed from codes and indices; even weights at first."""
+    svq, wanted = SVQ(16, dim=4, classes=4), torch.zeros(4, 9)
+    for number in (1, 2, 3):
+        codes, indices = svq(laplacian_mixture(4, 700).T[None])
+        classes = indices[0] // svq.class_size
+        v = ((codes[0].detach().T - svq.running_mean) / svq.steps[classes, None]).round().abs()
+        features = torch.cat([torch.ones(700, 1), v.sign(), v], 1)
+        batch = F.one_hot(classes, 4).float().T @ features / 700
+        wanted += (batch - wanted) / number
+        torch.testing.assert_close(svq.class_moments, wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted[:, 0] > 0).sum() > 1 and wanted[:, 0].sum().item() == pytest.approx(1)
+
+
+def test_probabilities_are_those_counted_and_a_little_of_a_laplacian():
+    svq = SVQ(16, dim=1, classes=2)
+    share, counted, magnitude = 0.5, 0.3, 0.6  # of the first class; nobody is in the second
+    svq.class_moments.copy_(torch.tensor([[share, counted, magnitude], [0, 0, 0]]))
+    nonzero, decay = svq._probabilities(torch.tensor([2.0]).double(), torch.tensor(1.5).double())
+    prior_decay = math.exp(-(2**0.5) * 1.5 / 2)
+    prior, weight = prior_decay**0.5, PRIOR_WEIGHT / 2
+    some = (counted + weight * prior) / (share + weight)
+    mean = (magnitude + weight * prior / (1 - prior_decay)) / (share + weight)
+    assert nonzero.flatten().tolist() == pytest.approx([some, prior], rel=1e-6)
+    assert decay.flatten().tolist() == pytest.approx([1 - some / mean, prior_decay], rel=1e-6)
+
+
+def test_the_order_of_the_channels_makes_no_difference():
+    """Statistics are kept by channel, code lengths by variance: neither stands for the other."""
+    shuffled = torch.tensor([3, 0, 5, 1, 4, 2])
+    one, other = SVQ(22, dim=6), SVQ(22, dim=6)
+    for _ in range(12):
+        z = laplacian_mixture(6, 800).T[None]
+        one(z), other(z[:, shuffled])
+    torch.testing.assert_close(one.running_var[shuffled], other.running_var)
+    # Up to the rounding of sums over channels.
+    assert (one.lengths - other.lengths).abs().max() <= 1
+    assert (one.lengths == other.lengths).float().mean() > 0.95
+    same = one.eval()(z)[1] == other.eval()(z[:, shuffled])[1]
+    assert same.float().mean() > 0.9
+
+
+def test_the_meaning_of_an_index_by_hand():
+    """Files hold indices of older models: no version may give one another meaning.
+
+    8 bits and 4 classes: 64 indices a class. A budget is below 8 (8 + 14) = 176 eighths of a bit,
+    and no higher than leaves at most 64 vectors. The second channel is the first in the vectors.
+    """
+    svq = SVQ(8, dim=2, classes=4).eval()
+    svq.order.copy_(torch.tensor([1, 0]))
+    svq.running_mean.copy_(torch.tensor([10, 20]))
+    svq.steps.copy_(torch.tensor([0.25, 0.5, 1, 2]))
+    never = [0, 176, 1, 1]  # the length of 0, of 1 and -1, what is added for more, and how often
+    both = [[0, 100, 100, 1], [0, 100, 100, 1]]  # one of them is 0
+    lengths = [both, [[0, 50, 25, 1], never], [[0, 150, 25, 2], never], [[0, 1, 1, 1], never]]
+    svq.lengths.copy_(torch.tensor(lengths))
+    assert svq._counts().budget.tolist() == [175, 175, 175, 31]
+    meaning = {
+        **{0: [10, 19.75], 1: [9.75, 20], 2: [10, 20], 3: [10.25, 20], 4: [10, 20.25]},
+        **{5: [10, 20.25], 63: [10, 20.25]},  # indices left over stand for the last vector
+        **{64: [10, 20 - 6 * 0.5], 65: [10, 20 - 5 * 0.5], 76: [10, 20 + 6 * 0.5]},
+        **{128: [10, 20 - 4], 132: [10, 20], 136: [10, 20 + 4], 137: [10, 20 + 4]},
+        **{192: [10, 20 - 31 * 2], 254: [10, 20 + 31 * 2], 255: [10, 20 + 31 * 2]},
+    }
+    codes = svq.indices_to_codes(torch.tensor([list(meaning)]))
+    assert codes[0].T.tolist() == list(meaning.values())
 
 
 def test_vectors_far_outside_of_the_budgets_decode_as_they_were_quantized():
