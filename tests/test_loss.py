@@ -289,6 +289,16 @@ def test_terms_and_weighted_total(squeeze):
     torch.testing.assert_close(terms["loss"], 2 * terms["l1"] + 3 * distance + 5 * own)
 
 
+def test_the_perceptual_term_has_the_gradient_of_the_reconstruction(squeeze):
+    images, reconstruction = pair()
+    reconstruction.requires_grad_()
+    loss = TrainingLoss(0.0, 2.0, 0.0, squeeze)(images, reconstruction, torch.zeros(()))["loss"]
+    (gradient,) = torch.autograd.grad(loss, reconstruction)
+    (wanted,) = torch.autograd.grad(2 * squeeze(images, reconstruction).mean(), reconstruction)
+    torch.testing.assert_close(gradient, wanted)
+    assert gradient.any()
+
+
 def test_weight_zero_leaves_a_term_out():
     images, reconstruction = pair()
     loss = TrainingLoss(1.0, 0.0, 0.0, None)

@@ -76,6 +76,18 @@ def test_pairs_of_pairs_ask_for_four():
     assert indices.shape == (2, 8) and torch.equal(quads.eval().indices_to_codes(indices), codes)
 
 
+def test_the_loss_is_that_of_the_quantizer():
+    pairs = trained("ema")
+    z = smooth(2, pairs.dim).requires_grad_()
+    left, right = z[..., ::2], z[..., 1::2]
+    wanted = pairs.quantizer(torch.cat([left + right, left - right], 1) / 2**0.5)[2]
+    loss = pairs(z)[2]
+    torch.testing.assert_close(loss, wanted)
+    gradient, of_wanted = (torch.autograd.grad(x, z)[0] for x in (loss, wanted))
+    torch.testing.assert_close(gradient, of_wanted)
+    assert gradient.any()
+
+
 def test_the_gradient_is_straight_through():
     pairs = trained("ema")  # SVQ has a gradient of its own
     z, weight = smooth(2).requires_grad_(), torch.randn(2, 6, 3, 8)

@@ -80,6 +80,26 @@ def test_a_bad_step_is_skipped_and_marked():
     assert result.indices.shape == (4, 8, 8, 2) and result.norm > 0
 
 
+def test_every_term_has_a_gradient():
+    step = build(["--quantizer=lfq"])
+    encoder, decoder = (net.layers[0].weight for net in (step.model.encoder, step.model.decoder))
+    terms, _ = step(batch())
+    for name, weight in (("l1", decoder), ("perceptual", decoder), ("quantizer", encoder)):
+        assert torch.autograd.grad(terms[name], weight, retain_graph=True)[0].any(), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_the_gradient_is_clipped_to_its_bound_and_by_zero_not_at_all(clip):
+    step = build(["--quantizer=fsq"])
+    step.criterion.weights["l1"] = 1e4  # a gradient far above the bound
+    parameters = list(step.model.parameters())
+    adam = torch.optim.Adam(parameters, fused=True)
+    before = train.optimise(step, adam, parameters, batch(), clip).norm
+    after = torch.stack([p.grad.norm() for p in parameters]).norm()
+    assert before > 100
+    assert after.item() == pytest.approx(clip or before.item(), rel=1e-4)
+
+
 def run(step):
     terms, indices = step(batch())
     terms["loss"].backward()
