@@ -44,3 +44,26 @@ def test_only_skipped_steps_in_a_row_stop_the_run():
     interval.update(loss, torch.tensor(1.0))
     with pytest.raises(NotFinite, match="3 steps in a row"):
         interval.compute(max_skipped=3)
+
+
+def test_a_pause_is_no_part_of_the_interval(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now)
+    interval = meter.Meter(torch.device("cpu"))
+    now += 2
+    with interval.paused():
+        now += 50
+    now += 3
+    assert interval.seconds() == 5
+
+
+def test_a_resumed_interval_knows_what_was_skipped_before():
+    before, after = (meter.Meter(torch.device("cpu")) for _ in range(2))
+    loss = {"loss": torch.tensor(1.0)}
+    for bad in (0.0, 1.0, 1.0):
+        before.update(loss, torch.tensor(bad))
+    after.resume(before.gathered_sums(), before.count, before.seconds(), before.skipped)
+    after.update(loss, torch.tensor(1.0))
+    assert after.skipped.tolist() == [3, 3] and after.count == 4
+    with pytest.raises(NotFinite, match="3 steps in a row"):
+        after.compute(max_skipped=3)
