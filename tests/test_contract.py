@@ -436,6 +436,17 @@ def test_two_forwards_of_one_input_are_equal(name):
 
 
 @every
+def test_an_evaluation_asks_no_other_process(name, monkeypatch):
+    """Processes may have different numbers of batches there: one that asks would wait for ever."""
+    module = CASES[name].build()
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)  # to ask is an error
+    module.eval()(latent(module))
+    if name in TRACKING or name.startswith("lfq"):
+        with pytest.raises(ValueError, match="process group"):
+            module.train()(latent(module))
+
+
+@every
 def test_copies_after_a_forward(name, tmp_path):
     module = CASES[name].build()
     z = latent(module).requires_grad_()

@@ -57,7 +57,7 @@ def clustered(batch, dim, side):
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("threshold", [0, 0.5])
+@pytest.mark.parametrize("threshold", [0, 0.5, 0.9])  # 0.9 restarts codes in every step
 def test_steps_equal_the_reference(stages, threshold):
     size, dim = 11, 3
     vq = VectorQuantizeEMA(size, dim, stages, DECAY, BETA, restart_threshold=threshold)
@@ -143,6 +143,17 @@ def test_a_first_batch_that_is_not_finite_starts_no_codebook():
     z[0, 0, 0] = torch.nan
     vq(z)
     assert torch.equal(vq.codebook, before) and not vq.counts.any() and not vq.sums.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_later_batch_that_is_not_finite_moves_no_code(bad):
+    vq = VectorQuantizeEMA(8, 2, restart_threshold=0)
+    vq(torch.randn(8, 2, 8))
+    before = {name: getattr(vq, name).clone() for name in ("codebook", "counts", "sums")}
+    z = torch.randn(8, 2, 8)
+    z[0, 0, 0] = bad
+    vq(z)
+    assert all(torch.equal(getattr(vq, name), value) for name, value in before.items())
 
 
 def test_another_batch_gives_dead_codes_other_tokens():

@@ -33,6 +33,11 @@ def test_codes_and_indices_by_hand():
     assert indices.dtype == torch.int64 and indices.tolist() == [6, 1, 0, 7]
 
 
+def test_zero_counts_as_negative():
+    quantized, indices, _ = LFQ(2)(torch.tensor([[0.0, -0.0], [0.0, 1.0]]))
+    assert quantized.tolist() == [[-1, -1], [-1, 1]] and indices.tolist() == [0, 2]
+
+
 def test_every_code_is_a_code():
     lfq = LFQ(6)
     codes = lfq.indices_to_codes(torch.arange(64))

@@ -140,6 +140,13 @@ def test_image_statistics_beyond_half_precision_are_its_greatest_numbers(offset,
     assert torch.equal(rfsq.indices_to_codes(indices, statistics), quantized)
 
 
+def test_a_constant_image_has_the_least_std():
+    """The half-precision number next to 1e-3, in every version: files of models hold it."""
+    statistics = RFSQ(stages=2, statistics="image")(torch.full((1, 4, 3, 3), 2.5))[3]
+    assert (statistics[:, 0, 0] == 2.5).all()
+    assert (statistics[:, 0, 1] == torch.tensor(1e-3).half()).all()
+
+
 def test_image_statistics_are_each_images_mean_and_std():
     rfsq = RFSQ(2, "layernorm", statistics="image").eval()
     z = torch.randn(3, 4, 6, 5) * torch.tensor([0.5, 1, 3]).view(3, 1, 1, 1) + 2
@@ -421,6 +428,23 @@ def test_the_initial_gain_asked_for_comes_without_a_bias(gain):
     z = torch.randn(4, 2, 8, 8)
     first = rfsq.eval().codes_after_each_stage(rfsq(z)[1])[0]
     torch.testing.assert_close(first, FSQ([8, 5])(gain * z)[0] / gain)
+
+
+def test_the_start_is_in_the_middle_of_odd_and_even_levels():
+    rfsq = RFSQ(stages=2, levels=[5, 4, 3])
+    assert rfsq.bias.tolist() == [[0, -0.25, 0]] * 2
+    gains = [1.1 / level**0.5 for level in (5, 4, 3)]
+    assert rfsq.log_gain.exp().flatten().tolist() == pytest.approx(2 * gains)
+
+
+@pytest.mark.parametrize("kind", [RFSQ, GeometricRFSQ])
+def test_a_channel_without_variance_decodes_as_with_the_constant_that_is_added(kind):
+    """1e-10: what the indices of older models mean depends on it."""
+    rfsq, indices = kind(stages=2).eval(), torch.tensor([[[100, 900]]])
+    rfsq.running_var.zero_()
+    codes = rfsq.indices_to_codes(indices)
+    rfsq.running_var.fill_(1 - 1e-10)
+    torch.testing.assert_close(codes, 1e-5 * rfsq.indices_to_codes(indices), atol=1e-9, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------
