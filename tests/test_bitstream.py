@@ -111,6 +111,17 @@ def test_round_trip_of_any_codebooks(data):
     assert np.array_equal(unpack(payload, positions, sizes), indices)
 
 
+def test_the_length_of_a_block_by_hand():
+    """Of 48 codes: floor(32768 / log2 48) = 5867 positions, then those that are left over."""
+    indices = np.random.default_rng(0).integers(0, 48, (5867 + 2, 1))
+    digits, text = indices[:, 0].tolist(), ""
+    for block in (digits[:5867], digits[5867:]):
+        number = sum(digit * 48**place for place, digit in enumerate(block))
+        text += f"{number:0{(48 ** len(block) - 1).bit_length()}b}"
+    text += "0" * (-len(text) % 8)
+    assert pack(indices, [48]) == int(text, 2).to_bytes(len(text) // 8, "big")
+
+
 @pytest.mark.parametrize("size", [3, 1000, 2187, 65535])
 def test_mixed_radix_wastes_less_than_a_bit_a_block(size):
     positions = 3 * int(32768 / math.log2(size)) + 17
@@ -284,6 +295,34 @@ def test_a_context_by_hand():
     assert index.tolist() == [(26 * 3 + 1) * 36 + 2 * 6 + 1]
     # Four times the middle, 2: (8 / 4) + 1 - 2 + 3/4 = 1.75, step 21; no difference.
     assert alone.tolist() == [(21 * 3 + 1) * 36 + 0 * 6 + 1]
+
+
+def test_contexts_are_as_many_as_in_older_entropy_models():
+    """Checkpoints hold tables of these shapes, and no longer decode with others."""
+    first, second = entropy.Counts([2**20, 512 * 128], None).stages
+    assert first.digits == [2**10, 2**10] and first.contexts == [(1, 1), (1, 1)]
+    assert second.digits == [2**8, 2**8] and second.contexts == [(1, 1), (1, 2**8)]
+    (stage,) = entropy.Counts([512 * 128 * 64], [512, 128, 64]).stages
+    assert stage.contexts == [(3 * 9, 36), (3 * 37, 36), (3 * 48, 36)]
+
+
+def test_sparse_contexts_back_off_by_hand():
+    """With weight 4 to the coarse context, and from there to the digit alone."""
+    counts = entropy.Counts([4], [4])
+    ((_, fine),) = counts.stages[0].contexts
+    counts.weights = [[np.zeros(counts.stages[0].weights[0], np.int32)]]
+    table = counts.counts[0][0]
+    table[0], table[1], table[fine] = [9, 1, 0, 0], [0, 4, 0, 2], [0, 0, 7, 1]
+    digit = np.array([9.5, 5.5, 7.5, 3.5]) / 26  # each code half a time more
+    coarse = [
+        (np.array([9, 5, 0, 2]) + 4 * digit) / (16 + 4),  # of contexts 0 and 1
+        (np.array([0, 0, 7, 1]) + 4 * digit) / (8 + 4),
+        digit,
+    ]
+    found = counts.entropy_model().tables[0][0] / entropy.total(4)
+    for i, of in ((0, 0), (1, 0), (2, 0), (fine, 1), (fine + 1, 1), (2 * fine, 2)):
+        wanted = (table[i] + 4 * coarse[of]) / (table[i].sum() + 4)
+        np.testing.assert_allclose(found[i], wanted, atol=2e-3)
 
 
 def test_predictions_are_exact_integers():
