@@ -108,6 +108,7 @@ def test_ssim_by_hand():
 
     images = pictures(2, 24) / 255
     assert ssim(images, images).tolist() == [1, 1]
+    assert (ssim(images, 1 - images) < -0.8).all()
     flat_areas = flat(0.95) + 0.01 * torch.randn(1, 3, 12, 12)
     noisy = flat_areas + 0.01 * torch.randn_like(flat_areas)
     exact = ssim(flat_areas.double(), noisy.double()).item()
@@ -241,6 +242,25 @@ def test_bicubic_bound_is_antialiased_and_clamped():
     bound = metric.bicubic_bound(edge, 4)
     assert bound.min() >= -1e-6 and bound.max() <= 1 + 1e-6
     assert 0.01 < (bound - edge).abs().mean() < 0.2
+
+
+def test_the_bicubic_bound_is_bicubic_on_the_way_up():
+    """An edge, row by row of the small image, by the kernel with a = -3/4."""
+    edge = torch.full((1, 3, 32, 32), 0.25)
+    edge[..., 16:] = 0.75  # nothing is clamped
+    small = interpolate(edge, size=(8, 8), mode="bicubic", antialias=True)[0, 0, 4].tolist()
+
+    def kernel(x, a=-0.75):
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    bound = metric.bicubic_bound(edge, 4)[0, 0, 9]
+    for i in range(32):
+        at = (i + 0.5) / 4 - 0.5
+        near = range(math.floor(at) - 1, math.floor(at) + 3)
+        wanted = sum(kernel(abs(at - k)) * small[min(max(k, 0), 7)] for k in near)
+        assert bound[i].item() == pytest.approx(wanted, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------- code usage

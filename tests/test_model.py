@@ -1,6 +1,7 @@
 """The model, the flags that describe it, and the files that hold it."""
 
 import copy
+import itertools
 import os
 import pickle
 import re
@@ -102,6 +103,19 @@ def test_channel_is_the_width_of_the_last_stage():
     assert widths == [8, 16, 32, 64, 4]
 
 
+def test_residual_blocks_are_before_the_last_rectifier():
+    """The names of weights are numbers of layers: files of models have these."""
+
+    def kinds(network):
+        layers = network(4, channel=8, downsample=4, res_blocks=2).layers
+        return [type(layer).__name__.removesuffix("2d") for layer in layers]
+
+    blocks = ["ResidualBlock", "ResidualBlock", "ReLU"]
+    up = ["ConvTranspose", "ReLU", "ConvTranspose"]
+    assert kinds(Encoder) == ["Conv", "ReLU", "Conv", *blocks, "Conv"]
+    assert kinds(Decoder) == ["Conv", *blocks, *up]
+
+
 def test_the_dct_basis_is_that_of_photographs_first():
     f, basis = 4, dct_basis(48, 4).double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(48).double(), atol=1e-6, rtol=0)
@@ -119,6 +133,12 @@ def test_the_dct_basis_is_that_of_photographs_first():
     wanted = [(colour[0], 0, 0), (colour[1], 0, 0), (colour[0], 0, 1), (colour[0], 1, 0)]
     for row, one in zip(basis, wanted, strict=False):
         torch.testing.assert_close(row.float(), function(*one), atol=1e-6, rtol=0)
+    # All of them: w (1/4 + u + v)^(5/4)
+    colour = *colour, torch.tensor([1.0, -2.0, 1.0]) / 6**0.5
+    functions = itertools.product(range(3), range(f), range(f))
+    order = sorted(functions, key=lambda kuv: (1, 4, 8)[kuv[0]] * (0.25 + sum(kuv[1:])) ** 1.25)
+    for row, (k, u, v) in zip(basis, order, strict=True):
+        torch.testing.assert_close(row.float(), function(colour[k], u, v), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"f = 4 has at most 48 latent channels.*has 49"):
         dct_basis(49, 4)
     with pytest.raises(ValueError, match="at most 48"):
