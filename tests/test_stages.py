@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_checkpoint
 from PIL import Image
 
@@ -164,6 +165,30 @@ def test_measuring_changes_nothing(files, capsys):
     assert not any(isinstance(value, torch.Tensor) for value in vars(model.quantizer).values())
 
 
+def stages_of_a_share(rank, folder, files):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    share = originals()[rank::2].split(2)
+    rows = evaluate_stages(load_model(files / "image.pt")[0], share, None, "cpu")
+    torch.save(rows, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(files, tmp_path):
+    """With shares of three and two images: sums, and no means of means."""
+    # Forked: nothing is imported again, which takes longer than the work.
+    start = torch.multiprocessing.start_processes
+    start(stages_of_a_share, (str(tmp_path), files), nprocs=2, start_method="fork")
+    model = load_model(files / "image.pt")[0]
+    single = evaluate_stages(model, originals().split(2), None, "cpu")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    sizes = ("residual_rms_before", "residual_rms_after", "fsq_input_rms")
+    for row, wanted in zip(first, single, strict=True):
+        for key in ("psnr", "l1", "bits", "entropy_bits", "tokens", "used", *sizes):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-5), key
+
+
 @pytest.mark.slow
 def test_json_and_two_figures_for_several_checkpoints(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -224,6 +249,16 @@ def test_lpips_that_cannot_be_loaded_is_reported(files, capsys):
     assert result["lpips"] is None and result["psnr"] > 0
     said = capsys.readouterr().out
     assert "LPIPS will be missing" in said and "LPIPS is missing" in said
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_images(world_size, files, monkeypatch):
+    for rank in range(world_size):
+        monkeypatch.setattr("util.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("util.world_size", lambda: world_size)
+        loads, where = [str(files / "none.pt")], str(files / "val")
+        share = torch.cat(list(prepare(loads, where, lpips_net="none", batch_size=2).loader))
+        assert torch.equal(share, originals()[rank::world_size])
 
 
 def test_a_configuration_has_the_name_that_it_was_trained_with(files, tmp_path):
