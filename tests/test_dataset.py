@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as reference
 
 import dataset
+from arguments import get_args
 from dataset import ImageFolderDataset, build_dataset, loaders
 from dataset.images import UnreadableImage, read_image
 from dataset.loaders import StreamSampler, train_loader, val_loader
 from dataset.synthetic import SyntheticDataset
-from exits import one_line
+from exits import StopSignals, one_line
+from run import setup
 
 
 def photo(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -583,6 +585,24 @@ def test_workers_change_nothing(folder, kind):
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
     drawn = [list(val_loader(images, 3, workers)) for workers in (0, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["folder", "synthetic"])
+def test_the_seed_of_a_run_is_that_of_its_images_and_of_their_order(folder, kind):
+    path = folder.root if kind == "folder" else kind
+    flags = [f"--train-data-path={path}", f"--val-data-path={path}", "--num-workers=0"]
+
+    def images(seed):
+        """Those of three steps, and the first for validation, which is always the same."""
+        args = get_args([*flags, "--img-size=16", "--batch-size=2", f"--seed={seed}"])
+        train, val = setup.build_datasets(args)
+        where = torch.device("cpu"), StopSignals()
+        batches, _ = setup.start_loaders(args, train, val, 0, 3, *where)
+        return torch.cat(list(batches)), val[0]
+
+    (one, val), (same, _), (other, other_val) = map(images, (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(val, other_val)
 
 
 def test_the_train_loader_follows_the_sampler(folder):
