@@ -423,6 +423,31 @@ def test_values_that_the_type_does_not_hold_are_refused(tmp_path):
     assert len(tokens.to_do(tmp_path)) == 3
 
 
+def test_rows_are_left_out_in_every_block(monkeypatch, tmp_path):
+    """A large array is copied in blocks: here of two rows of 3 x 2 bytes."""
+    monkeypatch.setattr(tokens, "BLOCK", 2 * 3 * 2)
+    settings = {"sources": 7, "arrays": {"tokens.npy": {"dtype": "uint16", "shape": [3]}}}
+    tokens.begin(tmp_path, settings)
+    kept, rows = np.array([1, 1, 0, 1, 0, 0, 1], bool), np.arange(12).reshape(4, 3)
+    with tokens.TokenWriter(tmp_path, settings) as writer:
+        writer.write(0, kept, {"tokens.npy": rows})
+    index = tokens.finish(tmp_path, settings, [f"{i}.png" for i in range(7)])
+    assert np.array_equal(np.load(tmp_path / "tokens.npy"), rows)
+    assert (index["count"], index["skipped"]) == (4, ["2.png", "4.png", "5.png"])
+
+
+@pytest.mark.parametrize("classes, dtype", [(256, "uint8"), (257, "uint16")])
+def test_labels_of_many_classes(classes, dtype, tmp_path):
+    settings = {"sources": classes, "arrays": {"tokens.npy": {"dtype": "uint8", "shape": [1]}}}
+    tokens.begin(tmp_path, settings)
+    with tokens.TokenWriter(tmp_path, settings) as writer:
+        writer.write(0, np.ones(classes, bool), {"tokens.npy": np.zeros((classes, 1), int)})
+    tokens.finish(tmp_path, settings, [f"{i:03}/a.png" for i in range(classes)])
+    labels = np.load(tmp_path / "labels.npy")
+    assert labels.dtype == dtype and labels.tolist() == list(range(classes))
+    assert tokens.begin(tmp_path, settings)["count"] == classes  # the files fit the index
+
+
 @pytest.mark.parametrize("broken", [{"count": None}, {"skipped": -1}, {"classes": 5}], ids=str)
 def test_a_damaged_index_is_one_line(broken, tmp_path):
     settings = {"sources": 1, "arrays": {"tokens.npy": {"dtype": "|u1", "shape": [2]}}}
