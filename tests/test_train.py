@@ -22,6 +22,7 @@ import util
 from arguments import get_args
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset.synthetic import SyntheticDataset
+from meter import Meter
 from model import VQVAE, load_model
 from scripts import evaluate
 
@@ -139,6 +140,20 @@ def test_run_folder_holds_everything(photographs, tmp_path, monkeypatch, capsys)
     assert (run / "results.json").read_bytes() == before
 
 
+def test_epochs_that_are_no_whole_number_of_batches(photographs, tmp_path, monkeypatch):
+    """2 epochs of 10 images in batches of 4 are 5 steps, and the first ends within the third."""
+    compute = Meter.compute
+    monkeypatch.setattr(Meter, "compute", lambda self, most: (compute(self, most)[0], 2.5))
+    data = [f"--{split}-data-path={photographs / 'val'}" for split in ("train", "val")]
+    flags = ["--batch-size=4", "--max-train-epochs=2", "--log-interval=1"]
+    results = train.main([*TINY, *data, *flags, f"--save={tmp_path / 'run'}"])
+    assert results["steps"] == 5 and results["images_seen"] == 20
+    assert [record["step"] for record in records(tmp_path / "run", "val")] == [3, 5]
+    log = records(tmp_path / "run", "train")
+    assert [record["epoch"] for record in log] == [0.4, 0.8, 1.2, 1.6, 2.0]
+    assert {record["images_per_s"] for record in log} == {2.5 * 4}  # 2.5 steps
+
+
 def test_save_refuses_a_run_and_overwrite_replaces_it(photographs, tmp_path):
     flags = [*TINY, *paths(photographs), "--train-iters", "2", f"--save={tmp_path / 'run'}"]
     train.main(flags)
@@ -200,6 +215,15 @@ def test_clip_grad_and_weight_decay_work(photographs, tmp_path):
     assert not torch.equal(plain, weights("b", "--clip-grad=0", "--weight-decay=0.5"))
     # Adam forgets the scale of the gradient, but not beside its epsilon.
     assert not torch.equal(plain, weights("c", "--clip-grad=1e-9"))
+
+
+def test_the_precision_asked_for_is_computed_in(photographs, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        flags = [f"--precision={precision}", "--train-iters=1", f"--save={tmp_path / precision}"]
+        train.main([*TINY, *paths(photographs), *flags])
+        losses.append(records(tmp_path / precision, "train")[0]["loss"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_perceptual_loss_without_weights_stops_before_training(photographs, tmp_path):
