@@ -29,7 +29,7 @@ import util
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import loaders
 from dataset.synthetic import SyntheticDataset
-from loss import TrainingLoss
+from loss import Perceptual, TrainingLoss
 from meter import Meter
 from model import VQVAE
 from quantizers import RFSQ, VectorQuantizeEMA
@@ -212,8 +212,11 @@ def test_other_images_of_equal_count_are_refused(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         for i in range(8):
             save_image(SyntheticDataset(16, seed, 8)[i] / 255, tmp_path / folder / f"{i}.png")
-    pack_images.main([str(tmp_path / "images"), str(tmp_path / "packed"), "--img-size=16"])
-    data = [f"--train-data-path={tmp_path / name}" for name in ("images", "others", "packed")]
+        pack_images.main(
+            [str(tmp_path / folder), str(tmp_path / f"packed-{folder}"), "--img-size=16"]
+        )
+    names = ("images", "others", "packed-images", "packed-others")
+    data = [f"--train-data-path={tmp_path / name}" for name in names]
     with monkeypatch.context() as patched:
         interrupt_after(patched, 4)
         with pytest.raises(exits.Interrupted):
@@ -224,7 +227,43 @@ def test_other_images_of_equal_count_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"other training images \(their names differ\)"):
         run(tmp_path / "cut", data[0], "--resume=auto")
     run(tmp_path / "cut", data[2], "--resume=auto", "--train-iters=6")  # the same images, packed
+    with pytest.raises(ValueError, match=r"other training images \(their pixels differ\)"):
+        run(tmp_path / "cut", data[3], "--resume=auto")
     run(tmp_path / "cut", data[1], "--resume=auto", "--allow-other-images")
+
+
+def test_the_stages_that_are_dropped_are_those_of_an_uninterrupted_run(
+    whole, tmp_path, monkeypatch
+):
+    """They are drawn at random."""
+    flags = ["--rfsq-stage-dropout=0.5"]
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 7)
+        with pytest.raises(exits.Interrupted):
+            run(tmp_path / "cut", *flags)
+    run(tmp_path / "cut", *flags, "--resume=auto")
+    assert_same_run(whole(*flags), tmp_path / "cut")
+
+
+def test_a_resumed_run_has_the_threads_that_it_had(whole, tmp_path):
+    """The rounding of sums depends on their number."""
+    folder = Path(shutil.copytree(whole(), tmp_path / "run"))
+    path = folder / "step_0000010.pt"
+    save_checkpoint(path, {**load_checkpoint(path), "threads": 2})
+    try:
+        run(folder, f"--resume={path}")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_lpips_network_of_the_loss_stays(tmp_path, monkeypatch):
+    random_weights = lambda net, *_: Perceptual(net, pretrained=False)  # noqa: E731
+    monkeypatch.setattr(train, "lpips_network", random_weights)
+    flags = ["--img-size=32", "--perceptual-weight=0.1"]
+    run(tmp_path / "run", *flags, "--lpips-net=squeeze", "--train-iters=1")
+    with pytest.raises(ValueError, match="--lpips-net squeeze there, alex here"):
+        run(tmp_path / "run", *flags, "--lpips-net=alex", "--train-iters=2", "--resume=auto")
 
 
 def test_speed_counts_the_time_before_the_interruption(tmp_path, monkeypatch):
@@ -275,6 +314,9 @@ def test_two_processes_stop_together_and_continue_to_the_bit(name, interval, sto
         return fork_group(2, lambda rank: work(folder, signalled, rank))
 
     assert group("whole") == [0, 0]
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["images_seen"] == 20 * 4
+    assert results["images"] == 2 and results["stages"][0]["tokens"] == 2 * 4 * 4  # each once
     assert group("cut", signalled=True) == [exits.EXIT_INTERRUPTED] * 2
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stopped
     shutil.copytree(tmp_path / "cut", tmp_path / "one")

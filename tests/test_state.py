@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
+from checkpoint import random_states, restore_random_states
 from run.state import RunState
 
 SEGMENT = {"first_step": 1, "command": "python train.py", "commit": None, "device": "a CPU"}
@@ -40,6 +43,17 @@ def test_older_checkpoints_lack_some_entries():
     state = RunState.from_checkpoint(saved)
     assert (state.train_fingerprint, state.validation) == ({}, "")
     assert (state.segments, state.skipped_images) == ([], [])
+
+
+def test_random_states_come_back():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    states = random_states()
+    first = draw()
+    assert not set(first) & set(draw())
+    restore_random_states(states)
+    assert draw() == first
 
 
 @pytest.mark.parametrize("name", ["step", "best_psnr", "skipped", "random", "train_images"])
