@@ -95,9 +95,15 @@ def check_room(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(
-            f"'{folder}' needs {need / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB "
-            "free: make room, or give a folder on another disk"
+            f"'{folder}' needs {size_text(need)} more, and its disk has {size_text(free)} free: "
+            "make room, or give a folder on another disk"
         )
+
+
+def size_text(size: int) -> str:
+    """A number of bytes in the unit that fits: '12.3 kB', '4.5 GB'."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
+    return f"{size / unit:.1f} {name}"
 
 
 def parse_json(data: str | bytes):

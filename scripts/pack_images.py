@@ -34,7 +34,7 @@ from arguments import MAX_SIDE, Parser, number
 from dataset import Images, image_files, packed
 from dataset.images import UnreadableImage
 from dataset.packed import PACK_INDEX, PACK_UNFINISHED, read_pack
-from files import check_room, locked, make_folder, remove_leftovers, write_json
+from files import check_room, locked, make_folder, remove_leftovers, size_text, write_json
 from output import Progress
 
 SHARD_IMAGES, SHARD_BYTES = 4096, 2**30  # limits: ImageNet makes 313 shards, each fits into memory
@@ -196,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
             index = read_pack(out)
         else:
             index = pack(flags.source, out, flags.img_size, flags.num_workers)
-            size, gigabytes = index["img_size"], sum(s["bytes"] for s in index["shards"]) / 1e9
+            size, written = index["img_size"], sum(shard["bytes"] for shard in index["shards"])
             print(
                 f"'{out}' is complete: {index['count']:,} images of {size}x{size} pixels, "
-                f"{gigabytes:.2f} GB in {len(index['shards'])} shards; "
+                f"{size_text(written)} in {len(index['shards'])} shards; "
                 f"{len(index['skipped'])} files skipped"
                 + (f", listed in {out / PACK_INDEX}" if index["skipped"] else "")
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import child, ended
 
-from files import locked, remove_leftovers, write_json, write_whole
+from files import check_room, locked, remove_leftovers, write_json, write_whole
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
@@ -98,6 +100,21 @@ def test_standard_output_is_written_between_what_is_printed(tmp_path, redirected
 def test_the_longest_names_can_be_written(tmp_path, name):
     write_whole(tmp_path / name, lambda file: file.write(b"content"))
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    "need, free, says",
+    [
+        (123_456, 100, "needs 123.5 kB more, and its disk has 0.1 kB free"),
+        (7_890_000, 204_800, "needs 7.9 MB more, and its disk has 204.8 kB free"),
+        (2_000_000_000, 10**9, "needs 2.0 GB more, and its disk has 1.0 GB free"),
+    ],
+)
+def test_room_is_told_in_a_unit_that_fits(need, free, says, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_room(tmp_path, need)
 
 
 def test_what_a_kill_leaves_can_be_told_and_removed(tmp_path):
