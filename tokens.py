@@ -125,8 +125,11 @@ def _read(path: Path, settings: dict) -> dict:
     if differ:
         key = differ[0]
         was, now = found.get(key), (HEAD | settings)[key]
-        if key == "arrays" and isinstance(was, dict):  # with and without --flip
-            was, now = " ".join(sorted(was)), " ".join(sorted(now))
+        if key == "arrays" and isinstance(was, dict) and was.keys() != now.keys():
+            made, give = ("with", "give") if len(was) > len(now) else ("without", "leave out")
+            raise ValueError(
+                f"{path.parent} holds tokens made {made} --flip: {give} --flip, {other}"
+            )
         raise ValueError(
             f"{path.parent} holds tokens of another {key.replace('_', ' ')} ({was!r:.80}, not "
             f"{now!r:.80}): {other}"

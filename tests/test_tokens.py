@@ -365,14 +365,17 @@ def test_bad_input_is_one_line_and_code_2(images, checkpoints, made, tmp_path, c
     (tmp_path / "index" / "index.json").write_text("[1]")
     (tmp_path / "lines").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "lines" / "a\nb.png")
-    before, new = contents(made), tmp_path / "new"
+    before, new, once = contents(made), tmp_path / "new", tmp_path / "once"
+    make(images, checkpoints / "layernorm.pt", once)
+    capfd.readouterr()
     for data, model, out, flags, part in (
         (tmp_path / "nowhere", "fsq", new, [], "does not exist"),
         (tmp_path / "lines", "fsq", new, [], "holds a line break"),
         (images, "none", new, [], "none.pt does not exist"),
         (images, "fsq", new, ["--img-size=18"], "no multiple of 4, as this model needs"),
         (images, "fsq", made, ["--flip"], "tokens of another fingerprint"),
-        (images, "layernorm", made, [], "('tokens-flipped.npy tokens.npy', not 'tokens.npy')"),
+        (images, "layernorm", made, [], "made with --flip: give --flip, give another --out, or"),
+        (images, "layernorm", once, ["--flip"], "made without --flip: leave out --flip, give"),
         (images, "layernorm", made, ["--flip", "--img-size=32"], "another image size (16, not 32)"),
         (images / "owl", "layernorm", made, ["--flip"], "tokens of another sources (11, not 3)"),
         (images, "fsq", tmp_path / "other", [], "holds other files ('thesis.tex')"),
