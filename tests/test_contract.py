@@ -36,8 +36,9 @@ residual = pytest.mark.parametrize("name", RESIDUAL)
 
 
 def test_every_registered_quantizer_is_asked():
-    known = {*QUANTIZERS.values(), GeometricRFSQ}
-    assert {case.cls for case in CASES.values()} == known
+    known, asked = {*QUANTIZERS.values(), GeometricRFSQ}, {case.cls for case in CASES.values()}
+    names = ", ".join(sorted(kind.__name__ for kind in known ^ asked))
+    assert known == asked, f"{names}: CASES in tests/cases.py must hold every registered quantizer"
     assert all(issubclass(kind, Quantizer) for kind in known)
 
 
