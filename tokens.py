@@ -15,12 +15,13 @@ marked when it is on the disk, so that a run which is killed at any time continu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -58,6 +59,18 @@ def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 
 def _has_bytes(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """Within `with`, an error of the disk becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}): make room and give the same "
+            "command again, which continues"
+        ) from error
 
 
 def held(out: Path) -> AbstractContextManager[None]:
@@ -105,10 +118,12 @@ def begin(out: Path, settings: dict) -> dict | None:
         raise ValueError(f"{out} holds other files ('{strange[0]}'): give a new folder as --out")
     for name, (dtype, shape) in _rows(settings).items():
         header = _header(dtype, (settings["sources"], *shape))
-        with open(out / f"{name}.part", "wb") as file:
+        path = out / f"{name}.part"
+        with _writing(path), open(path, "wb") as file:
             file.write(header)
             file.truncate(_bytes(dtype, (settings["sources"], *shape)))
-    (out / DONE).write_bytes(bytes(settings["sources"]))
+    with _writing(out / DONE):
+        (out / DONE).write_bytes(bytes(settings["sources"]))
     write_json(out / SETTINGS, HEAD | settings)
     return None
 
@@ -221,7 +236,8 @@ class TokenWriter:
             arrays: {name: values (kept.sum(), *row)}.
 
         Raises:
-            ValueError: values that the type of the array does not hold, or more rows than images.
+            ValueError: values that the type of the array does not hold, more rows than images, or a
+                disk that is full.
         """
         if first < 0 or first + len(kept) > self.sources:
             raise ValueError(
@@ -238,31 +254,37 @@ class TokenWriter:
                         f"{values.max()}: give `begin` the type of `smallest_unsigned`"
                     )
                 block[kept] = values
-            start = len(_header(dtype, (self.sources, *shape)))
-            self.files[name].seek(start + first * block[0].nbytes)
-            self.files[name].write(block.tobytes())
+            start, file = len(_header(dtype, (self.sources, *shape))), self.files[name]
+            with _writing(file.name):
+                file.seek(start + first * block[0].nbytes)
+                file.write(block.tobytes())
         marks = np.where(kept, WRITTEN, LEFT_OUT).astype(np.uint8)
         self.pending.append((first, marks.tobytes()))
 
     def flush(self) -> None:
         """Bring all rows to the disk, and then mark them."""
         for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        for first, marks in self.pending:
-            self.done.seek(first)
-            self.done.write(marks)
-        self.done.flush()
-        os.fsync(self.done.fileno())
+            with _writing(file.name):
+                file.flush()
+                os.fsync(file.fileno())
+        with _writing(self.done.name):
+            for first, marks in self.pending:
+                self.done.seek(first)
+                self.done.write(marks)
+            self.done.flush()
+            os.fsync(self.done.fileno())
         self.pending.clear()
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()  # also when an image that cannot be read ends the run
-        for file in (*self.files.values(), self.done):
-            file.close()
+        try:
+            self.flush()  # also when an image that cannot be read ends the run
+        finally:
+            for file in (*self.files.values(), self.done):
+                with contextlib.suppress(OSError):  # `flush` has told it
+                    file.close()
 
 
 def finish(out: Path, settings: dict, names: Sequence[str] | None) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -402,6 +403,31 @@ def test_a_full_disk_is_seen_before_the_work(images, checkpoints, tmp_path, monk
         make(images, checkpoints / "layernorm.pt", tmp_path / "out", "--flip")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=need))
     make(images, checkpoints / "layernorm.pt", tmp_path / "out", "--flip")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_continues(
+    begun, images, checkpoints, made, tmp_path, monkeypatch
+):
+    """A limit on the size of files stands for a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    begin, command = tokens.begin, (images, checkpoints / "layernorm.pt", tmp_path, "--flip")
+
+    def begin_and_fill(*given):
+        index = begin(*given) if begun else None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        return index if begun else begin(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "begin", begin_and_fill)
+        try:
+            with pytest.raises(ValueError, match=r"cannot be written \(File too large\)") as caught:
+                make(*command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/tokens" in str(caught.value) and "same command" in str(caught.value)
+    make(*command)
+    assert contents(tmp_path) == contents(made)
 
 
 def test_evaluate_sees_the_same_images_in_the_same_order(images, checkpoints, made):
