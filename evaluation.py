@@ -98,20 +98,21 @@ def evaluate_stages(
     perceptual: Perceptual | None,
     device: torch.device | str,
 ) -> list[dict]:
-    """Measure each stage of a residual quantizer, over all images of all processes.
+    """Measure each stage of a quantizer, over all images of all processes.
 
-    The residual of stage k is z minus what the first k - 1 stages decode to. RMS is taken over all
-    elements, in the units of the latent z (B, C, H/f, W/f). Arguments as for `metric.evaluate`.
+    A quantizer that is not residual has one. The residual of stage k is z minus what the first
+    k - 1 stages decode to. RMS is taken over all elements, in the units of the latent z (B, C, H/f,
+    W/f). Arguments as for `metric.evaluate`.
 
     Returns:
         One dictionary a stage. Of the stage alone: what `CodeUsage.compute` gives,
-        'residual_rms_before' and 'residual_rms_after' it, and 'fsq_input_rms' (None without an
-        FSQ). Of all stages up to it: 'bits' (per position, side information included) and, of the
-        images that they decode to, 'psnr', 'ssim', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
+        'residual_rms_before' and 'residual_rms_after' it, and 'fsq_input_rms' (of a residual FSQ,
+        else None). Of all stages up to it: 'bits' (per position, side information included) and, of
+        the images that they decode to, 'psnr', 'ssim', 'l1', 'lpips' and 'paper' {l1, psnr, lpips}.
     """
     quantizer = model.quantizer
     metrics = [ImageMetrics(perceptual) for _ in range(quantizer.stages)]
-    usage = CodeUsage(quantizer.codebook_sizes, stage_axis=True)
+    usage = CodeUsage(quantizer.codebook_sizes, quantizer.stage_axis)
     # Sums of squares: of z and of the residual after each stage, and of the input of each FSQ.
     squares = torch.zeros(2, quantizer.stages + 1, dtype=torch.float64)
     elements, positions = 0, 0

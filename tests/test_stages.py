@@ -124,7 +124,7 @@ def map_of(quantizer, stage: int, statistics):
     return a.view(-1, quantizer.dim, 1, 1), b.view(-1, quantizer.dim, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["layernorm", "image", "ema"])
+@pytest.mark.parametrize("name", ["layernorm", "image", "ema", "fsq"])
 def test_all_stages_together_are_what_evaluate_reports(name, files, capsys):
     where = [f"--load={files / name}.pt", f"--val-data-path={files / 'val'}", "--num-workers=0"]
     whole = evaluate.main([*where, "--batch-size=2"])
@@ -137,6 +137,9 @@ def test_all_stages_together_are_what_evaluate_reports(name, files, capsys):
         assert {key: row[key] for key in other} == other
     # The first stage alone: the decoder's picture of the first index.
     model = load_model(files / f"{name}.pt")[0]
+    if name == "fsq":  # its only stage
+        assert len(rows) == 1 and rows[0]["residual_rms_after"] < rows[0]["residual_rms_before"]
+        return
     tokens = model.encode(pixels())
     indices, *side = tokens if isinstance(tokens, tuple) else (tokens,)
     pictures = model.decode(indices[..., :1], *side)
@@ -193,9 +196,9 @@ def test_two_processes_equal_one(files, tmp_path):
 def test_json_and_two_figures_for_several_checkpoints(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out, folder = tmp_path / "stages.json", tmp_path / "figures"
-    result = run(files, "none", "scale", "layernorm", "ema", json=out, figures=folder)
+    result = run(files, "none", "scale", "layernorm", "ema", "fsq", json=out, figures=folder)
     assert json.loads(out.read_text()) == result
-    assert len(result["checkpoints"]) == 4 and result["environment"]["torch"]
+    assert len(result["checkpoints"]) == 5 and result["environment"]["torch"]
     for name in ("residuals.png", "quality.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) >= 500
@@ -361,7 +364,6 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
     out = f"--out={tmp_path / 'x.png'}"
     absent = tmp_path / "nowhere"
     for script, flags, part in (
-        (stages, [f"--load={files / 'fsq.pt'}", val], "no stages"),
         (stages, ["--load=nowhere.pt", val], "nowhere.pt"),
         (stages, [good, "--val-data-path=nowhere"], "nowhere"),
         (stages, [*sizes, val], "give --img-size"),
