@@ -21,6 +21,8 @@ from output import printable
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
+# The end of an `UnreadableImage`: a command that leaves the image out does not print it.
+ADVICE = "; repair it, or leave it out by --skip-corrupt, where the command has that flag"
 
 
 class UnreadableImage(ValueError):
@@ -100,10 +102,7 @@ def read_image(path: str | os.PathLike, data: BinaryIO | None = None) -> Image.I
             reason = reason_of(error)
             raise ValueError(f"cannot read {printable(path)}: {reason}; try again") from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(
-            f"cannot read image {printable(path)}: {reason}; repair it, or leave it out by "
-            "--skip-corrupt, where the command has that flag"
-        ) from error
+        raise UnreadableImage(f"cannot read image {printable(path)}: {reason}{ADVICE}") from error
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -35,7 +35,7 @@ from checkpoint import save_checkpoint
 from codec import bitstream
 from codec.codec import Codec
 from codec.pixels import is_grey, psnr
-from dataset.images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
+from dataset.images import ADVICE, IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 from files import make_folder, write_json, write_whole
 from similarity import PSNR_CAP
 
@@ -164,13 +164,15 @@ def readable(
         except UnreadableImage as error:
             if not skip:
                 raise
-            skipped.append((str(entry[1]), str(error)))
+            skipped.append((str(entry[1]), str(error).removesuffix(ADVICE)))
             continue
         number += 1
         yield image, entry
     if not number:
         first = skipped[0][1]
-        raise ValueError(f"no image is left of {len(skipped)}, all unreadable; the first: {first}")
+        raise ValueError(
+            f"no image is left of {len(skipped)}: give readable ones; the first: {first}"
+        )
 
 
 def say_skipped(skipped: list[tuple[str, str]]) -> None:

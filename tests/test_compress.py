@@ -205,13 +205,15 @@ def test_skip_corrupt_leaves_out_and_lists(here, capfd):
     assert json.loads(Path("coded.json").read_text()) == result
     lines = capfd.readouterr().out.splitlines()
     assert lines[-3].startswith("2 images ") and lines[-2] == "1 files skipped:"
-    assert "cannot read image images/below/b.jpg" in lines[-1]
+    assert "cannot read image images/below/b.jpg: " in lines[-1]
+    assert "--skip-corrupt" not in lines[-1] and "repair it" not in lines[-1]
     # Nothing else of the results depends on it.
     alone = run("encode images/a.png images/below/deep/c.webp --load model.pt --out alone")
     assert alone["psnr"] == result["psnr"] and alone["bytes"] == result["bytes"]
     assert alone["skipped"] == []
     line = refused("encode images/below/b.jpg --load model.pt --out none --skip-corrupt", capfd)
-    assert "no image is left of 1" in line and not Path("none").exists()
+    assert "no image is left of 1: give readable ones" in line and not Path("none").exists()
+    assert "--skip-corrupt" not in line
 
 
 def test_fit_skips_corrupt_images(here, capfd):
