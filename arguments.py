@@ -25,7 +25,10 @@ from util import default_workers
 ARCHITECTURE, MAY_CHANGE = "architecture", "may change"  # the roles of flags
 QUANTIZER_GROUP = "quantizer"  # title of the group of the flags that quantizers read
 DEFAULTS_OF_MODEL = ("img_size", "name", "lpips_net")  # what scripts take from the model they load
-LOAD_HELP = "checkpoint (last.pt, best.pt), folder of scripts/export.py, or Hugging Face repository"
+LOAD_HELP = (
+    "checkpoint (last.pt, best.pt), run folder (its last.pt), folder of scripts/export.py, or "
+    "Hugging Face repository"
+)
 LPIPS_CHOICES = (*LPIPS_NETS, "none")
 IMAGES_HELP = (
     "a folder of images, nested or flat, or packed (scripts/pack_images.py), or tars "

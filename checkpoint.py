@@ -13,10 +13,13 @@ import safetensors.torch
 import torch
 
 from files import is_of_the_disk, parse_json, reason_of, write_json, write_whole
+from output import printable
+from quantizers.functional import rank
 
 CHECKPOINT_FORMAT = 1
 EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
+LAST = "last.pt"  # the newest checkpoint of a run folder
 CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
 MAX_CONFIG = 2**20  # bytes
 ENTROPY_MODEL = "entropy_model"  # a key that `compress.py fit` adds to a checkpoint
@@ -111,8 +114,9 @@ def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint or an export onto the CPU. Reading never executes anything from a file.
 
     Args:
-        path: a file that `save_checkpoint` wrote, a folder that `save_export` wrote, or the name of
-            a Hugging Face repository with the files of such a folder.
+        path: a file that `save_checkpoint` wrote, a run folder, whose last.pt is read and named in
+            a line, a folder that `save_export` wrote, or the name of a Hugging Face repository with
+            the files of such a folder.
 
     Returns:
         'model' (tensors by name), 'args' (flags by name), 'step', and every other entry of a
@@ -125,6 +129,10 @@ def load_checkpoint(path: str | Path) -> dict:
             messages have one line.
     """
     path = Path(path)
+    if (path / LAST).is_file() and not (path / CONFIG).is_file():
+        path = path / LAST
+        if rank() == 0:
+            print(f"the checkpoint of the run folder: {printable(path)}", flush=True)
     if path.is_dir():
         state = _read_export(path)
     elif path.is_file():
@@ -223,8 +231,8 @@ def _export_state(model: dict, architecture: dict, training: dict) -> dict:
 def _read_export(folder: Path) -> dict:
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"checkpoint {folder} is a folder without {CONFIG}: give a file such as "
-            "runs/NAME/last.pt, or a folder that scripts/export.py wrote"
+            f"checkpoint {folder} is a folder without {CONFIG} or {LAST}: give a file such as "
+            "runs/NAME/last.pt, a run folder, or a folder that scripts/export.py wrote"
         )
     damaged = "copy the folder again, or run scripts/export.py again"
     try:
