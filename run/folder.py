@@ -80,7 +80,7 @@ class RunFolder:
 
         Raises:
             ValueError: the folder holds another run, a finished run without checkpoints, or other
-                files, or cannot be made.
+                files, is held by another process, or cannot be made.
         """
         folder = Path(save or Path("runs", default_name))
         if save is None and not resuming:
@@ -91,9 +91,11 @@ class RunFolder:
         run = cls(folder)
         a_run = (folder / "args.json").exists()
         if a_run and not overwrite and not resuming:
-            raise ValueError(
-                f"{folder} already holds a run: give another --save, --resume it, or --overwrite it"
-            )
+            with run.locked():  # a run in progress is refused here, without advice to go on with it
+                raise ValueError(
+                    f"{folder} already holds a run: give another --save, --resume it, or "
+                    "--overwrite it"
+                )
         files = (path for pattern in WRITTEN for path in sorted(folder.glob(pattern)))
         if not a_run and (other := next(files, None)):
             raise ValueError(

@@ -658,11 +658,12 @@ def test_a_finished_run_resumed_gives_its_results_again(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     flags = [f"--save={tmp_path / 'run'}", "--num-workers=0", "--train-iters=3"]
     train.main([*FLAGS, *flags])
-    with (
-        RunFolder(tmp_path / "run").locked(),
-        pytest.raises(ValueError, match="another process is training"),
-    ):
-        train.main([*FLAGS, *flags, "--resume=auto"])
+    for how in ([], ["--resume=auto"], ["--overwrite"]):
+        with (
+            RunFolder(tmp_path / "run").locked(),
+            pytest.raises(ValueError, match="another process is training"),
+        ):
+            train.main([*FLAGS, *flags, *how])
     train.main([*FLAGS, *flags, "--resume=auto"])  # the lock was left behind by nobody
 
 
