@@ -3,7 +3,8 @@
     python scripts/report.py runs/reproduce --out tables.md
 
 A row is one configuration: runs with the same `--name` and the same flags of the quantizer. Runs
-that differ in another flag than the seed (data, steps, network, ...) are in separate tables.
+that differ in another flag than the seed (data, steps, network, ...) are in separate tables. With
+--perceptual-weight 0, runs without LPIPS are in the table of those with it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def lower_bounds(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
         psnr = [value["psnr"] for value in values]
         low, high = min(psnr), max(psnr)
         if high - low <= 1e-3:  # devices differ far less on the same images
-            bounds[label] = values[:1]
+            bounds[label] = [next((v for v in values if v["lpips"] is not None), values[0])]
         else:
             note = (
                 "**The validation images are not the same in all rows:** the PSNR of the lower "

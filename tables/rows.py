@@ -1,7 +1,8 @@
 """Finished runs as the rows of tables: one configuration each, its seeds together.
 
 Runs that differ in another flag than the seed (data, steps, network, learning rate, ...) are in
-separate tables; how a run was computed (commit, hardware, `--compile`) does not separate them.
+separate tables; how a run was computed (commit, hardware, `--compile`) does not separate them, nor
+does a run whose LPIPS is missing where no loss has LPIPS.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -96,6 +98,24 @@ def setting(run: dict, args: Namespace) -> dict:
     return common | {f"--{flag.replace('_', '-')}": value for flag, value in flags.items()}
 
 
+def settings(runs: Sequence[dict], rows: Sequence[Row]) -> list[dict]:
+    """The `setting` of each run and its row.
+
+    Where the loss has no LPIPS, a run without a network gets that of the runs which are like it
+    otherwise, if they have one alone: those of two networks share no column.
+    """
+    found = [setting(run, row.args) for run, row in zip(runs, rows, strict=True)]
+    keys = [json.dumps(common | {"LPIPS network": None}) for common in found]
+    networks: dict[str, set[str]] = defaultdict(set)
+    for key, common in zip(keys, found, strict=True):
+        networks[key].add(common["LPIPS network"])
+    for key, common in zip(keys, found, strict=True):
+        others = [*networks[key] - {"missing"}]
+        if len(others) == 1 and not common["--perceptual-weight"]:
+            common["LPIPS network"] = others[0]
+    return found
+
+
 def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     """(setting, rows) of each table; rows by bits and quantizer, runs by seed.
 
@@ -109,11 +129,11 @@ def make_tables(results: Iterable[dict]) -> list[tuple[dict, list[Row]]]:
     by_kind = {row.kind: name for name, row in known.items()}
     by_flags = {_model_flags(row): name for name, row in known.items()}
     tables: dict[str, tuple[dict, dict[str, Row]]] = {}
-    for run in sorted(results, key=lambda run: run["seed"]):
-        row = make_row(run["name"], args_of(run))
+    runs = sorted(results, key=lambda run: run["seed"])
+    new = [make_row(run["name"], args_of(run)) for run in runs]
+    for run, row, common in zip(runs, new, settings(runs, new), strict=True):
         name = by_flags.get(_model_flags(row)) or by_kind.get(row.kind, row.name)
         row.name = output.printable(row.args.name or name)
-        common = setting(run, row.args)
         rows = tables.setdefault(json.dumps(common), (common, {}))[1]
         row = rows.setdefault(json.dumps([row.name, row.flags]), row)
         if row.runs and row.runs[-1]["seed"] == run["seed"]:

@@ -491,6 +491,31 @@ def test_unlike_rows_are_in_separate_tables_that_say_so(change, said, tmp_path):
     assert "Not to be compared" in first and "against" not in text
 
 
+def test_lpips_separates_no_runs_that_it_did_not_train(tmp_path):
+    def run(name, flags, net, **changes):
+        changes |= {} if net else {"lpips": None, "floors": without}
+        make_run(tmp_path / name, [*flags, "--perceptual-weight=0"], lpips_net=net, **changes)
+
+    floor = json.loads((make_run(tmp_path / "x") / "results.json").read_text())["floors"]
+    paper = {**floor["bicubic"]["paper"], "lpips": None}
+    without = {name: {**row, "lpips": None, "paper": paper} for name, row in floor.items()}
+    shutil.rmtree(tmp_path / "x")
+    run("none", none(2), None)
+    run("ln", [], "squeeze")
+    text = report.main([str(tmp_path)])
+    assert text.count("\n## ") == 1 and "LPIPS network: squeeze" in text
+    columns = [cells(text, name)[0][-1] for name in ("RFSQ-2x2048-None", "RFSQ-2x2048-LN")]
+    assert columns == ["missing", "0.2000"] and cells(text, "bicubic x4")[0][-1] == "0.3000"
+    (gain,) = cells(text, "RFSQ-2x2048-LN against RFSQ-2x2048-None")
+    assert gain[:2] == ["0 of 1", "+0.00"] and gain[4] == "–"
+    # Of two networks it is not known whose column to share.
+    run("scale", ["--rfsq-strategy=scale"], "alex")
+    text = report.main([str(tmp_path)])
+    assert text.count("\n## ") == 3 and "against" not in text
+    for here in ("alex", "squeeze", "missing"):
+        assert f"they differ in LPIPS network (here {here})" in text
+
+
 @pytest.mark.parametrize("flags", [["--network=dct"], ["--downsample=8"]])
 def test_the_paper_s_figures_are_of_its_network_alone(flags, tmp_path):
     make_run(tmp_path / "run", [*flags, "--name=RFSQ-2x2048-LN"])
