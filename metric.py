@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 import exits
 import output
@@ -234,7 +233,7 @@ def evaluate(
         loader: yields uint8 batches (B, 3, H, W) of one image size; this process's shard, which
             may be empty.
         perceptual: LPIPS on `device`, or None.
-        device: where the model is. `progress` shows a bar.
+        device: where the model is. `progress` shows how far it is.
         final: also report the paper's units and the two lower bounds (bicubic, mean colour).
         stop: asked between batches; True in any process ends the evaluation in all of them.
         frechet: rFID, without images so far, or None.
@@ -257,7 +256,7 @@ def evaluate(
     metrics = {name: ImageMetrics(perceptual, paper=final) for name in names}
     shape = torch.zeros(3, dtype=torch.int64)  # H, W, positions; a process may see no image
     with util.in_evaluation_mode(model):
-        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
+        for batch in output.progress(loader, "evaluate", "batches", shown=progress):
             if stop():
                 break
             if batch is None:  # none of its images could be read

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from files import is_stream, write_whole
 
+Item = TypeVar("Item")
 SECONDS_A_LINE = 30  # between the progress lines in a log
 # Files that other commands read: --json and --out refuse these names.
 KEPT_NAMES = ("args.json", "environment.json", "results.json", "results.txt", "names.txt")
@@ -128,26 +130,25 @@ def distinct(names: Sequence[str], paths: Sequence[str]) -> list[str]:
     return [f"{name} ({path})" for name, path in zip(names, paths, strict=True)]
 
 
-def progress(items: Sequence, unit: str) -> Iterable:
-    """`items` with a progress bar on standard error, if that is a terminal."""
-    return tqdm(items, unit=unit, disable=not sys.stderr.isatty())
-
-
 class Progress:
     """A bar on a terminal; otherwise, as in a job's log, a line every 30 seconds.
 
     Args:
         what: what is done, such as 'pack'.
-        total: number of images.
+        total: how many units there are; None: that is not known.
         done: how many of them an interrupted run has done.
+        unit: what is counted, in the plural.
         shown: False shows nothing.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True):
+    def __init__(
+        self, what: str, total: int | None, done: int = 0, unit: str = "images", shown: bool = True
+    ):
         tty = sys.stderr.isatty()
-        options = dict(initial=done, unit="image", disable=not (tty and shown))
+        options = dict(initial=done, unit=unit, disable=not (tty and shown))
         self.bar = tqdm(desc=what, total=total, **options)
-        self.what, self.total, self.done, self.in_a_log = what, total, done, shown and not tty
+        self.what, self.done, self.in_a_log = what, done, shown and not tty
+        self.of_all = unit if total is None else f"of {total:,} {unit}"
         self.last = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -156,15 +157,22 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def add(self, images: int) -> None:
-        """Count images that are done."""
-        self.bar.update(images)
-        self.done += images
+    def add(self, units: int) -> None:
+        """Count units that are done."""
+        self.bar.update(units)
+        self.done += units
         if self.in_a_log and time.monotonic() - self.last >= SECONDS_A_LINE:
             self.last = time.monotonic()
-            print(
-                f"{self.what}: {self.done:,} of {self.total:,} images", file=sys.stderr, flush=True
-            )
+            print(f"{self.what}: {self.done:,} {self.of_all}", file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Item], what: str, unit: str, shown: bool = True) -> Iterator[Item]:
+    """`items`, one after the other, with a `Progress` on standard error."""
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(what, total, unit=unit, shown=shown) as done:
+        for item in items:
+            yield item
+            done.add(1)
 
 
 def printable(text: object) -> str:

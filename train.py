@@ -310,7 +310,7 @@ class Training:
                     self.val_batches,
                     self.perceptual,
                     self.device,
-                    progress=self.progress_shown,
+                    progress=util.rank() == 0,
                     final=step == self.steps,
                     stop=lambda: self.stop.received is not None,
                 )

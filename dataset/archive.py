@@ -23,6 +23,7 @@ import numpy as np
 
 from files import reason_of
 from output import printable, progress
+from util import rank
 
 SUFFIX = ".tar"
 MAX_HEADER = 2**20  # bytes; of a name, say, that a tar spells out in a block of its own
@@ -174,7 +175,8 @@ def list_archives(
         ValueError: a tar cannot be read, or two tars hold the same name.
     """
     names, places, other = [], [], None
-    for number, path in enumerate(progress(paths, "tar") if len(paths) > 1 else paths):
+    shown = rank() == 0 and len(paths) > 1
+    for number, path in enumerate(progress(paths, "list", "tars", shown)):
         for name, start, size in _files(path):
             if "/." in f"/{name}" or "\0" in name or not name:
                 continue

@@ -170,7 +170,7 @@ def verify(out: Path, index: dict) -> None:
     digests[PACK_NAMES] = index["names_sha256"]
     bad = [
         name
-        for name in progress(list(digests), "file")
+        for name in progress(digests, "verify", "files")
         if not (out / name).is_file() or sha256_of(out / name) != digests[name]
     ]
     if bad:

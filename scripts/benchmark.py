@@ -188,7 +188,7 @@ def quantizers(args: Namespace, rates: dict) -> dict[str, dict]:
     modes = ["eager", "compiled"] if args.compile else ["eager"]
     work = [(*x, mode) for mode in modes for x in work]
     rows = []
-    for case, batch, mode in output.progress(work, "quantizer"):
+    for case, batch, mode in output.progress(work, "benchmark", "quantizers"):
         torch.compiler.reset()  # or the second shape would be compiled for any shape
         ours = case.ours().to(DEVICE)
         shape = (batch, ours.dim, args.latent, args.latent)
@@ -352,7 +352,7 @@ def loader(args: Namespace) -> dict[str, dict]:
         folder = ImageFolderDataset(originals, args.img_size)
         packed = PackedDataset(out, args.img_size)
         loaders = [("folder", folder, 1), ("packed", packed, 1), ("packed", packed, 4)]
-        repeats = output.progress(range(args.repeats), "turn")
+        repeats = output.progress(range(args.repeats), "load", "turns")
         speeds = [[images_per_second(*loader[1:]) for loader in loaders] for _ in repeats]
     speeds, rows = list(zip(*speeds, strict=True)), []
     for (name, _, workers), speed in zip(loaders, speeds, strict=True):
@@ -372,7 +372,7 @@ def make_originals(args: Namespace, folder: Path) -> None:
             (folder / f"{i:06d}{path.suffix}").symlink_to(path)
     else:
         images = SyntheticDataset(500, seed=0, length=args.loader_images)
-        for i, image in enumerate(output.progress(images, "image")):
+        for i, image in enumerate(output.progress(images, "generate", "images")):
             pixels = image[:, :375].permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / f"{i:06d}.jpg", quality=95)
 

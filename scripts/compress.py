@@ -93,7 +93,8 @@ def prepare(
     codec = Codec(flags.load, util.setup_processes())
     for out in paths if flags.run is encode else ():
         existing(codec, out, flags)  # refuse files of another model before anything is written
-    return codec, output.progress([(*f, out) for f, out in zip(files, paths, strict=True)], "file")
+    work = [(*file, out) for file, out in zip(files, paths, strict=True)]
+    return codec, output.progress(work, flags.command, "files")
 
 
 def read_coded(codec: Codec, path: Path) -> bytes:
@@ -275,7 +276,7 @@ def fit(flags: Namespace) -> dict:
     check_output(out, flags)
     codec = Codec(flags.load, util.setup_processes())
     counts, skipped = codec.counts(), []
-    for image, _ in readable(output.progress(files, "image"), flags.skip_corrupt, skipped):
+    for image, _ in readable(output.progress(files, "fit", "images"), flags.skip_corrupt, skipped):
         counts.add(codec.encode_indices(image)[0])
     make_folder(out.parent, "give another --out")
     save_checkpoint(out, codec.fit(counts))

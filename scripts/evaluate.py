@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     setup = prepare([flags.load], flags.val_data_path, flags.img_size, flags.lpips_net, *loading)
     ((_, name, step, model),) = setup.checkpoints
     frechet = inception_distance(setup.device) if flags.fid else None
-    bar = util.rank() == 0 and sys.stderr.isatty()
-    options = dict(progress=bar, frechet=frechet)
+    options = dict(progress=util.rank() == 0, frechet=frechet)
     result = {
         "name": name,
         **evaluate(model, setup.loader, setup.perceptual, setup.device, **options),

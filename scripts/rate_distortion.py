@@ -269,7 +269,7 @@ def measure_all(
         ValueError: an image cannot be read, or a coder refuses it.
     """
     measured, pixels = [], []
-    for path in output.progress(files, "image"):
+    for path in output.progress(files, "measure", "images"):
         image = read_image(path)
         image = np.asarray(fit(image, img_size) if img_size else image)
         pixels.append(image.shape[0] * image.shape[1])

@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     results, main_process = [], util.rank() == 0
     network = setup.perceptual and setup.perceptual.net
     for path, name, step, model in setup.checkpoints:
-        rows = evaluate_stages(model, setup.loader, setup.perceptual, setup.device)
+        batches = output.progress(setup.loader, "stages", "batches", shown=main_process)
+        rows = evaluate_stages(model, batches, setup.perceptual, setup.device)
         results.append({"name": name, "checkpoint": path, "step": step, "stages": rows})
         if main_process:
             print(f"{name}, step {step}, {path}\n{format_stages(rows, network)}\n", flush=True)

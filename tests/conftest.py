@@ -1,9 +1,11 @@
+import math
 import os
 
 import pytest
 import torch
 from hypothesis import settings
 
+import output
 from arguments import get_args
 from checkpoint import save_checkpoint
 from model import VQVAE
@@ -11,6 +13,9 @@ from model import VQVAE
 # The same examples in every run, and no limit on a machine that is busy with something else.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+# No machine is so slow that its tests print how far they are.
+output.SECONDS_A_LINE = math.inf
 
 # The tensors are small: a second thread costs more than it saves.
 torch.set_num_threads(1)

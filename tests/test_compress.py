@@ -16,6 +16,7 @@ from conftest import make_checkpoint
 from PIL import Image, features
 
 import exits
+import output
 from codec.codec import Codec
 from codec.pixels import psnr
 from dataset.images import IMAGE_SUFFIXES, read_image
@@ -85,6 +86,18 @@ def test_a_folder_there_and_back(here, capsys):
     assert f"{result['bytes']} bytes" in lines[3].replace(",", "") and "3 images" in lines[3]
     assert json.loads(Path("coded.json").read_text()) == result
     assert json.loads(Path("back.json").read_text()) == decoded
+
+
+def test_a_log_says_how_far_it_is(here, monkeypatch, capfd):
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 0)
+    for line, unit in (
+        ("encode images --load model.pt --out coded", "files"),
+        ("decode coded --load model.pt --out back", "files"),
+        ("fit images --load model.pt --out coded.pt", "images"),
+    ):
+        run(line)
+        told = [f"{line.split()[0]}: {i} of 3 {unit}" for i in (1, 2, 3)]
+        assert capfd.readouterr().err.splitlines() == told
 
 
 def test_a_folder_of_links_is_searched_as_in_training(here):

@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 import exits
 import metric
+import output
 from checkpoint import NotFinite
 from fid import FrechetDistance
 from loss import Perceptual
@@ -395,6 +396,26 @@ def test_evaluate_stops_between_batches():
     with pytest.raises(exits.Interrupted):
         evaluate(model, pictures(6).split(2), None, "cpu", stop=stop)
     assert model.training and len(asked) == 4  # before each of three batches, and at the end
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("seconds, told", [(4, []), (20, [2, 4, 6])])
+def test_a_log_says_every_30_seconds_how_far_an_evaluation_is(
+    seconds, told, shown, monkeypatch, capfd
+):
+    now = 0
+
+    class Slow(Fake):
+        def forward(self, images):
+            nonlocal now
+            now += seconds
+            return super().forward(images)
+
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 30)
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now))
+    evaluate(Slow(), pictures(6).split(1), None, "cpu", progress=shown)
+    lines = [f"evaluate: {batches} of 6 batches" for batches in told if shown]
+    assert capfd.readouterr().err.splitlines() == lines
 
 
 def mean_colours(images):

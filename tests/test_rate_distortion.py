@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import exits
+import output
 from arguments import get_args
 from checkpoint import save_checkpoint
 from codec import baselines
@@ -237,6 +238,12 @@ def test_rows_are_what_compress_writes(files, tmp_path, capsys):
         written = compress.main(["encode", str(files / "val"), *flags])
         sizes = [path.stat().st_size for path in out.iterdir()]
         assert row["bytes"] == sum(sizes) / IMAGES and row["psnr"] == pytest.approx(written["psnr"])
+
+
+def test_a_log_says_how_far_it_is(files, monkeypatch, capfd):
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 0)
+    rd.main([str(files / "val"), "--lpips-net=none"])
+    assert capfd.readouterr().err.splitlines() == [f"measure: {i} of 3 images" for i in (1, 2, 3)]
 
 
 def test_entropy_coded_rows_where_there_is_an_entropy_model(files, capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import exits
 import loss.perceptual
+import output
 from dataset.synthetic import SyntheticDataset
 from evaluation import evaluate_stages, prepare
 from model import load_model
@@ -218,6 +219,15 @@ def test_figures_without_matplotlib_are_one_line(files, tmp_path, capfd, monkeyp
 # ---------------------------------------------------------------------------------------
 # evaluate.py, and what the three scripts share
 # ---------------------------------------------------------------------------------------
+def test_a_log_says_how_far_it_is(files, monkeypatch, capfd):
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 0)
+    run(files, "none", lpips_net="none")
+    where = [f"--val-data-path={files / 'val'}", "--num-workers=0", "--batch-size=2"]
+    evaluate.main([f"--load={files / 'none.pt'}", *where, "--lpips-net=none"])
+    told = [f"{what}: {i} of 3 batches" for what in ("stages", "evaluate") for i in (1, 2, 3)]
+    assert capfd.readouterr().err.splitlines() == told
+
+
 def test_mflop_of_the_network_of_the_paper_by_hand(files, tmp_path, capsys):
     # 4 latent channels, f = 4, 32 pixels: two operations a weight and output position.
     wide, narrow = 3 * 4 * 4 * 4 * 16**2, 4 * 8 * 4 * 4 * 8**2  # 4x4 convolutions to 4, 8 channels

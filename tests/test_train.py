@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import exits
+import output
 import train
 import util
 from arguments import get_args
@@ -152,6 +153,14 @@ def test_epochs_that_are_no_whole_number_of_batches(photographs, tmp_path, monke
     log = records(tmp_path / "run", "train")
     assert [record["epoch"] for record in log] == [0.4, 0.8, 1.2, 1.6, 2.0]
     assert {record["images_per_s"] for record in log} == {2.5 * 4}  # 2.5 steps
+
+
+def test_a_log_says_how_far_a_long_evaluation_is(photographs, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(output, "SECONDS_A_LINE", 0)
+    train.main([*TINY, *paths(photographs), "--train-iters=3", f"--save={tmp_path / 'run'}"])
+    said = capfd.readouterr()
+    assert said.err.splitlines() == ["evaluate: 1 of 2 batches", "evaluate: 2 of 2 batches"]
+    assert "evaluate: " not in said.out and "step 3/3" in said.out
 
 
 def test_save_refuses_a_run_and_overwrite_replaces_it(photographs, tmp_path):
