@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from files import is_of_a_file
 from output import printable
-from util import from_all, in_group, world_size
+from util import from_all, in_group, rank, world_size
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again, with --resume auto
 
@@ -150,11 +150,12 @@ def _output_is_closed() -> bool:
     return closed
 
 
-def run_script(main: Callable) -> None:
+def run_script(main: Callable, again: str = "") -> None:
     """Run a script's `main`: bad input ends it with one line on standard error and code 2.
 
     A file that cannot be read or written does the same. A signal ends a training run with code 75,
-    after its checkpoint is saved, or before the first step without one.
+    after its checkpoint is saved, or before the first step without one. Ctrl-C ends other scripts
+    with code 130 and a line that has the advice `again`: how the work can go on.
     """
     sys.excepthook = _explain_dead_worker
     for name in ("stdin", "stdout", "stderr"):
@@ -164,7 +165,7 @@ def run_script(main: Callable) -> None:
         if isinstance(stream, io.TextIOWrapper):  # file names need not be Unicode
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _exit_code(main)
+        code = _exit_code(main, again)
     except Exception:
         if not in_group():
             raise
@@ -178,19 +179,19 @@ def run_script(main: Callable) -> None:
         sys.exit(code)
 
 
-def _exit_code(main: Callable) -> int:
+def _exit_code(main: Callable, again: str) -> int:
     """Run `main`; return 0, or the code for its error, which is printed in one line."""
     try:
         _run(main)
     except BaseException as error:
-        code = _explain(error)
+        code = _explain(error, again)
         if code is None:
             raise
         return code
     return 0
 
 
-def _explain(error: BaseException) -> int | None:
+def _explain(error: BaseException, again: str) -> int | None:
     """Print the line that explains an error; return the exit code.
 
     None: the error is not expected, and nothing is printed.
@@ -203,6 +204,8 @@ def _explain(error: BaseException) -> int | None:
         print(error, flush=True)
         return EXIT_INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
+        if rank() == 0:
+            _print_line("; ".join(filter(None, ["interrupted", again])))
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError) and _output_is_closed():
         return 128 + signal.SIGPIPE
@@ -225,7 +228,11 @@ def _explain(error: BaseException) -> int | None:
 
 
 def _print_error(text: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    _print_line(f"error: {text}")
+
+
+def _print_line(text: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
 
 
 def _run(main: Callable) -> None:

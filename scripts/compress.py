@@ -331,4 +331,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    exits.run_script(main)
+    exits.run_script(main, "to go on with encode or decode: the same command with --keep-existing")

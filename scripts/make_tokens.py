@@ -181,4 +181,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    exits.run_script(main)
+    exits.run_script(main, "to go on: the same command")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -83,6 +84,14 @@ def in_fresh_process(work: Callable[[], None]) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
+
+
+def stop_by_ctrl_c(script: str, *flags: str) -> None:
+    """Run a script in this process as the command line does; Ctrl-C has to end it."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, "argv", [f"{script}.py", *flags])
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    assert caught.value.code == 128 + signal.SIGINT
 
 
 def free_port() -> int:

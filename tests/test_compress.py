@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import make_checkpoint
 from PIL import Image, features
+from processes import stop_by_ctrl_c
 
 import exits
 import output
@@ -199,6 +200,23 @@ def test_existing_outputs_stay_without_force(here, capfd):
     run("decode coded --load model.pt --out back --force")
     line = refused("fit images --load model.pt --out other.pt", capfd)
     assert "other.pt exists" in line
+
+
+def test_an_interrupted_command_says_how_it_goes_on(here, monkeypatch, capfd):
+    decode, calls = Codec.decode, iter(range(10))
+
+    def decode_once(*given):
+        if next(calls):
+            raise KeyboardInterrupt
+        return decode(*given)
+
+    line = "encode images --load model.pt --out coded"
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "decode", decode_once)
+        stop_by_ctrl_c("compress", *line.split())
+    advice = "to go on with encode or decode: the same command with --keep-existing"
+    assert capfd.readouterr().err == f"compress.py: interrupted; {advice}\n"
+    assert run(f"{line} --keep-existing")["kept"] == 1 and len(files(here / "coded")) == 3
 
 
 def damage(here: Path) -> None:

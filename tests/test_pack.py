@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import stop_by_ctrl_c
 
 import exits
 import output
@@ -151,6 +152,16 @@ def test_a_log_gets_a_line_now_and_then(source, tmp_path, monkeypatch, capfd):
 
 
 # ------------------------------------------------------------------ kills
+def test_an_interrupted_run_says_how_it_goes_on(source, tmp_path, monkeypatch, capfd):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packed_module, "add_shard", stop)
+    stop_by_ctrl_c("pack_images", str(source), str(tmp_path / "out"), *FLAGS)
+    line = "pack_images.py: interrupted; to go on: the same command\n"
+    assert capfd.readouterr().err == line
+
+
 def pack_and_die(source: Path, out: Path, call: int, after: bool) -> None:
     """Pack; at the given call of os.replace, the process is killed, before or after it."""
     replace, calls = os.replace, iter(range(1000))

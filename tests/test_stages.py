@@ -397,6 +397,16 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capfd):
     assert not (tmp_path / "x.png").exists() and not absent.exists()
 
 
+def test_an_interrupted_script_says_so(monkeypatch, capfd):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["stages.py"])
+    with pytest.raises(SystemExit) as caught:
+        exits.run_script(stop)
+    assert caught.value.code == 130 and capfd.readouterr().err == "stages.py: interrupted\n"
+
+
 @pytest.mark.parametrize("script", [stages, evaluate, compare])
 def test_outputs_are_checked_before_the_work(script, files, tmp_path, monkeypatch):
     def work(*args):

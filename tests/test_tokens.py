@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_checkpoint
 from PIL import Image
-from processes import wait_for
+from processes import stop_by_ctrl_c, wait_for
 
 import dataset
 import exits
@@ -322,6 +322,17 @@ def test_a_kill_at_any_write_leaves_what_the_same_command_finishes(
         assert contents(out) == wanted, call
     # 2 batches flush three files each; both arrays, labels, names and the index follow.
     assert call > 20 and continued > 10
+
+
+def test_an_interrupted_run_says_how_it_goes_on(images, checkpoints, tmp_path, monkeypatch, capfd):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens.TokenWriter, "write", stop)
+    model = f"--load={checkpoints / 'fsq.pt'}"
+    stop_by_ctrl_c("make_tokens", str(images), model, f"--out={tmp_path / 'out'}", *FLAGS)
+    line = "make_tokens.py: interrupted; to go on: the same command\n"
+    assert capfd.readouterr().err == line
 
 
 def test_a_second_run_does_nothing(images, checkpoints, made, capfd):
