@@ -13,8 +13,6 @@ import safetensors.torch
 import torch
 
 from files import is_of_the_disk, parse_json, reason_of, write_json, write_whole
-from output import printable
-from quantizers.functional import rank
 
 CHECKPOINT_FORMAT = 1
 EXPORT_FORMAT, EXPORT_VERSION = "rfsq model", 1
@@ -114,9 +112,9 @@ def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint or an export onto the CPU. Reading never executes anything from a file.
 
     Args:
-        path: a file that `save_checkpoint` wrote, a run folder, whose last.pt is read and named in
-            a line, a folder that `save_export` wrote, or the name of a Hugging Face repository with
-            the files of such a folder.
+        path: a file that `save_checkpoint` wrote, a run folder, whose last.pt is read, a folder
+            that `save_export` wrote, or the name of a Hugging Face repository with the files of
+            such a folder.
 
     Returns:
         'model' (tensors by name), 'args' (flags by name), 'step', and every other entry of a
@@ -131,8 +129,6 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if (path / LAST).is_file() and not (path / CONFIG).is_file():
         path = path / LAST
-        if rank() == 0:
-            print(f"the checkpoint of the run folder: {printable(path)}", flush=True)
     if path.is_dir():
         state = _read_export(path)
     elif path.is_file():

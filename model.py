@@ -161,8 +161,8 @@ class Loaded(NamedTuple):
 def load_model(path: str | Path) -> Loaded:
     """The model of a checkpoint, which knows its own architecture: (model, args, checkpoint).
 
-    `path` is all that `load_checkpoint` reads: a checkpoint, a folder of scripts/export.py, or the
-    name of a Hugging Face repository.
+    `path` is all that `load_checkpoint` reads: a checkpoint, a run folder, a folder of
+    scripts/export.py, or the name of a Hugging Face repository.
 
     Raises:
         ValueError: one line, if there is no such model, or its weights are not of its flags.
