@@ -134,7 +134,7 @@ class Stage:
     def _add_channel(self, place: int, size: int) -> None:
         """Contexts by prediction and class (coarse), and by the two activities (fine)."""
         fine = (len(EDGES) + 1) ** 2
-        steps = max(8, min(STEPS, MAX_ENTRIES // (CLASSES * fine * size)))
+        steps = min(STEPS, MAX_ENTRIES // (CLASSES * fine * size))  # 9 for 512 levels, the most
         self.contexts.append((CLASSES * steps, fine))
         self.weights.append((CLASSES, 4 + len(AROUND) * (self.earlier + place) + 1))
         self.chains.append(range(0))
