@@ -140,12 +140,13 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or "out of memory"
 
 
-def unwritable(path: str | Path, error: OSError) -> str:
+def unwritable(
+    path: str | Path,
+    error: OSError,
+    advice: str = "make room, or give another folder; what was there before is untouched",
+) -> str:
     """The message for an error in writing `path`: the reason, and what to do."""
-    return (
-        f"{path} cannot be written ({error.strerror or error}): make room, or give another folder; "
-        "what was there before is untouched"
-    )
+    return f"{path} cannot be written ({error.strerror or error}): {advice}"
 
 
 @contextlib.contextmanager

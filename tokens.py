@@ -29,7 +29,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dataset.packed import as_lines
-from files import locked, make_folder, parse_json, write_json, write_whole
+from files import locked, make_folder, parse_json, unwritable, write_json, write_whole
 
 HEAD = {"format": "rfsq tokens", "version": 1}
 INDEX, NAMES, LABELS = "index.json", "names.txt", "labels.npy"
@@ -67,10 +67,8 @@ def _writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror or error}): make room and give the same "
-            "command again, which continues"
-        ) from error
+        advice = "make room and give the same command again, which continues"
+        raise ValueError(unwritable(path, error, advice)) from error
 
 
 def held(out: Path) -> AbstractContextManager[None]:

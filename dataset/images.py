@@ -21,7 +21,6 @@ from output import printable
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
-# The end of an `UnreadableImage`: a command that leaves the image out does not print it.
 ADVICE = "; repair it, or leave it out by --skip-corrupt, where the command has that flag"
 
 
@@ -30,6 +29,10 @@ class UnreadableImage(ValueError):
 
     Takes one string: a DataLoader raises a worker's error again as `type(text of its traceback)`.
     """
+
+    def without_advice(self) -> str:
+        """The message for a command that leaves the image out."""
+        return str(self).removesuffix(ADVICE)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

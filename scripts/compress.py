@@ -35,7 +35,7 @@ from checkpoint import save_checkpoint
 from codec import bitstream
 from codec.codec import Codec
 from codec.pixels import is_grey, psnr
-from dataset.images import ADVICE, IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
+from dataset.images import IMAGE_SUFFIXES, UnreadableImage, find, read_image, some
 from files import make_folder, write_json, write_whole
 from similarity import PSNR_CAP
 
@@ -165,7 +165,7 @@ def readable(
         except UnreadableImage as error:
             if not skip:
                 raise
-            skipped.append((str(entry[1]), str(error).removesuffix(ADVICE)))
+            skipped.append((str(entry[1]), error.without_advice()))
             continue
         number += 1
         yield image, entry
