@@ -1,4 +1,4 @@
-"""What the scripts that measure checkpoints share: their set-up, and the quality of each stage."""
+"""What the scripts that measure checkpoints share: set-up, stages, two models image by image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataset.loaders import val_loader
 from loss import Perceptual, lpips_if_available
 from metric import CodeUsage, ImageMetrics
 from model import VQVAE, load_model
-from output import printable
+from output import LOWER_IS_BETTER, METRICS, printable
 from quantizers import Quantized
 
 
@@ -149,3 +149,29 @@ def evaluate_stages(
 def _sum_of_squares(x: Tensor) -> Tensor:
     """The sum of the squares of all elements, float64, on the CPU."""
     return x.double().square().sum().cpu()
+
+
+def differences(first: dict, other: dict) -> dict:
+    """How another model differs from the first on the same images, from two results of `evaluate`.
+
+    Returns:
+        For each of 'psnr', 'ssim', 'l1' and 'lpips': 'mean', that of the other minus that of the
+        first; 'half_width' of its 95 % interval, 1.96 s / sqrt(images) with s the standard
+        deviation of the differences of the images (None of one image); 'better', the share of the
+        images in which the other is better. None for a metric that is missing. The interval is for
+        the choice of images, and for these two models: other seeds of training are not in it.
+    """
+    result: dict[str, dict | None] = {}
+    for metric in METRICS:
+        a, b = first["per_image"][metric], other["per_image"][metric]
+        if a is None or b is None:
+            result[metric] = None
+            continue
+        d = torch.tensor(b, dtype=torch.float64) - torch.tensor(a, dtype=torch.float64)
+        better = d < 0 if metric in LOWER_IS_BETTER else d > 0
+        result[metric] = {
+            "mean": d.mean().item(),
+            "half_width": 1.96 * d.std().item() / math.sqrt(len(d)) if len(d) > 1 else None,
+            "better": better.double().mean().item(),
+        }
+    return result

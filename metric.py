@@ -1,7 +1,7 @@
 """What is reported: L1, PSNR, SSIM, LPIPS, code usage and bits, over every image of a split.
 
-Sums and counts are kept per image and added up over processes, so that the last partial batch and
-uneven shards weigh what they should. The field's units and the paper's (arXiv 2508.15860):
+Metrics are kept per image and counts are added up over processes, so that the last partial batch
+and uneven shards weigh what they should. The field's units and the paper's (arXiv 2508.15860):
 
     unit    L1                    PSNR                          SSIM             LPIPS inputs
     field   [0, 1], clamped       peak 1, [0, 1], clamped       [0, 1], clamped  [-1, 1], clamped
@@ -34,7 +34,7 @@ FIELD, PAPER = ("l1", "psnr", "ssim", "lpips"), ("l1", "psnr", "lpips")  # of th
 
 
 class ImageMetrics:
-    """Means over images of the metrics of the table above.
+    """The metrics of the table above, image by image, and their means.
 
     Args:
         perceptual: LPIPS on the images' device; None: no LPIPS.
@@ -44,7 +44,7 @@ class ImageMetrics:
     def __init__(self, perceptual: Perceptual | None, paper: bool = True) -> None:
         self.perceptual, self.paper = perceptual, paper
         self.names = [*FIELD, *(f"paper_{name}" for name in PAPER if paper)]
-        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # the last is the count
+        self.values = [torch.zeros(len(self.names), 0, dtype=torch.float64)]  # (metrics, B) each
 
     @torch.no_grad()
     def update(self, images: Tensor, reconstruction: Tensor) -> None:
@@ -73,10 +73,16 @@ class ImageMetrics:
             a, b = images / std, reconstruction / std
             values += [l1(a, b), psnr(a, b, peak=2.0)]
             values += [self.perceptual(images, reconstruction, True) if self.perceptual else none]
-        self.sums[:-1] += torch.stack([value.double() for value in values]).sum(dim=1).cpu()
-        self.sums[-1] += len(images)
+        self.values.append(torch.stack([value.double() for value in values]).cpu())
         if not reconstruction.isfinite().all():  # clamped, an infinite pixel has a finite error
-            self.sums[:-1] = math.nan
+            self.values[-1].fill_(math.nan)
+
+    def per_image(self) -> Tensor:
+        """Every metric of every image, float64 (metrics, images), as in `names` (a collective).
+
+        The images of process 0 come first, then those of process 1, each in the order of `update`.
+        """
+        return torch.cat(util.from_all(torch.cat(self.values, dim=1)), dim=1)
 
     def compute(self) -> dict:
         """Means over the images of all processes (a collective: every process calls it).
@@ -89,19 +95,20 @@ class ImageMetrics:
             ValueError: if no process had an image.
             NotFinite: for reconstructions that have no distance.
         """
-        *sums, images = sum(util.from_all(self.sums)).tolist()
+        values = self.per_image()
+        images = values.shape[1]
         if images == 0:
             raise ValueError("there are no images to evaluate: the split is empty")
-        if not all(map(math.isfinite, sums)):
+        if not values.isfinite().all():
             raise NotFinite("the reconstructions are not finite: the model has diverged")
-        means = {name: total / images for name, total in zip(self.names, sums, strict=True)}
+        means = dict(zip(self.names, values.mean(dim=1).tolist(), strict=True))
         if self.perceptual is None:
             means |= {name: None for name in self.names if name.endswith("lpips")}
         field = {name: means[name] for name in FIELD}
         if not self.paper:
-            return {**field, "images": int(images)}
+            return {**field, "images": images}
         paper = {name: means[f"paper_{name}"] for name in PAPER}
-        return {**field, "paper": paper, "images": int(images)}
+        return {**field, "paper": paper, "images": images}
 
 
 def bicubic_bound(images: Tensor, f: int) -> Tensor:
@@ -223,6 +230,7 @@ def evaluate(
     final: bool = True,
     stop: Callable[[], bool] = lambda: False,
     frechet: FrechetDistance | None = None,
+    per_image: bool = False,
 ) -> dict:
     """Measure a model, in evaluation mode, on every image of a loader: a collective over processes.
 
@@ -237,13 +245,15 @@ def evaluate(
         final: also report the paper's units and the two lower bounds (bicubic, mean colour).
         stop: asked between batches; True in any process ends the evaluation in all of them.
         frechet: rFID, without images so far, or None.
+        per_image: also report the four metrics of each image.
 
     Returns:
         'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
         positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'ssim',
         'lpips', 'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1,
-        psnr, ssim, lpips, paper}} (both only if `final`), 'stages' (see `CodeUsage.compute`),
-        and 'rfid' (only with `frechet`).
+        psnr, ssim, lpips, paper}} (both only if `final`), 'per_image' {l1, psnr, ssim, lpips},
+        a value an image in the order of `ImageMetrics.per_image` (only if `per_image`), 'stages'
+        (see `CodeUsage.compute`), and 'rfid' (only with `frechet`).
 
     Raises:
         exits.Interrupted: `stop` ended it.
@@ -292,6 +302,9 @@ def evaluate(
     }
     if final:
         result["floors"] = computed  # the name in files: the lower bounds
+    if per_image:
+        values = dict(zip(FIELD, metrics["model"].per_image().tolist(), strict=False))
+        result["per_image"] = values if perceptual else values | {"lpips": None}
     result["stages"] = usage.compute()
     return result if frechet is None else {**result, "rfid": frechet.compute()}
 

@@ -26,6 +26,7 @@ METRICS = {
     "l1": ("L1 [0,1]", 4),
     "lpips": ("LPIPS", 4),
 }
+LOWER_IS_BETTER = ("l1", "lpips")  # of these
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

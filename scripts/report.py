@@ -107,7 +107,7 @@ def gains(metric: str, pairs: Sequence[tuple[dict, dict]]) -> str:
     values = [(a.get(metric), b.get(metric)) for a, b in pairs]
     if any(None in each for each in values):
         return "–"
-    if metric in ("l1", "lpips"):  # the lower the better
+    if metric in output.LOWER_IS_BETTER:
         return spread([100 * (old - new) / old for new, old in values], 1, "+")
     return spread([new - old for new, old in values], DECIMALS[metric], "+")
 

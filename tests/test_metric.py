@@ -368,6 +368,17 @@ def test_evaluate(squeeze):
     assert "46 bits per position, f = 4, 2.875 bpp" in text and "missing" not in text
 
 
+def test_metrics_of_each_image(squeeze):
+    images = pictures(5)
+    result = evaluate(Fake(), images.split(2), squeeze, "cpu", per_image=True)
+    alone = [evaluate(Fake(), [image], squeeze, "cpu", final=False) for image in images.split(1)]
+    for name in ("l1", "psnr", "ssim", "lpips"):
+        values = result["per_image"][name]
+        assert values == pytest.approx([each[name] for each in alone], rel=1e-4)
+        assert len({*values}) == 5 and result[name] == pytest.approx(sum(values) / 5)
+    assert "per_image" not in alone[0]
+
+
 def test_evaluate_without_lpips_the_paper_s_units_and_lower_bounds():
     result = evaluate(Fake(), pictures(2).split(2), None, "cpu", final=False)
     assert result["lpips"] is None and result["lpips_net"] is None
@@ -429,7 +440,7 @@ def one_process(rank, folder, shards):
     results = []
     for sizes in shards:
         mine = pictures(7).split(sizes)[rank]
-        options = dict(frechet=FrechetDistance(mean_colours))
+        options = dict(frechet=FrechetDistance(mean_colours), per_image=True)
         results.append(evaluate(Fake(), mine.split(2) if len(mine) else [], None, "cpu", **options))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -440,13 +451,17 @@ def test_two_processes_equal_one(tmp_path):
     # Forked: nothing is imported again, which takes longer than the work.
     start = torch.multiprocessing.start_processes
     start(one_process, (str(tmp_path), shards), nprocs=2, start_method="fork")
-    options = dict(frechet=FrechetDistance(mean_colours))
+    options = dict(frechet=FrechetDistance(mean_colours), per_image=True)
     single = evaluate(Fake(), pictures(7).split(3), None, "cpu", **options)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     for result in first:
         assert result["stages"] == single["stages"]
         assert result["rfid"] == pytest.approx(single["rfid"], rel=1e-6, abs=1e-9)
+        values, of_one = result["per_image"], single["per_image"]  # the shards lie in this order
+        assert values["lpips"] is of_one["lpips"] is None
+        for name in ("l1", "psnr", "ssim"):
+            assert len(values[name]) == 7 and values[name] == pytest.approx(of_one[name], rel=1e-5)
         for a, b in ((result, single), (result["floors"]["bicubic"], single["floors"]["bicubic"])):
             assert a["ssim"] == pytest.approx(b["ssim"], rel=1e-6)
             for name in ("l1", "psnr"):

@@ -17,7 +17,7 @@ import exits
 import loss.perceptual
 import output
 from dataset.synthetic import SyntheticDataset
-from evaluation import evaluate_stages, prepare
+from evaluation import differences, evaluate_stages, prepare
 from model import load_model
 from networks import IMAGENET_MEAN, IMAGENET_STD
 from scripts import compare, evaluate, stages
@@ -262,6 +262,62 @@ def test_lpips_that_cannot_be_loaded_is_reported(files, capsys):
     assert result["lpips"] is None and result["psnr"] > 0
     said = capsys.readouterr().out
     assert "LPIPS will be missing" in said and "LPIPS is missing" in said
+
+
+def test_differences_of_two_models_by_hand():
+    def result(psnr, l1, lpips):
+        return {"per_image": {"psnr": psnr, "ssim": psnr, "l1": l1, "lpips": lpips}}
+
+    first = result([20.0, 30.0, 25.0, 28.0], [0.1, 0.2, 0.3, 0.4], None)
+    other = result([21.0, 30.0, 28.0, 28.0], [0.1, 0.1, 0.1, 0.5], [0.1, 0.1, 0.1, 0.1])
+    found = differences(first, other)
+    # 1, 0, 3, 0: mean 1, squares of the deviations 0 + 1 + 4 + 1 over 4 - 1
+    half = 1.96 * math.sqrt(2) / 2
+    expected = {"mean": 1.0, "half_width": half, "better": 0.5}
+    assert found["psnr"] == pytest.approx(expected) and found["ssim"] == found["psnr"]
+    assert found["l1"]["mean"] == pytest.approx(-0.05) and found["l1"]["better"] == 0.5
+    assert found["lpips"] is None
+    single = differences(result([20.0], [0.1], [0.3]), result([19.0], [0.1], [0.1]))
+    assert single["psnr"] == {"mean": -1.0, "half_width": None, "better": 0.0}
+    assert single["lpips"]["better"] == 1.0
+
+
+def test_checkpoints_are_compared_image_by_image(files, tmp_path, capsys):
+    loads = [str(files / f"{name}.pt") for name in ("none", "image", "fsq", "none")]
+    where = [f"--val-data-path={files / 'val'}", "--num-workers=0", "--batch-size=2"]
+    out = tmp_path / "evaluate.json"
+    result = evaluate.main(["--load", *loads, *where, f"--json={out}"])
+    said, written = capsys.readouterr().out, json.loads(out.read_text())
+    first, other, _, same = result["checkpoints"]
+    assert written.pop("environment") and written == result
+    assert [each["checkpoint"] for each in result["checkpoints"]] == loads
+
+    def decibels(name):
+        model = load_model(files / f"{name}.pt")[0]
+        return psnr(model(pixels())[0].clamp(0, 1), pixels()).double()
+
+    d = decibels("image") - decibels("none")
+    assert other["psnr"] == pytest.approx(decibels("image").mean().item(), abs=1e-3)
+    found = other["differences"]["psnr"]
+    assert found["mean"] == pytest.approx(d.mean().item(), abs=1e-3)
+    assert found["half_width"] == pytest.approx(1.96 * d.std().item() / math.sqrt(5), abs=1e-3)
+    assert found["better"] == pytest.approx((d > 0).double().mean().item())
+    assert found["mean"] == pytest.approx(other["psnr"] - first["psnr"])
+    assert same["differences"]["psnr"] == {"mean": 0.0, "half_width": 0.0, "better": 0.0}
+    assert other["differences"]["lpips"] is None and "differences" not in first
+    assert evaluate.main([f"--load={loads[0]}", *where]) == {
+        **first,
+        "val_data": str(files / "val"),
+    }
+
+    *_, heading, line, _, last, note = said.splitlines()
+    name, paths = first["name"], (loads[0], loads[3])  # two of the same name
+    assert heading.startswith(f"minus {name} ({paths[0]})")
+    assert last.startswith(f"{name} ({paths[1]})")
+    same_as_first = "+0.00 ± 0.00 +0.0000 ± 0.0000 +0.0000 ± 0.0000 missing 0%"
+    assert " ".join(last.split()).endswith(same_as_first)
+    assert f"{found['mean']:+.2f} ± {found['half_width']:.2f}" in line
+    assert "95 % interval" in note and "these 5;" in note
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
