@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Damaged, NotFinite, load_checkpoint, save_checkpoint
+from checkpoint import LAST, Damaged, NotFinite, load_checkpoint, save_checkpoint
 from files import (
     TEMPORARY,
     is_of_a_file,
@@ -45,7 +45,7 @@ RESULTS = ("results.json", "results.txt")
 EARLIER = "results_" + 7 * "[0-9]"  # results of a run that was later continued
 OUTCOME = (*RESULTS, f"{EARLIER}.json", f"{EARLIER}.txt", "samples/step_*.png")
 # A new run removes the files of REPLACED and the checkpoints, and removes or writes all of WRITTEN.
-REPLACED = ("last.pt", "best.pt", *OUTCOME)
+REPLACED = (LAST, "best.pt", *OUTCOME)
 WRITTEN = ("*.pt", "metrics.jsonl", "environment.json", EVENTS, *OUTCOME)
 
 
@@ -195,7 +195,7 @@ class RunFolder:
         self._record_start(flags, environment)
         at_end = step == steps  # only the evaluation is repeated
         logfile.replace(self.log_path, logfile.up_to(self.read_log(), step, evaluated=not at_end))
-        self._link(checkpoint, "last.pt")
+        self._link(checkpoint, LAST)
         self._discard_after(step)
         if not at_end:
             self._set_results_aside()
@@ -303,21 +303,21 @@ class RunFolder:
     def _name_newest(self, keep: int) -> None:
         """Name the newest checkpoint last.pt, then delete all but the newest `keep`."""
         found = [path for _, path in self.checkpoints()]
-        self._link(found[-1], "last.pt")
+        self._link(found[-1], LAST)
         for old in found[:-keep]:
             old.unlink()
 
     def discard(self, step: int) -> None:
         """Delete the checkpoint of `step`, whose evaluation showed that the model has diverged."""
         (self.path / f"step_{step:07d}.pt").unlink(missing_ok=True)
-        (self.path / "last.pt").unlink(missing_ok=True)
+        (self.path / LAST).unlink(missing_ok=True)
         for _, newest in self.checkpoints()[-1:]:
-            self._link(newest, "last.pt")
+            self._link(newest, LAST)
 
     def mark_best(self, step: int) -> None:
         """Give the checkpoint of `step` the second name best.pt."""
         path = self.path / f"step_{step:07d}.pt"
-        self._link(path if path.exists() else self.path / "last.pt", "best.pt")
+        self._link(path if path.exists() else self.path / LAST, "best.pt")
 
     def _link(self, path: Path, name: str) -> None:
         """Give a file a second name, which at every moment names the old file or the new one."""
@@ -338,7 +338,7 @@ class RunFolder:
         """
         steps = [path for _, path in reversed(self.checkpoints())]
         damaged = []
-        for path in [*steps, self.path / "last.pt", self.path / "best.pt"]:
+        for path in [*steps, self.path / LAST, self.path / "best.pt"]:
             if path.is_file():
                 try:
                     state = load_checkpoint(path)

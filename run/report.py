@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import util
+from checkpoint import LAST
 from dataset import ImageDataset, print_skipped
 from flags import ignored_flags
 from model import VQVAE
@@ -54,7 +55,7 @@ def print_start(
     if resumed:
         print(f"resumed after step {resumed.state.step} from {resumed.path}")
     if changed:
-        print(f"not to the bit what it would have been: {'; '.join(changed)}")
+        print(f"not bit for bit equal to an uninterrupted run: {'; '.join(changed)}")
     sys.stdout.flush()
 
 
@@ -173,7 +174,7 @@ def results_of_run(
         "precision": precision,
         "train_data": args.train_data_path,
         "val_data": args.val_data_path,
-        "checkpoint": "last.pt",
+        "checkpoint": LAST,
         "environment": environment,
         "segments": progress.segments,
         "args": vars(args),

@@ -2,8 +2,10 @@
 # The settings that all configurations share (arXiv 2508.15860). Each file in paper/ and beyond/
 # calls this one with its name and what differs; flags given on the command line come last and win:
 #   ./scripts/paper/rfsq_2x2048_ln.sh --train-data-path DIR --val-data-path DIR --seed 1
-# All GPUs of the machine are used; GPUS=1 (or CUDA_VISIBLE_DEVICES) uses fewer.
+# All GPUs of the machine are used; GPUS=1 (or CUDA_VISIBLE_DEVICES) uses fewer. The flags are those
+# of train.py (python train.py --help).
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 source "$(dirname "$0")/setup.sh"
 GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 launch=(python)

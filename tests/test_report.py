@@ -783,5 +783,10 @@ def test_best_refuses_wrong_flags_before_folders_without_images(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert part in done.stderr and "nowhere" not in done.stderr
     assert not (tmp_path / "runs").exists()
-    done = reproduce(tmp_path, "--help", script="best.sh")
-    assert done.returncode == 0 and "--train-data-path DIR" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["best.sh", "reproduce.sh", "demo.sh", "paper/fsq_22bit.sh"])
+def test_help_of_the_shell_scripts_installs_nothing(script, tmp_path):
+    done = reproduce(tmp_path, "--help", script=script, VENV=str(tmp_path / "new"))
+    assert done.returncode == 0 and "train" in done.stdout and not done.stderr
+    assert not (tmp_path / "new").exists()

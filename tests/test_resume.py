@@ -460,11 +460,11 @@ def test_a_resumed_run_says_how_it_began_and_went_on(tmp_path, monkeypatch, caps
     assert [part["first_step"] for part in results["segments"]] == [1, 5]
     installed = util.version("torch")
     assert all(part["torch"] == installed for part in results["segments"])
-    assert "not to the bit" not in capsys.readouterr().out
+    assert "uninterrupted" not in capsys.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr(util, "version", lambda name: "2.6.0")
         run(folder, *flags, "--train-iters=8", "--resume=auto")
-    line = f"not to the bit what it would have been: torch {installed}, now 2.6.0\n"
+    line = f"not bit for bit equal to an uninterrupted run: torch {installed}, now 2.6.0\n"
     assert line in capsys.readouterr().out
 
 
