@@ -109,7 +109,8 @@ def _members(tar: Section) -> Iterator[tuple[str, int, int]]:
     headers, offset = _Headers(tar.file, tar.start, tar.size), 0
     try:
         with tarfile.open(fileobj=headers, mode="r:") as reader:
-            while (member := reader.next()) is not None:
+            # Python 3.10 fails at the second `next` of a tar without members.
+            for member in iter(reader.next, None) if reader.firstmember else ():
                 reader.members.clear()  # a million of them would take a gigabyte
                 end = member.offset_data + member.size
                 if member.size < 0 or end > tar.size or reader.offset <= offset:
