@@ -26,6 +26,7 @@ from checkpoint import NotFinite
 from fid import FrechetDistance
 from loss.perceptual import Perceptual
 from networks import IMAGENET_STD
+from quantizers import Quantizer
 from similarity import check_range, l1, psnr, ssim
 
 DENSE_LIMIT = 2**20  # codebooks above this size are counted by sorting, not in an array
@@ -77,38 +78,36 @@ class ImageMetrics:
         if not reconstruction.isfinite().all():  # clamped, an infinite pixel has a finite error
             self.values[-1].fill_(math.nan)
 
-    def per_image(self) -> Tensor:
-        """Every metric of every image, float64 (metrics, images), as in `names` (a collective).
-
-        The images of process 0 come first, then those of process 1, each in the order of `update`.
-        """
-        return torch.cat(util.from_all(torch.cat(self.values, dim=1)), dim=1)
-
-    def compute(self) -> dict:
+    def compute(self, per_image: bool = False) -> dict:
         """Means over the images of all processes (a collective: every process calls it).
 
         Returns:
             'l1', 'psnr', 'ssim', 'lpips', 'images' (their number), and 'paper' {l1, psnr, lpips}
-            unless the paper's units are left out. LPIPS is None without a network.
+            unless the paper's units are left out. With `per_image` also 'per_image' {l1, psnr,
+            ssim, lpips}: a list of the values of all images, those of process 0 first, each
+            process's in the order of `update`. LPIPS is None without a network.
 
         Raises:
             ValueError: if no process had an image.
             NotFinite: for reconstructions that have no distance.
         """
-        values = self.per_image()
+        values = torch.cat(util.from_all(torch.cat(self.values, dim=1)), dim=1)
         images = values.shape[1]
         if images == 0:
             raise ValueError("there are no images to evaluate: the split is empty")
         if not values.isfinite().all():
             raise NotFinite("the reconstructions are not finite: the model has diverged")
         means = dict(zip(self.names, values.mean(dim=1).tolist(), strict=True))
+        each = dict(zip(self.names, values.tolist(), strict=True)) if per_image else {}
         if self.perceptual is None:
-            means |= {name: None for name in self.names if name.endswith("lpips")}
-        field = {name: means[name] for name in FIELD}
-        if not self.paper:
-            return {**field, "images": images}
-        paper = {name: means[f"paper_{name}"] for name in PAPER}
-        return {**field, "paper": paper, "images": images}
+            missing = {name: None for name in self.names if name.endswith("lpips")}
+            means, each = means | missing, each | missing
+        result = {name: means[name] for name in FIELD}
+        if self.paper:
+            result["paper"] = {name: means[f"paper_{name}"] for name in PAPER}
+        if per_image:
+            result["per_image"] = {name: each[name] for name in FIELD}
+        return {**result, "images": images}
 
 
 def bicubic_bound(images: Tensor, f: int) -> Tensor:
@@ -251,9 +250,8 @@ def evaluate(
         'images', 'image_size' [H, W], 'bits' (per position, side information spread over the
         positions), 'f', 'bpp' (bits per pixel, side information included), 'l1', 'psnr', 'ssim',
         'lpips', 'lpips_net', 'paper' {l1, psnr, lpips} and 'floors' {bicubic, mean_colour: {l1,
-        psnr, ssim, lpips, paper}} (both only if `final`), 'per_image' {l1, psnr, ssim, lpips},
-        a value an image in the order of `ImageMetrics.per_image` (only if `per_image`), 'stages'
-        (see `CodeUsage.compute`), and 'rfid' (only with `frechet`).
+        psnr, ssim, lpips, paper}} (both only if `final`), 'per_image' (only if asked for, see
+        `ImageMetrics.compute`), 'stages' (see `CodeUsage.compute`), 'rfid' (only with `frechet`).
 
     Raises:
         exits.Interrupted: `stop` ended it.
@@ -287,26 +285,27 @@ def evaluate(
     if any(util.from_all(stop())):
         raise exits.Interrupted("the evaluation was stopped")
 
-    computed = {name: metric.compute() for name, metric in metrics.items()}
-    images = [row.pop("images") for row in computed.values()]
-    height, width, positions = torch.stack(util.from_all(shape)).amax(dim=0).tolist()
-    bits = quantizer.bits_with_side_information(positions)
+    measured = metrics.pop("model").compute(per_image)
     result = {
-        "images": images[0],
-        "image_size": [height, width],
-        "bits": bits,
-        "f": model.f,
-        "bpp": bits * positions / (height * width),
-        **computed.pop("model"),
+        "images": measured.pop("images"),
+        **_rate(quantizer, model.f, *torch.stack(util.from_all(shape)).amax(dim=0).tolist()),
+        **measured,
         "lpips_net": None if perceptual is None else perceptual.net,
     }
     if final:
-        result["floors"] = computed  # the name in files: the lower bounds
-    if per_image:
-        values = dict(zip(FIELD, metrics["model"].per_image().tolist(), strict=False))
-        result["per_image"] = values if perceptual else values | {"lpips": None}
+        floors = {name: metric.compute() for name, metric in metrics.items()}
+        for floor in floors.values():
+            del floor["images"]
+        result["floors"] = floors  # the name in files: the lower bounds
     result["stages"] = usage.compute()
     return result if frechet is None else {**result, "rfid": frechet.compute()}
+
+
+def _rate(quantizer: Quantizer, f: int, height: int, width: int, positions: int) -> dict:
+    """The size of the images and the bits that the decoder needs, as `evaluate` returns them."""
+    bits = quantizer.bits_with_side_information(positions)
+    bpp = bits * positions / (height * width)
+    return {"image_size": [height, width], "bits": bits, "f": f, "bpp": bpp}
 
 
 def format_results(result: dict) -> str:
