@@ -15,6 +15,7 @@ from tables.results import read_results, without_places
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = sorted((ROOT / "results").glob("*.json"))
+IMAGE_BY_IMAGE = sorted((ROOT / "results" / "test").glob("*.json"))
 
 
 def keep(out, *runs):
@@ -153,6 +154,24 @@ def test_tables_of_results_are_those_of_the_files():
     for line in report.main([str(file) for file in KEPT]).splitlines():
         if re.match(r"\| .* \| (\d+ \| \d+\.\d\d|\d+\.\d\d / 0\.\d{4}) \|", line):
             assert line in text, line
+
+
+@pytest.mark.parametrize("file", IMAGE_BY_IMAGE, ids=lambda file: file.stem)
+def test_differences_image_by_image_are_those_of_the_files(file):
+    result = json.loads(file.read_text())
+    first, other = result["checkpoints"]
+    d = other["differences"]
+    assert first["images"] == {"val": 490, "test": 120}[result["val_data"]]
+    assert d["psnr"]["mean"] == pytest.approx(other["psnr"] - first["psnr"])
+    cells = [str(first["images"])]
+    cells += [f"{each['psnr']:.2f} / {each['lpips']:.4f}" for each in (first, other)]
+    for metric in ("psnr", "ssim", "lpips"):
+        decimals = output.METRICS[metric][1]
+        mean, half_width = d[metric]["mean"], d[metric]["half_width"]
+        cells.append(f"{mean:+.{decimals}f} ± {half_width:.{decimals}f}")
+    cells.append(f"{100 * d['psnr']['better']:.0f} %")
+    assert f"| {' | '.join(cells)} |" in (ROOT / "RESULTS.md").read_text()
+    assert not re.search(r'"/|[ =]/', file.read_text())  # no folder
 
 
 @pytest.mark.parametrize(
