@@ -477,7 +477,7 @@ def test_broken_image_in_a_real_process(photographs, tmp_path):
         Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
     (folder / "3.png").write_bytes((folder / "0.png").read_bytes()[:40])
     flags = [f"--train-data-path={folder}", f"--val-data-path={photographs / 'val'}"]
-    command = [sys.executable, ROOT / "train.py", *TINY, *flags, "--num-workers=2"]
+    command = [sys.executable, ROOT / "train.py", *TINY, *flags, "--num-workers=1"]
     done = subprocess.run(
         [*command, "--train-iters=2", f"--save={tmp_path / 'run'}"],
         capture_output=True,
