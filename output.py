@@ -29,6 +29,12 @@ METRICS = {
 LOWER_IS_BETTER = ("l1", "lpips")  # of these
 
 
+def headings(columns: dict[str, tuple[str, int]], network: str | None) -> dict[str, str]:
+    """The headings of columns like `METRICS`, with the network of LPIPS if there is one."""
+    names = {column: heading for column, (heading, _) in columns.items()}
+    return names | {"lpips": f"{names['lpips']}-{network}"} if network else names
+
+
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown; the first column to the left, the others to the right."""
     cells = ([str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows))

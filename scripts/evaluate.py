@@ -95,11 +95,8 @@ def format_differences(results: Sequence[dict]) -> str:
     first, *others = results
     names, paths = ([result[key] for result in results] for key in ("name", "checkpoint"))
     names = output.distinct(names, paths)
-    network = first["lpips_net"]
-    headings = {name: heading for name, (heading, _) in output.METRICS.items()}
-    if network:
-        headings["lpips"] += f"-{network}"
-    table = [[f"minus {names[0]}", *headings.values(), "images with more PSNR"]]
+    headings = output.headings(output.METRICS, first["lpips_net"]).values()
+    table = [[f"minus {names[0]}", *headings, "images with more PSNR"]]
     for name, other in zip(names[1:], others, strict=True):
         cells = [name]
         for metric, (_, decimals) in output.METRICS.items():

@@ -40,10 +40,7 @@ COLUMNS = {  # column: (heading, decimals)
 
 def format_stages(rows: Sequence[dict], network: str | None) -> str:
     """What `evaluate_stages` returns as a table for the screen; `network`: that of LPIPS."""
-    headings = {name: heading for name, (heading, _) in COLUMNS.items()}
-    if network:
-        headings["lpips"] += f"-{network}"
-    table = [[*headings.values()]]
+    table = [[*output.headings(COLUMNS, network).values()]]
     for row in rows:
         cells = [(row[name], decimals) for name, (_, decimals) in COLUMNS.items()]
         table.append(["-" if x is None else f"{x:.{decimals}f}" for x, decimals in cells])
