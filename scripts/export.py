@@ -13,6 +13,8 @@ entropy model of `compress.py fit` stay in the checkpoint.
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -49,9 +51,14 @@ def results_of(path: str, step: int | None, architecture: dict) -> tuple[dict, s
 
 
 def model_card(
-    model: VQVAE, name: str, flags: dict, step: int | None, results: tuple[dict, str] | None
+    model: VQVAE,
+    name: str,
+    flags: dict,
+    step: int | None,
+    results: tuple[dict, str] | None,
+    licence: str | None,
 ) -> str:
-    """The text of the model card, Markdown."""
+    """The text of the model card, Markdown; its first lines are what model hubs read."""
     quantizer, parameters = model.quantizer, sum(p.numel() for p in model.parameters())
     rows = [
         ("quantizer", quantizer.name),
@@ -64,8 +71,9 @@ def model_card(
         *((f"`--{flag.replace('_', '-')}`", value) for flag, value in flags.items()),
     ]
     tokens = "indices, statistics" if quantizer.side_bits else "indices"
+    about = [f"license: {licence}"] if licence else []
     parts = [
-        "---\ntags:\n- image-tokenizer\n- rfsq\n---",
+        "\n".join(["---", *about, "tags:", "- image-tokenizer", "- rfsq", "---"]),
         f"# {name}",
         "An image tokenizer of the RFSQ project (residual finite scalar quantization). In a "
         "checkout of it, every `--load` takes this folder, and in Python:",
@@ -82,17 +90,25 @@ def model_card(
         commits = dict.fromkeys(part.get("commit") or "unknown" for part in parts_of(values))
         command = without_places(values["environment"]["command"])
         data = {split: Path(values[f"{split}_data"]).name for split in ("train", "val")}
-        among = f", of {values['train_images']:,} in `{data['train']}`"
+        among = f", drawn from the {values['train_images']:,} of `{data['train']}`"
         if values["train_data"] == GENERATED:
             among = ", all of them generated"
         parts += [
             f"```\n{table.strip()}\n```",
             f"Training saw {values['images_seen']:,} images{among}; "
-            f"the table is of `{data['val']}`. Commit {', '.join(commits)}; "
-            "command:",
+            f"the table is of the images of `{data['val']}`. Commit {', '.join(commits)}; command:",
             f"```\n{command}\n```",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def licence(text: str) -> str:
+    """The value of `--license`, which must not break the card's first lines."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"'{output.printable(text)}' is not an identifier such as mit or cc-by-4.0"
+        )
+    return text
 
 
 def prepare_folder(folder: Path, force: bool) -> None:
@@ -121,7 +137,8 @@ def export(flags: Namespace) -> Path:
     unread = unread_flags(model.quantizer)
     rows = {k: v for k, v in architecture.items() if k not in unread}
     given = {k: v for k, v in rows.items() if v is not None and v is not False}
-    card = model_card(model, name, given, step, results_of(flags.load, step, architecture))
+    results = results_of(flags.load, step, architecture)
+    card = model_card(model, name, given, step, results, flags.license)
     data = card.encode(errors="backslashreplace")  # names need not be Unicode
     prepare_folder(out, flags.force)
     save_export(out, saved["model"], architecture, training)
@@ -139,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--load", required=True, metavar="MODEL", help=LOAD_HELP)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace the model in DIR")
+    text = "licence of the weights for the model card, as model hubs abbreviate it: mit, cc-by-4.0"
+    parser.add_argument("--license", type=licence, metavar="ID", help=text)
     return export(parser.parse_args(argv))
 
 

@@ -127,8 +127,20 @@ def test_the_card_has_the_results_of_its_step_alone(exported, tmp_path):
         text = (out / "README.md").read_text()
         assert ("PSNR 31.4" in text) == ("python train.py --x\n" in text) == measured
         assert ("Not measured." in text) != measured
-        seen = "Training saw 12,000 images, of 12,303 in `train`; the table is of `val`."
+        seen = "Training saw 12,000 images, drawn from the 12,303 of `train`;"
+        seen += " the table is of the images of `val`."
         assert (f"{seen} Commit 0a, unknown; command:" in text) == measured
+
+
+def test_the_card_names_the_licence(exported, tmp_path, capsys):
+    flags = ["--load", str(exported), "--out", str(tmp_path / "out")]
+    export.main([*flags, "--license", "cc-by-4.0"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\ntags:\n- image-tokenizer\n- rfsq\n---\n")
+    for bad in ("", "MIT licence", "mit\nx: 1", "-mit"):
+        with pytest.raises(SystemExit, match="2"):
+            export.main([*flags, f"--license={bad}"])
+        assert "is not an identifier such as mit" in capsys.readouterr().err
 
 
 def test_the_card_has_no_results_of_another_model(tmp_path):
@@ -152,7 +164,8 @@ def test_the_card_counts_statistics_and_says_what_was_generated(tmp_path):
     out = export.main(["--load", str(run / "last.pt"), "--out", str(tmp_path / "out")])
     text = (out / "README.md").read_text()
     assert "| bits per position | 22 |\n| bits per image, beside these | 256 |" in text
-    assert "Training saw 8 images, all of them generated; the table is of `val`." in text
+    seen = "Training saw 8 images, all of them generated; the table is of the images of `val`."
+    assert seen in text
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {"images": torch.rand(2, 3, 32, 32)}
     exec(block.replace("FOLDER", str(out)), names)
