@@ -49,8 +49,8 @@ def unread_flags(quantizer: Quantizer) -> set[str]:
     return {*quantizer_flags()} - {"quantizer", "pairs", *quantizer.read_flags()}
 
 
-def with_levels(args: Namespace, quantizer: Quantizer) -> Namespace:
-    """A copy of `args` that names the default levels of `quantizer`, built from them."""
+def with_values_in_use(args: Namespace, quantizer: Quantizer) -> Namespace:
+    """A copy of `args` where flags that were not given have the values that `quantizer` uses."""
     return Namespace(**{**vars(args), **quantizer.flag_values()})
 
 

@@ -99,7 +99,7 @@ class Quantizer(nn.Module):
         return list(self.flags)
 
     def flag_values(self) -> dict:
-        """The values of flags that have no default of their own, also where none was given."""
+        """The values in use of flags whose default depends on other flags."""
         return {"levels": self.levels} if "levels" in self.flags else {}
 
     def forward(self, z: Tensor) -> tuple[Tensor, ...]:

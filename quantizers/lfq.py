@@ -95,6 +95,10 @@ class LFQ(Quantizer):
         self.temperature = temperature
         self.entropy_groups = entropy_groups
 
+    def flag_values(self) -> dict:
+        """The values in use of flags whose default depends on other flags."""
+        return {"lfq_entropy_groups": self.entropy_groups}
+
     def quantize(self, z: Tensor) -> Quantized:
         """Quantize `z` (B, dim, *positions) to codes like it, indices and a loss (a scalar)."""
         positive = z.detach() > 0

@@ -59,7 +59,7 @@ class Pairs(Quantizer):
         return ["pairs", *self.quantizer.read_flags()]
 
     def flag_values(self) -> dict:
-        """The values of flags that have no default of their own, also where none was given."""
+        """The values in use of flags whose default depends on other flags."""
         return self.quantizer.flag_values()
 
     def quantize(self, z: Tensor) -> Quantized:

@@ -14,7 +14,7 @@ import exits
 import util
 from checkpoint import load_checkpoint, restore_random_states
 from dataset import ImageDataset
-from flags import args_of, differing_flags, may_change_flags, unread_flags, with_levels
+from flags import args_of, differing_flags, may_change_flags, unread_flags, with_values_in_use
 from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
 from run.state import RunState
@@ -121,13 +121,15 @@ def _check_same_run(
         )
     try:
         before = args_of({"args": resumed.args})
-        before = with_levels(before, build_quantizer(before))
+        before = with_values_in_use(before, build_quantizer(before))
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     may_change = {*may_change_flags(), *unread_flags(quantizer)}
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # it is a metric then, and no part of the loss
-    differ = differing_flags(before, with_levels(args, quantizer), {*may_change, "precision"})
+    differ = differing_flags(
+        before, with_values_in_use(args, quantizer), {*may_change, "precision"}
+    )
     there = state.segments[-1].get("precision") if state.segments else before.precision
     here = util.training_precision(args.precision)
     if there not in (None, here):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import output
 from arguments import get_args
-from flags import args_of, may_change_flags, quantizer_flags, with_levels
+from flags import args_of, may_change_flags, quantizer_flags, with_values_in_use
 from quantizers import QUANTIZERS, STRATEGIES, build_quantizer
 from tables.results import parts_of
 
@@ -63,7 +63,7 @@ def configurations(folder: str) -> dict[str, Row]:
 
 
 def make_row(name: str, args: Namespace) -> Row:
-    """A row without runs. Its levels are those of the quantizer, also where no flag gave them."""
+    """A row without runs. Its flags have the values in use, also where none was given."""
     try:
         quantizer = build_quantizer(args)
     except ValueError:  # a quantizer that this version does not know: any flag may matter
@@ -71,7 +71,7 @@ def make_row(name: str, args: Namespace) -> Row:
     else:
         used = quantizer.read_flags()
         own = quantizer.name.removesuffix("-image")
-        args = with_levels(args, quantizer)
+        args = with_values_in_use(args, quantizer)
     flags = {flag: getattr(args, flag) for flag in ("quantizer", *used)}
     return Row(name, args, flags, f"{own} {args.levels}")
 

@@ -18,7 +18,7 @@ from flags import (
     current_flags,
     differing_flags,
     may_change_flags,
-    with_levels,
+    with_values_in_use,
 )
 from model import VQVAE, load_model, load_weights
 from networks import (
@@ -686,13 +686,30 @@ def test_what_only_the_quantizer_knows_is_an_architecture_too(there, here, tmp_p
         load_weights(VQVAE(args), args, path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "same", "other"),
+    [
+        ("--quantizer svq", "--svq-dim 20", "--svq-dim 22"),
+        ("--quantizer svq --svq-stages 2 --pairs", "--svq-dim 20", "--svq-dim 22"),
+        ("--quantizer lfq --lfq-dim 12", "--lfq-entropy-groups 1", "--lfq-entropy-groups 2"),
+    ],
+)
+def test_a_default_is_the_same_run_as_its_value_given(flags, same, other):
+    default, given, changed = (
+        with_values_in_use(args, build_quantizer(args))
+        for args in (parse(f"{flags} {more}") for more in ("", same, other))
+    )
+    assert not differing_flags(default, given, may_change=())
+    assert len(differing_flags(default, changed, may_change=())) == 1
+
+
 @pytest.mark.parametrize("pairs", ["", "--pairs"])
 def test_default_levels_are_the_same_run_as_the_same_levels_given(pairs):
     default, given = (parse(f"{pairs} {levels}") for levels in ("", "--levels 8 8 8 4"))
-    runs = [with_levels(args, build_quantizer(args)) for args in (default, given)]
+    runs = [with_values_in_use(args, build_quantizer(args)) for args in (default, given)]
     assert not differing_flags(*runs, may_change=())
     other = parse(f"{pairs} --levels 8 8 4 8")
-    other = with_levels(other, build_quantizer(other))
+    other = with_values_in_use(other, build_quantizer(other))
     assert differing_flags(runs[0], other, may_change=()) == [
         "--levels [8, 8, 8, 4] there, [8, 8, 4, 8] here"
     ]
