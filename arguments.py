@@ -242,7 +242,7 @@ def _add_run(add: Callable) -> None:
     add("--name", str, None, MAY_CHANGE,
         help="name of the configuration in results and tables; default: the quantizer's name")
     add("--save", str, None, MAY_CHANGE, metavar="DIR",
-        help="run folder; default: a new one under runs/, named by the configuration")
+        help="run folder; default: a new one, named runs/QUANTIZER-fF-cCHANNEL-sSEED")
     add("--overwrite", bool, False, MAY_CHANGE, help="replace a run that --save already holds")
     add("--load", str, None, MAY_CHANGE, metavar="MODEL",
         help=f"start from these weights: {LOAD_HELP}; default: random weights")

@@ -110,8 +110,8 @@ class ImageMetrics:
         return {**result, "images": images}
 
 
-def bicubic_bound(images: Tensor, f: int) -> Tensor:
-    """Images scaled down by f (bicubic, antialiased) and up again, clamped: a lower bound.
+def bicubic_reference(images: Tensor, f: int) -> Tensor:
+    """Images scaled down by f (bicubic, antialiased) and up again, clamped: a reference.
 
     Images (B, 3, H, W) in [0, 1] in and out. As PyTorch computes them: the kernel has a = -0.5 on
     the way down, where it is antialiased, and a = -0.75 on the way up. With -0.5 both ways, as in
@@ -122,8 +122,8 @@ def bicubic_bound(images: Tensor, f: int) -> Tensor:
     return interpolate(small, size=images.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-def mean_colour_bound(images: Tensor) -> Tensor:
-    """Each image's mean colour everywhere, (B, 3, H, W): three numbers an image, a lower bound."""
+def mean_colour_reference(images: Tensor) -> Tensor:
+    """Each image's mean colour everywhere, (B, 3, H, W): three numbers an image, a reference."""
     return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
 
 
@@ -241,7 +241,7 @@ def evaluate(
             may be empty.
         perceptual: LPIPS on `device`, or None.
         device: where the model is. `progress` shows how far it is.
-        final: also report the paper's units and the two lower bounds (bicubic, mean colour).
+        final: also report the paper's units and two references (bicubic, mean colour).
         stop: asked between batches; True in any process ends the evaluation in all of them.
         frechet: rFID, without images so far, or None.
         per_image: also report the four metrics of each image.
@@ -276,8 +276,8 @@ def evaluate(
             if frechet is not None:
                 frechet.update(batch, reconstruction)
             if final:
-                metrics["bicubic"].update(images, bicubic_bound(images, model.f))
-                metrics["mean_colour"].update(images, mean_colour_bound(images))
+                metrics["bicubic"].update(images, bicubic_reference(images, model.f))
+                metrics["mean_colour"].update(images, mean_colour_reference(images))
             if reconstruction.isfinite().all():  # else `compute` refuses, in all processes
                 usage.update(indices)
             positions = indices[0].numel() // len(quantizer.codebook_sizes)
@@ -296,7 +296,7 @@ def evaluate(
         floors = {name: metric.compute() for name, metric in metrics.items()}
         for floor in floors.values():
             del floor["images"]
-        result["floors"] = floors  # the name in files: the lower bounds
+        result["floors"] = floors  # the name in files: the references
     result["stages"] = usage.compute()
     return result if frechet is None else {**result, "rfid": frechet.compute()}
 
@@ -333,9 +333,8 @@ def format_results(result: dict) -> str:
         f"{result['bits']:.4g} bits per position, f = {f}, {result['bpp']:.4g} bpp",
     ]
     if "paper" in result:
-        parts.insert(
-            1, "the paper's units (arXiv 2508.15860), not clamped\n" + output.text_table(paper)
-        )
+        heading = "the paper's units (arXiv 2508.15860), reconstructions not clamped\n"
+        parts.insert(1, heading + output.text_table(paper))
     if not network:
         parts[-1] += "\nLPIPS is missing: its weights are not available, or --lpips-net is none"
     return "\n\n".join(parts)

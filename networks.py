@@ -175,7 +175,7 @@ class DCTEncoder(nn.Module):
 
 
 class DCTDecoder(nn.Module):
-    """The mirror image of `DCTEncoder`; same arguments."""
+    """The inverse transform, and two 3x3 convolutions beside it; arguments as in `DCTEncoder`."""
 
     def __init__(self, dim: int, channel: int, downsample: int, res_blocks: int = 0):
         super().__init__()

@@ -4,10 +4,11 @@
                                                      |
     image (H,W,3) <--tiles-- codes <--quantizer------+
 
-The image is padded by reflection, on the right and at the bottom, to multiples of the model's f. An
-image of at most one tile goes through the network in one piece: it decodes to
-`model.decode(model.encode(image))`, bit for bit. A larger one goes through in tiles that overlap by
-more than the network's reach, so that memory is bounded and no seam is visible.
+The image is padded by reflection, on the right and at the bottom, to multiples of the model's f (in
+width, of 2f with pairs). An image of at most one tile goes through the network in one piece: it
+decodes to `model.decode(model.encode(image))`, clamped and rounded to 8 bits, bit for bit. A larger
+one goes through in tiles that overlap by more than the network's reach, so that memory is bounded
+and no seam is visible. A grey image is decoded to grey.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def check_levels(levels: Sequence[int]) -> list[int]:
     for level in levels:
         if level > 512:
             # The bound h = (L-1)(1-eps)/2 with eps = 1e-3 reaches the outermost of the L levels
-            # only if (L-1) eps / 2 is below one half.
+            # only if (L-1) eps / 2 is below one half: up to L = 1000, and 512 is a power of two.
             raise ValueError(f"a channel has at most 512 levels, but {level} is among {levels}")
     if math.prod(levels) > 2**62:
         raise ValueError(

@@ -27,16 +27,16 @@ EPS = 1e-5
 
 
 class VectorQuantizeEMA(Quantizer):
-    """Nearest code by Euclidean distance; the codes are moving averages of their tokens (A.1)::
+    """Nearest code by Euclidean distance; the codes are moving averages of their vectors (A.1)::
 
-        N_i <- decay N_i + (1-decay) n_i        n_i: tokens of the batch nearest to code i
-        m_i <- decay m_i + (1-decay) sum of those tokens
+        N_i <- decay N_i + (1-decay) n_i        n_i: vectors of the batch nearest to code i
+        m_i <- decay m_i + (1-decay) sum of those vectors
         code_i <- m_i / N_i                     (N smoothed by Laplace's rule)
 
     Counts and sums are taken over all processes. A code whose N_i is below `restart_threshold`
     times the mean count (so far or of this batch, whichever is less) is dead: before the next
-    assignment it moves to a token of the batch. All codes are dead at the first batch, which
-    therefore initialises the codebook. The new codes are evenly spaced tokens of the batch of all
+    assignment it moves to a vector of the batch. All codes are dead at the first batch, which
+    therefore initialises the codebook. The new codes are evenly spaced vectors of the batch of all
     processes, chosen without random numbers: on a CPU a resumed run continues exactly, and two
     processes do what one does.
 

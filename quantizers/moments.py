@@ -13,14 +13,18 @@ VAR_EPS = 1e-10
 
 
 class Batch(NamedTuple):
-    """A batch in training."""
+    """The number of a batch of training, from 1, and its weight in the running moments."""
 
-    number: Tensor  # how many there were, this one included
-    weight: Tensor  # in the running moments
+    number: Tensor
+    weight: Tensor
 
 
 def next_batch(batches: Tensor, momentum: float) -> Batch:
-    """The batch after `batches` others: the mean of all of them, later one of weight `momentum`."""
+    """The batch after `batches` others.
+
+    Its weight is 1/number, by which the moments are the mean over all batches, until that falls
+    below `momentum`, and from there on `momentum`.
+    """
     number = batches + 1
     return Batch(number, number.reciprocal().clamp(min=momentum))
 

@@ -35,7 +35,8 @@ class RFSQ(ResidualFSQ):
         - `scale`: a is a learned positive number for each stage, stored as its logarithm.
         - `layernorm`: A(r) = (r - mean)/std * gain + bias, that is a = gain/std and
           b = bias - a mean, with gain (stored as its logarithm) and bias learned for each stage and
-          channel.
+          channel. The name is the paper's: the statistics are of each channel, not of the channels
+          of a position.
 
     statistics (of `layernorm`):
         - `global` (default): running averages of the mean and variance of each stage and channel,
@@ -48,7 +49,7 @@ class RFSQ(ResidualFSQ):
 
     Rounding is straight-through in every stage, and the residual is subtracted with its gradient,
     so that d quantized / dz = 1 - prod_k (1 - d_k) <= 1, with d_k the slope of the bound of stage k
-    in units of its codes.
+    in units of its codes. (With statistics of the image the gradient also goes through these.)
 
     Args:
         stages: number of stages K.

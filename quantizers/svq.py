@@ -147,8 +147,12 @@ class SVQ(Quantizer):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, classes={self.classes}, stages={self.stages}"
 
+    def flag_values(self) -> dict:
+        """The values in use of flags whose default depends on other flags."""
+        return {"svq_dim": self.dim}
+
     def quantize(self, z: Tensor) -> Quantized:
-        """Quantize `z` (B, dim, *positions) to codes like it and indices (B, *positions[, K])."""
+        """Quantize `z` (B, dim, *positions): codes like it, indices (B, *positions[, stages])."""
         tracked = self._track(z) if self.training else None
         counts = self._counts()
         vectors = (z.detach() - per_channel(self.running_mean, z)).transpose(0, 1)

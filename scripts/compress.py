@@ -196,7 +196,7 @@ def encode(flags: Namespace) -> dict:
             write_whole(out, lambda file, data=data: file.write(data))
         say(
             f"{output.printable(below)}  {row['width']}x{row['height']}  {len(data):,} bytes  "
-            f"{row['bpp']:.4f} bpp (payload {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB"
+            f"{row['bpp']:.4f} bpp (without header {row['payload_bpp']:.4f})  {row['psnr']:.2f} dB"
             f"{saving(row, flags)}{'  kept' if old else ''}"
         )
         kept += old is not None

@@ -1,12 +1,13 @@
-"""Bytes on disk against PSNR, SSIM and LPIPS: checkpoints at every k, beside JPEG, WebP and AVIF.
+"""Bytes on disk against PSNR, SSIM and LPIPS: checkpoints beside JPEG, WebP and AVIF.
 
     python scripts/rate_distortion.py DIR --load runs/NAME/last.pt --json rd.json --figure rd.png
 
-What is measured is the uint8 image that the bytes of a file decode to (protocol: RESULTS.md).
+What is measured is the uint8 image that the bytes of a file decode to (protocol: RESULTS.md), of a
+checkpoint with several stages also by its first 1, 2, ... stages.
 Rates are given for whole files and without headers: of ours, payload and image statistics; of the
 others, see `codec/baselines.py`. A baseline meets the rates of the checkpoints in two ways: by one
 quality for all images, as a codec is used, and by the bytes of our file for every image, which
-mostly gives a higher mean PSNR.
+mostly gives a higher mean PSNR. Both are interpolated between two of its qualities.
 """
 
 from __future__ import annotations
@@ -295,9 +296,11 @@ def method(values: np.ndarray, area: float, perceptual: Perceptual | None) -> st
     )
     return (
         f"{images} images, {area:.0f} pixels on average. bpp: all bits / all pixels. PSNR (peak "
-        "255, uint8), SSIM and LPIPS: mean over images. Baselines: one quality for all images, at "
-        "the rate without headers or of the whole file. Last column: every image gets the bytes "
-        "that our file of it has (or, without a checkpoint, the bytes of this rate)." + small
+        "255, uint8; 100 dB for an exact image), SSIM and LPIPS: mean over images. Baselines: one "
+        "quality for all images, at the rate without headers or of the whole file, interpolated "
+        f"between two of {len(QUALITIES)} qualities, linearly in the logarithm of the bytes. Last "
+        "column: the same for every image at the bytes that our file of it has (or, without a "
+        "checkpoint, the bytes of this rate)." + small
     )
 
 

@@ -60,22 +60,22 @@ def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def lower_bounds(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
-    """The lower bounds by label, and a sentence if they show that the rows saw different images."""
-    runs, bounds, note = [run for row in rows for run in row.runs], {}, ""
+def references(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
+    """The references by label, and a sentence if they show that the rows saw different images."""
+    runs, found, note = [run for row in rows for run in row.runs], {}, ""
     for name in runs[0]["floors"]:
         label = f"bicubic x{runs[0]['f']}" if name == "bicubic" else name.replace("_", " ")
-        bounds[label] = values = [run["floors"][name] for run in runs]
+        found[label] = values = [run["floors"][name] for run in runs]
         psnr = [value["psnr"] for value in values]
         low, high = min(psnr), max(psnr)
         if high - low <= 1e-3:  # devices differ far less on the same images
-            bounds[label] = [next((v for v in values if v["lpips"] is not None), values[0])]
+            found[label] = [next((v for v in values if v["lpips"] is not None), values[0])]
         else:
             note = (
-                "**The validation images are not the same in all rows:** the PSNR of the lower "
-                f"bound {label} runs from {low:.2f} to {high:.2f} dB."
+                "**The validation images are not the same in all rows:** the PSNR of "
+                f"{label} runs from {low:.2f} to {high:.2f} dB."
             )
-    return bounds, note
+    return found, note
 
 
 def improvements(rows: Sequence[Row]) -> list[list[str]]:
@@ -206,13 +206,13 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     """Everything about one setting; `others` are the settings of the other sections."""
     network = common["LPIPS network"]
     lpips = "LPIPS" if network == "missing" else f"LPIPS-{network}"
-    bounds, note = lower_bounds(rows)
+    found, note = references(rows)
     table = []
     for row in rows:
         run, count = row.runs[0], len(row.runs)
         size = [f"{run['bits']:.2f}", run["f"], f"{run['bpp']:.3f}", f"{run['parameters']:,}"]
         table.append([row.label, count, *size, *(show(row.runs, m) for m in FIELD)])
-    table += [[label, *"–––––", *(show(runs, m) for m in FIELD)] for label, runs in bounds.items()]
+    table += [[label, *"–––––", *(show(runs, m) for m in FIELD)] for label, runs in found.items()]
     header = ["configuration", "seeds", "bits", "f", "bpp", "parameters", "PSNR dB (peak 1)"]
     parts = [
         *describe(common, others),
@@ -226,7 +226,7 @@ def section(common: dict, rows: Sequence[Row], others: Sequence[dict]) -> str:
     for name in ("L1 normalised", f"{lpips} of [0,1] inputs", "PSNR dB (peak 2)"):
         header += [name, "the paper's"]
     lines = [(row.label, row.runs, row.paper) for row in rows]
-    for label, runs, figures in (*lines, *((*bound, None) for bound in bounds.items())):
+    for label, runs, figures in (*lines, *((*reference, None) for reference in found.items())):
         theirs = [f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in figures] if figures else "–––"
         ours = [show([run["paper"] for run in runs], metric) for metric in PAPER_METRICS]
         table.append([label, *(cell for pair in zip(ours, theirs, strict=True) for cell in pair)])

@@ -216,36 +216,36 @@ def test_bad_images_are_refused(squeeze):
         ImageMetrics(None).update(torch.ones(1, 3, 11, 10), torch.ones(1, 3, 11, 10))
 
 
-# ---------------------------------------------------------------------------- lower bounds
+# ---------------------------------------------------------------------------- references
 
 
-def test_lower_bounds_keep_constant_images():
+def test_references_keep_constant_images():
     images = flat(0.0, 0.3, 1.0, side=16)
-    torch.testing.assert_close(metric.bicubic_bound(images, 4), images, atol=1e-5, rtol=0)
-    torch.testing.assert_close(metric.mean_colour_bound(images), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(metric.bicubic_reference(images, 4), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(metric.mean_colour_reference(images), images, atol=1e-6, rtol=0)
 
 
 def test_mean_colour_is_the_mean_of_each_channel():
     images = pictures(2) / 255
-    bound = metric.mean_colour_bound(images)
+    reference = metric.mean_colour_reference(images)
     expected = pictures(2).double().mean(dim=(2, 3)) / 255
-    torch.testing.assert_close(bound[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
-    assert bound.shape == images.shape and bound.std(dim=(2, 3)).max() < 1e-6
+    torch.testing.assert_close(reference[:, :, 3, 7].double(), expected, atol=1e-6, rtol=0)
+    assert reference.shape == images.shape and reference.std(dim=(2, 3)).max() < 1e-6
 
 
-def test_bicubic_bound_is_antialiased_and_clamped():
+def test_bicubic_reference_is_antialiased_and_clamped():
     checks = torch.zeros(1, 3, 16, 16)
     checks[..., ::2, ::2] = checks[..., 1::2, 1::2] = 1  # finer than any f = 4 image can show
-    bound = metric.bicubic_bound(checks, 4)
-    assert (bound - 0.5).abs().max() < 0.05
+    reference = metric.bicubic_reference(checks, 4)
+    assert (reference - 0.5).abs().max() < 0.05
     edge = torch.zeros(1, 3, 16, 16)
     edge[..., 8:] = 1  # bicubic rings at it
-    bound = metric.bicubic_bound(edge, 4)
-    assert bound.min() >= -1e-6 and bound.max() <= 1 + 1e-6
-    assert 0.01 < (bound - edge).abs().mean() < 0.2
+    reference = metric.bicubic_reference(edge, 4)
+    assert reference.min() >= -1e-6 and reference.max() <= 1 + 1e-6
+    assert 0.01 < (reference - edge).abs().mean() < 0.2
 
 
-def test_the_bicubic_bound_is_bicubic_on_the_way_up():
+def test_the_bicubic_reference_is_bicubic_on_the_way_up():
     """An edge, row by row of the small image, by the kernel with a = -3/4."""
     edge = torch.full((1, 3, 32, 32), 0.25)
     edge[..., 16:] = 0.75  # nothing is clamped
@@ -256,12 +256,12 @@ def test_the_bicubic_bound_is_bicubic_on_the_way_up():
             return (a + 2) * x**3 - (a + 3) * x**2 + 1
         return a * (x**3 - 5 * x**2 + 8 * x - 4)
 
-    bound = metric.bicubic_bound(edge, 4)[0, 0, 9]
+    reference = metric.bicubic_reference(edge, 4)[0, 0, 9]
     for i in range(32):
         at = (i + 0.5) / 4 - 0.5
         near = range(math.floor(at) - 1, math.floor(at) + 3)
         wanted = sum(kernel(abs(at - k)) * small[min(max(k, 0), 7)] for k in near)
-        assert bound[i].item() == pytest.approx(wanted, abs=1e-5)
+        assert reference[i].item() == pytest.approx(wanted, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------- code usage
