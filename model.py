@@ -84,7 +84,8 @@ class VQVAE(nn.Module):
         """Images (B, 3, H, W) in [0, 1] -> indices (B, H/f, W/f[, stages]), all `decode` needs.
 
         For a quantizer with side information: (indices, statistics), to be passed to `decode`
-        together. The model's state does not change, whichever mode it is in.
+        together. The model's state does not change, whichever mode it is in. For several threads at
+        once, put it into evaluation mode first.
 
         Raises:
             ValueError: also for values outside [0, 1], such as those of normalised images.

@@ -231,9 +231,13 @@ def _commit() -> str | None:
 
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within `with`, all modules are in evaluation mode; afterwards each is as it was."""
+    """Within `with`, all modules are in evaluation mode; afterwards each is as it was.
+
+    Not by `model.eval()`, after which a frozen quantizer would be unfrozen to evaluation mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:

@@ -189,7 +189,10 @@ class Quantizer(nn.Module):
         return self
 
     def unfreeze(self) -> Quantizer:
-        """Undo `freeze`: parameters have gradients, and the mode is the one last asked for."""
+        """Undo `freeze`: parameters have gradients, and the mode is the one last asked for.
+
+        It was asked for by `.train()` or `.eval()`. What sets `training` itself is not seen.
+        """
         self._set_frozen(False)
         return self.requires_grad_(True).train(self._mode_asked)
 
@@ -242,6 +245,15 @@ class Quantizer(nn.Module):
             self._copies = copies
         return copies
 
+    def __getstate__(self) -> dict:
+        # Not as tensors, which `torch.load(map_location=...)` would take off the CPU.
+        constants = [(x.tolist(), x.dtype) for x in self._constants]
+        return {**self.__dict__, "_constants": constants}
+
+    def __setstate__(self, state: dict) -> None:
+        constants = (torch.tensor(x, dtype=dtype, device="cpu") for x, dtype in state["_constants"])
+        super().__setstate__({**state, "_constants": tuple(constants)})
+
     def _apply(self, fn, recurse=True):
         # `.half()` or `.bfloat16()` of the enclosing model must not round codebooks and statistics:
         # tensors change device, but never precision.
@@ -262,7 +274,8 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # `state_dict` is a copy that belongs to the caller, `load_state_dict`.
         for key, value in state_dict.items():
-            if key.startswith(prefix) and value.is_floating_point():
+            floats = isinstance(value, Tensor) and value.is_floating_point()
+            if floats and key.startswith(prefix):
                 state_dict[key] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -277,6 +290,9 @@ class Quantizer(nn.Module):
 
     def _check_input(self, z: Tensor) -> None:
         self._check_state()
+        if not isinstance(z, Tensor) or z.is_complex():
+            given = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"{self.name} quantizes a tensor of real numbers, not {given}")
         if z.dim() < 2 or z.shape[1] != self.dim:
             given = z.shape[1] if z.dim() >= 2 else "no"
             raise ValueError(

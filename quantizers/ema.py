@@ -184,12 +184,14 @@ class VectorQuantizeEMA(Quantizer):
         rows = (rows + (self.batches * self.stages + stage) * 7919) % total - before
         mine = (rows >= 0) & (rows < n)
         candidates = torch.where(mine[:, None], tokens[rows.clamp(0, n - 1)], 0.0)
-        candidates = sum_over_processes(candidates)
+        # The last row tells whether the batch of all processes is finite, as `_update` asks it.
+        candidates = sum_over_processes(torch.cat([candidates, tokens.abs().sum(0, keepdim=True)]))
+        finite, candidates = candidates.isfinite().all(), candidates[:-1]
         # A batch that is larger than those so far makes no code dead.
         so_far, mean_count = self.counts[stage].mean(), total / codes
         mean_count = torch.where(so_far > 0, so_far.minimum(mean_count), mean_count)
         dead = self.counts[stage] < self.restart_threshold * mean_count
-        dead = dead & candidates.isfinite().all()
+        dead = dead & finite
         self.codebook[stage].copy_(torch.where(dead[:, None], candidates, self.codebook[stage]))
         self.sums[stage].copy_(
             torch.where(dead[:, None], candidates * mean_count, self.sums[stage])

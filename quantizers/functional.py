@@ -18,7 +18,7 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
     `source + (value - source).detach()` has a rounding error, so that a decoder, which starts from
     indices, would not return the same values as the forward.
 
-    Shapes: `source`, `value` and the result have the same shape.
+    `source`, `value` and the result have the same shape and dtype.
     """
     value = value.detach()
     # The result has the gradient of `source`, and the shape in vmap and the strides of `value`. Its

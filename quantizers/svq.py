@@ -142,7 +142,7 @@ class SVQ(Quantizer):
         self.register_buffer("steps", torch.ones(classes, dtype=torch.float32))
         self.register_buffer("order", torch.arange(dim))  # of the channels in vectors
         self.register_buffer("lengths", torch.ones(classes, dim, 4, dtype=torch.int64))
-        self._design()
+        self._design(torch.tensor(True))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, classes={self.classes}, stages={self.stages}"
@@ -237,7 +237,7 @@ class SVQ(Quantizer):
             (self.log_scale, self.log_scale.lerp(new, weight)),
             (self.batches, number),
         )
-        self._design()
+        self._design(finite)
         return weight * finite
 
     @torch.no_grad()
@@ -263,13 +263,13 @@ class SVQ(Quantizer):
         return std, step.maximum(entropy[0] - MAX_BITS_OF_STRONGEST).exp2()
 
     @torch.no_grad()
-    def _design(self) -> None:
-        """Order of channels, steps and code lengths, from the running statistics."""
+    def _design(self, good: Tensor) -> None:
+        """Order of channels, steps and code lengths, from the running statistics, if `good`."""
         std, reference = self._reference_step(self.running_var)
-        self.order.copy_(std.argsort(descending=True, stable=True))
-        self.steps.copy_(self._class_steps(reference))
-        nonzero, decay = self._probabilities(std, reference)
-        self.lengths.copy_(_code_lengths(nonzero, decay)[:, self.order])
+        order = std.argsort(descending=True, stable=True)
+        lengths = _code_lengths(*self._probabilities(std, reference))[:, order]
+        steps = self._class_steps(reference)
+        store_if(good, (self.order, order), (self.steps, steps), (self.lengths, lengths))
 
     def _class_steps(self, reference: Tensor) -> Tensor:
         """The steps (classes,), float32 with 12 bits: spread as the scales of the vectors are."""

@@ -145,6 +145,25 @@ def test_a_first_batch_that_is_not_finite_starts_no_codebook():
     assert torch.equal(vq.codebook, before) and not vq.counts.any() and not vq.sums.any()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 3, 99])
+def test_a_batch_that_is_not_finite_restarts_no_code(bad, place):
+    """Also where the four evenly spaced vectors, to which dead codes move, are finite."""
+    torch.manual_seed(0)
+    vq = VectorQuantizeEMA(4, 2, decay=0.5)
+    for first in (True, False):
+        before = {name: getattr(vq, name).clone() for name in ("codebook", "counts", "sums")}
+        z = torch.randn(1, 2, 100) + 50
+        z[0, 0, place] = bad
+        vq(z)
+        assert all(torch.equal(getattr(vq, name), value) for name, value in before.items())
+        if first:
+            vq(torch.randn(1, 2, 100))
+            for _ in range(2):  # vectors of one code alone: the others die
+                vq(vq.codebook[0, :1].mT[None] + 1e-3 * torch.randn(1, 2, 100))
+            assert (vq.counts < 0.3 * vq.counts.mean()).any()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_later_batch_that_is_not_finite_moves_no_code(bad):
     vq = VectorQuantizeEMA(8, 2, restart_threshold=0)

@@ -1,6 +1,7 @@
 """Quantizers inside models of other projects: how those load, cast, compile and differentiate."""
 
 import copy
+import io
 import os
 import pickle
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from quantizers import RFSQ, Pairs, Quantized, straight_through
+from util import in_evaluation_mode
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +56,34 @@ def one_by_one(module, state):
     for key, value in state.items():
         parent, _, leaf = key.rpartition(".")
         module.get_submodule(parent).load_state_dict({leaf: value}, strict=False, assign=True)
+
+
+@every
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_a_whole_module_loads_to_any_device(name, place):
+    module, file = trained(name), io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    other = torch.load(file, map_location=place, weights_only=False)
+    other.to_empty(device="cpu").load_state_dict(module.state_dict())
+    assert_same(module, other)
+
+
+@pytest.mark.parametrize("name", ["fsq", "ema-3", "svq-22"])
+def test_what_is_no_tensor_of_real_numbers_is_refused(name):
+    module = trained(name)
+    for z in (latent(module).numpy(), latent(module).to(torch.complex64)):
+        with pytest.raises(ValueError, match="quantizes a tensor of real numbers, not "):
+            module(z)
+
+
+@every
+def test_entries_that_are_no_tensors_are_left_to_the_host(name):
+    module = trained(name)
+    state = {**module.state_dict(), "note": "text"}
+    assert module.load_state_dict(state, strict=False).unexpected_keys == ["note"]
+    with pytest.raises(RuntimeError, match="note"):
+        module.load_state_dict(state)
 
 
 @every
@@ -248,6 +278,8 @@ def test_a_frozen_quantizer_does_not_change(name):
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert same_bits(module.indices_to_codes(indices, *side), stored)
+    with in_evaluation_mode(host):
+        assert not host.training
     module.unfreeze()  # in training mode, which was asked for last
     host(latent(module))[0].square().sum().backward()
     optimizer.step()
