@@ -219,8 +219,9 @@ def _add_loss(add: Callable) -> None:
 def _add_optimizer(add: Callable) -> None:
     add("--batch-size", number(int, 1, 2**20), 128,
         help="images a step, over all processes together")
-    add("--max-train-epochs", number(int, 1), 50, MAY_CHANGE, help="passes over the training set")
-    add("--train-iters", number(int, 1), None, MAY_CHANGE,
+    add("--max-train-epochs", number(int, 1, 2**31), 50, MAY_CHANGE,
+        help="passes over the training set")
+    add("--train-iters", number(int, 1, 2**31), None, MAY_CHANGE,
         help="at most this many steps, however many epochs; default: no such limit")
     add("--lr", number(float, 0, above=True), 8e-4, help="peak learning rate")
     add("--warmup", number(float, 0, 1), 0.01, help="share of the steps to warm up in")
@@ -242,7 +243,7 @@ def _add_run(add: Callable) -> None:
     add("--name", str, None, MAY_CHANGE,
         help="name of the configuration in results and tables; default: the quantizer's name")
     add("--save", str, None, MAY_CHANGE, metavar="DIR",
-        help="run folder; default: a new one, named runs/QUANTIZER-fF-cCHANNEL-sSEED")
+        help="run folder; default: a new one under runs/, named by quantizer, f, width and seed")
     add("--overwrite", bool, False, MAY_CHANGE, help="replace a run that --save already holds")
     add("--load", str, None, MAY_CHANGE, metavar="MODEL",
         help=f"start from these weights: {LOAD_HELP}; default: random weights")

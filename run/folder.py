@@ -79,7 +79,7 @@ class RunFolder:
             resuming: whether the folder may hold a run that ended before its first checkpoint.
 
         Raises:
-            ValueError: the folder holds another run, a finished run without checkpoints, or other
+            ValueError: the folder holds another run, one whose checkpoints are gone, or other
                 files, is held by another process, or cannot be made.
         """
         folder = Path(save or Path("runs", default_name))
@@ -102,13 +102,18 @@ class RunFolder:
                 f"{folder} holds {other.name} but no args.json, so it is not a run folder: give "
                 "another --save"
             )
-        if a_run and not overwrite and (folder / "results.json").exists():
+        if a_run and not overwrite and run._has_outcome():
             raise ValueError(
-                f"{folder} holds a finished run whose checkpoints are gone: give another --save, "
-                "or --overwrite it"
+                f"{folder} holds results, pictures or evaluations of a run whose checkpoints are "
+                "gone: give another --save, or --overwrite it"
             )
         make_folder(folder / "samples", "give another --save")
         return run
+
+    def _has_outcome(self) -> bool:
+        """Whether there is what a run leaves only after its first checkpoint."""
+        files = any(path for pattern in OUTCOME for path in self.path.glob(pattern))
+        return files or any(record["kind"] == "val" for record in self.read_log())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

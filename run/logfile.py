@@ -31,14 +31,29 @@ def read(path: Path) -> list[dict]:
     for line in text.splitlines():
         try:
             record = parse_json(line)
-            if not (isinstance(record["step"], int) and isinstance(record["kind"], str)):
-                raise TypeError
+            if not _is_sound(record):
+                raise ValueError
             records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             damaged += 1
     if damaged:
         print(f"warning: {path}: {damaged} damaged lines skipped", flush=True)
     return records
+
+
+def _is_sound(record: object) -> bool:
+    """Whether a record has a step, a kind and, of an evaluation, numbers as metrics."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    if record.get("kind") != "val":
+        return isinstance(record.get("kind"), str)
+    values = [record.get(name) for name in FIELD if record.get(name) is not None]
+    network = record.get("lpips_net")
+    return (
+        record.get("psnr") is not None
+        and all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
+        and (network is None or isinstance(network, str))
+    )
 
 
 def replace(path: Path, records: Iterable[dict]) -> None:

@@ -14,6 +14,7 @@ import exits
 import util
 from checkpoint import load_checkpoint, restore_random_states
 from dataset import ImageDataset
+from files import parse_json
 from flags import args_of, differing_flags, may_change_flags, unread_flags, with_values_in_use
 from quantizers import Quantizer, build_quantizer
 from run.folder import RunFolder
@@ -121,15 +122,9 @@ def _check_same_run(
         )
     try:
         before = args_of({"args": resumed.args})
-        before = with_values_in_use(before, build_quantizer(before))
+        differ = _differing(before, args, quantizer)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
-    may_change = {*may_change_flags(), *unread_flags(quantizer)}
-    if not args.perceptual_weight:
-        may_change.add("lpips_net")  # it is a metric then, and no part of the loss
-    differ = differing_flags(
-        before, with_values_in_use(args, quantizer), {*may_change, "precision"}
-    )
     there = state.segments[-1].get("precision") if state.segments else before.precision
     here = util.training_precision(args.precision)
     if there not in (None, here):
@@ -145,6 +140,45 @@ def _check_same_run(
         raise ValueError(
             f"{path} is of a run on other training images (their {' and '.join(other)} differ): "
             "give the same images, or --allow-other-images to resume it with these"
+        )
+
+
+def _differing(before: Namespace, args: Namespace, quantizer: Quantizer) -> list[str]:
+    """The flags, but --precision, that make `args`, with `quantizer`, another run than `before`.
+
+    Raises:
+        ValueError: there is no quantizer of the flags `before`.
+    """
+    with torch.device("meta"):  # no memory for a codebook
+        before = with_values_in_use(before, build_quantizer(before))
+    may_change = {*may_change_flags(), *unread_flags(quantizer), "precision"}
+    if not args.perceptual_weight:
+        may_change.add("lpips_net")  # it is a metric then, and no part of the loss
+    return differing_flags(before, with_values_in_use(args, quantizer), may_change)
+
+
+def check_begun_alike(folder: Path, args: Namespace) -> None:
+    """Raises ValueError unless a run that ended in `folder` without a checkpoint had these flags.
+
+    A folder without an args.json is a new one.
+    """
+    if not (folder / "args.json").exists():
+        return
+    advice = "give another --save, or --overwrite it"
+    try:
+        flags = parse_json((folder / "args.json").read_bytes())
+        if not (isinstance(flags, dict) and {"quantizer", "train_data_path"} <= flags.keys()):
+            raise ValueError("it lacks flags of train.py")
+        with torch.device("meta"):
+            quantizer = build_quantizer(args)
+        differ = _differing(args_of({"args": flags}), args, quantizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'args.json'} is not of a run that can begin again ({error}): {advice}"
+        ) from error
+    if differ:
+        raise ValueError(
+            f"{folder} holds another run, without a checkpoint: {'; '.join(differ)}: {advice}"
         )
 
 

@@ -15,7 +15,7 @@ from dataset.loaders import train_loader, val_loader
 from exits import StopSignals
 from model import VQVAE, load_weights
 from run.folder import RunFolder
-from run.resume import Resumed, find_resumed
+from run.resume import Resumed, check_begun_alike, find_resumed
 
 
 def build_datasets(args: Namespace) -> tuple[ImageDataset, ImageDataset]:
@@ -155,10 +155,10 @@ def open_folder(
 
 
 def _new_folder(args: Namespace, name: str) -> Path:
+    resuming = args.resume == "auto"
     run = RunFolder.create(
-        args.save,
-        default_name=name,
-        overwrite=args.overwrite,
-        resuming=args.resume == "auto",
+        args.save, default_name=name, overwrite=args.overwrite, resuming=resuming
     )
+    if resuming and not args.overwrite:
+        check_begun_alike(run.path, args)
     return run.path

@@ -23,7 +23,7 @@ import output
 from arguments import Parser, get_args
 from dataset import GENERATED
 from files import write_whole
-from tables.results import parts_of, read_results, without_flags
+from tables.results import FLOORS, parts_of, read_results, without_flags
 from tables.rows import Row, make_tables
 
 DECIMALS = {name: decimals for name, (_, decimals) in output.METRICS.items()}
@@ -63,13 +63,13 @@ def spread(values: Sequence[float], decimals: int, sign: str = "") -> str:
 def references(rows: Sequence[Row]) -> tuple[dict[str, list[dict]], str]:
     """The references by label, and a sentence if they show that the rows saw different images."""
     runs, found, note = [run for row in rows for run in row.runs], {}, ""
-    for name in runs[0]["floors"]:
+    for name in FLOORS:
         label = f"bicubic x{runs[0]['f']}" if name == "bicubic" else name.replace("_", " ")
         found[label] = values = [run["floors"][name] for run in runs]
         psnr = [value["psnr"] for value in values]
         low, high = min(psnr), max(psnr)
         if high - low <= 1e-3:  # devices differ far less on the same images
-            found[label] = [next((v for v in values if v["lpips"] is not None), values[0])]
+            found[label] = [next((v for v in values if v.get("lpips") is not None), values[0])]
         else:
             note = (
                 "**The validation images are not the same in all rows:** the PSNR of "
@@ -105,9 +105,10 @@ def improvements(rows: Sequence[Row]) -> list[list[str]]:
 def gains(metric: str, pairs: Sequence[tuple[dict, dict]]) -> str:
     """Mean and spread of the gain of the first of each pair over the second."""
     values = [(a.get(metric), b.get(metric)) for a, b in pairs]
-    if any(None in each for each in values):
+    lower = metric in output.LOWER_IS_BETTER
+    if any(None in each or (lower and not each[1]) for each in values):
         return "–"
-    if metric in output.LOWER_IS_BETTER:
+    if lower:
         return spread([100 * (old - new) / old for new, old in values], 1, "+")
     return spread([new - old for new, old in values], DECIMALS[metric], "+")
 
@@ -136,7 +137,7 @@ def origins(row: Row) -> str:
 def way(part: dict) -> str:
     """Commit, machine and command of a part of a run, without what differs between seeds."""
     command = without_flags(part["command"], ("--seed", "--save", "--resume"))
-    commit, _, changed = (part["commit"] or "unknown").partition(" ")
+    commit, _, changed = (part.get("commit") or "unknown").partition(" ")
     machine = part["device"]
     if part.get("torch"):
         machine += f", torch {part['torch']}"
@@ -190,7 +191,7 @@ def curves(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     def cell(records: Sequence[dict]) -> str:
         means = []
         for metric in ("psnr", "lpips"):
-            values = [record[metric] for record in records]
+            values = [record.get(metric) for record in records]
             mean = "–" if None in values else f"{statistics.fmean(values):.{DECIMALS[metric]}f}"
             means.append(mean)
         return " / ".join(means)

@@ -15,6 +15,7 @@ from flags import args_of
 from output import printable
 from segment import is_segment
 
+FLOORS = ("bicubic", "mean_colour")  # the references, by their names in files
 # In every results.json, of this type; `a.b` is entry b of entry a.
 RESULTS: dict[str, type | UnionType] = {
     "args": dict,
@@ -24,12 +25,16 @@ RESULTS: dict[str, type | UnionType] = {
     **dict.fromkeys(("bits", "bpp", "l1", "psnr", "paper.l1", "paper.psnr"), int | float),
     **{
         f"floors.{floor}.{metric}": int | float
-        for floor in ("bicubic", "mean_colour")
+        for floor in FLOORS
         for metric in ("l1", "psnr", "paper.l1", "paper.psnr")
     },
     # None without a network, and in results of versions that did not have them.
-    **dict.fromkeys(("ssim", "lpips", "paper.lpips"), int | float | None),
-    "lpips_net": str | None,
+    **{
+        f"{whose}{metric}": int | float | None
+        for whose in ("", *(f"floors.{floor}." for floor in FLOORS))
+        for metric in ("ssim", "lpips", "paper.lpips")
+    },
+    **dict.fromkeys(("lpips_net", "precision"), str | None),
     **dict.fromkeys(("name", "train_data", "val_data", "environment.command"), str),
     "environment.device": str,
 }
@@ -125,6 +130,8 @@ def lacking(run: object) -> list[str]:
         missing.append("segments")
     if not _is_command(_entry(run, "environment.command")):
         missing.append("environment.command")
+    if not is_segment(_entry(run, "environment")):
+        missing.append("environment")
     return sorted({*missing})
 
 
@@ -197,7 +204,8 @@ def parts_of(run: dict) -> list[dict]:
     parts = run.get("segments") or [{}]
     if len(parts) > 1:  # the environment is that of the last one
         known = {key: known[key] for key in known.keys() - {"torch", "processes"}}
-    return [{**known, **part} for part in parts]
+    parts = [{**known, **part} for part in parts]
+    return [{**part, "precision": part["precision"] or known["precision"]} for part in parts]
 
 
 def portable(run: dict) -> dict:

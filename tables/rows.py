@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
+import torch
+
 import output
 from arguments import get_args
 from flags import args_of, may_change_flags, quantizer_flags, with_values_in_use
@@ -65,7 +67,8 @@ def configurations(folder: str) -> dict[str, Row]:
 def make_row(name: str, args: Namespace) -> Row:
     """A row without runs. Its flags have the values in use, also where none was given."""
     try:
-        quantizer = build_quantizer(args)
+        with torch.device("meta"):  # no memory for a codebook
+            quantizer = build_quantizer(args)
     except ValueError:  # a quantizer that this version does not know: any flag may matter
         used, own = quantizer_flags(), name
     else:

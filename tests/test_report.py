@@ -281,9 +281,10 @@ def test_reproduce_trains_what_is_left_and_report_reads_it(tmp_path):
     make_run(first, script_flags("fsq_4096"))
     before = (first / "results.json").read_bytes()
     second.mkdir()
-    (second / "args.json").write_text("{}")  # flags, but no results
-    (runs / "rfsq_2x2048_none-s0.log").write_text("the first part\n")
     tiny = TINY.replace("IMAGES", "images").split()
+    flags = vars(get_args([*script_flags("rfsq_2x2048_none"), *tiny]))
+    (second / "args.json").write_text(json.dumps(flags))  # flags, but no results
+    (runs / "rfsq_2x2048_none-s0.log").write_text("the first part\n")
     done = reproduce(tmp_path, "--only", "fsq_4096", "rfsq_2x2048_none", *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (first / "results.json").read_bytes() == before
@@ -630,6 +631,32 @@ def test_results_with_what_train_py_does_not_write_are_left_out(change, lacks, t
     assert cells(report.main([str(tmp_path)]), "RFSQ-2x2048-None") == []
     warning = capsys.readouterr().err
     assert "other/results.json lacks " in warning and f"{lacks}: give" in warning
+
+
+def drop(tree, *keys):
+    """`tree` without the entry at `keys`."""
+    first, *rest = keys
+    kept = {key: value for key, value in tree.items() if key != first}
+    return {**kept, first: drop(tree[first], *rest)} if rest else kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: drop(run, "floors", "bicubic", "lpips"),
+        lambda run: {**run, "floors": {**run["floors"], "noise": 5}},
+        lambda run: {**run, "validations": [{"step": 1, "psnr": 20.0}, {"step": 2, "psnr": 21.0}]},
+        lambda run: {**run, "segments": [{"first_step": 1, "precision": None}]},
+        lambda run: drop(run, "environment", "commit"),
+        lambda run: {**run, "l1": 0.0},
+    ],
+)
+def test_results_that_say_less_have_a_row_all_the_same(change, tmp_path):
+    make_run(tmp_path / "ln")
+    path = make_run(tmp_path / "none", none(2)) / "results.json"
+    path.write_text(json.dumps(change({"segments": [], **json.loads(path.read_text())})))
+    text = report.main([str(tmp_path)])
+    assert cells(text, "RFSQ-2x2048-None") and cells(text, "RFSQ-2x2048-LN")
 
 
 @pytest.mark.parametrize("name", ["results.json", "last.pt", "README.md", "names.txt"])

@@ -179,6 +179,9 @@ def test_differences_image_by_image_are_those_of_the_files(file):
     [
         {"ssim": "x"},
         {"lpips": []},
+        {"precision": 16},
+        {"environment": {"command": "python train.py", "device": "a CPU", "commit": []}},
+        {"environment": {"command": "python train.py", "device": "a CPU", "processes": "two"}},
         {"floors": {"bicubic": {"l1": 1, "psnr": 1, "paper": None}, "mean_colour": {}}},
         {"validations": None},
         {"validations": [{}]},

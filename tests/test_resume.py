@@ -510,9 +510,18 @@ def test_damaged_lines_of_the_log_are_skipped_with_a_warning(whole, tmp_path, mo
         with pytest.raises(exits.Interrupted):
             run(tmp_path / "cut")
     with open(tmp_path / "cut" / "metrics.jsonl", "ab") as log:
-        log.write(b'\xff\xfe\n{"kind": "train"}\n[1, 2]\n{"kind": "val", "step": 1')
+        log.write(b'\xff\xfe\n{"kind": "train"}\n[1, 2]\n')
+        for change in ({"psnr": None}, {"psnr": "x"}, {"psnr": True}, {"l1": math.nan}):
+            log.write(
+                json.dumps({"kind": "val", "step": 1, "psnr": 9.0, **change}).encode() + b"\n"
+            )
+        for change in ({"lpips_net": 5}, {"step": True}):
+            log.write(
+                json.dumps({"kind": "val", "step": 1, "psnr": 9.0, **change}).encode() + b"\n"
+            )
+        log.write(b'{"kind": "val", "step": 1')
     run(tmp_path / "cut", "--resume=auto")
-    assert "4 damaged lines skipped" in capsys.readouterr().out
+    assert "10 damaged lines skipped" in capsys.readouterr().out
     assert_same_run(whole(), tmp_path / "cut")
 
 
@@ -1248,6 +1257,54 @@ def test_results_of_a_run_without_its_checkpoints_stay(tmp_path):
         run(tmp_path / "run", "--train-iters=1", "--resume=auto")
     assert (tmp_path / "run" / "results.json").exists()
     assert run(tmp_path / "run", "--train-iters=1", "--resume=auto", "--overwrite")["steps"] == 1
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "samples/step_0000001.png"])
+def test_what_is_left_of_a_run_without_its_checkpoints_stays(left, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, "--train-iters=1")
+    for path in [*folder.glob("*.*"), *folder.glob("samples/*")]:
+        if path not in (folder / "args.json", folder / left):
+            path.unlink()
+    content = (folder / left).read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoints are gone.*--overwrite"):
+        run(folder, "--train-iters=1", "--resume=auto")
+    assert (folder / left).read_bytes() == content
+    assert run(folder, "--train-iters=1", "--resume=auto", "--overwrite")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model": "gan"}', r"args\.json is not of a run that can begin again \(it lacks flags"),
+        ("[]", "it lacks flags of train.py"),
+        ("{", "is not of a run that can begin again"),
+        (
+            '{"quantizer": "fsq", "train_data_path": "synthetic"}',
+            "--quantizer fsq there, rfsq here",
+        ),
+        ('{"quantizer": "gan", "train_data_path": "x"}', "is not of a run that can begin again"),
+    ],
+)
+def test_auto_takes_no_folder_of_others(content, said, tmp_path):
+    """An args.json alone does not make a folder one in which a run may begin again."""
+    mine = {"args.json": content, "metrics.jsonl": '{"epoch": 1, "fid": 3.2}\n'}
+    (tmp_path / "mine").mkdir()
+    for name, text in mine.items():
+        (tmp_path / "mine" / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "mine", "--train-iters=1", "--resume=auto")
+    assert {name: (tmp_path / "mine" / name).read_text() for name in mine} == mine
+
+
+def test_auto_begins_again_what_ended_before_its_first_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Training, "fit", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", "--train-iters=2")
+    with pytest.raises(ValueError, match=r"another run, without a checkpoint: --seed 0 there, 1"):
+        run(tmp_path / "run", "--train-iters=2", "--resume=auto", "--seed=1")
+    assert run(tmp_path / "run", "--train-iters=1", "--resume=auto")["steps"] == 1
 
 
 def test_a_branch_in_another_folder_is_refused(tmp_path):
