@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickletools
 import random
 import re
 import zipfile
@@ -20,6 +21,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the files of an export
 LAST = "last.pt"  # the newest checkpoint of a run folder
 CONFIG_KEYS = {"format", "version", "architecture", "training", "checksum"}
 MAX_CONFIG = 2**20  # bytes
+# What `torch.save` names for tensors and dictionaries.
+PICKLED = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
 ENTROPY_MODEL = "entropy_model"  # a key that `compress.py fit` adds to a checkpoint
 
 
@@ -81,18 +84,30 @@ def _check_finite(value: object, name: str = "") -> None:
             _check_finite(entry, name)
 
 
+def _check_names(pickled: bytes) -> None:
+    """Raises ValueError if a pickle names what `save_checkpoint` does not.
+
+    `weights_only` would still call `bytearray` and the like, with any size.
+    """
+    for opcode, name, _ in pickletools.genops(pickled):
+        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"{opcode.name} in the pickle")
+        if opcode.name == "GLOBAL" and not PICKLED.fullmatch(name):
+            raise ValueError(f"{name} in the pickle")
+
+
 def _check_plain(state, size: int) -> None:
     """Raises ValueError for entries that `save_checkpoint` never writes or that exhaust memory.
 
-    Shared references can expand to exponentially many entries, so the count is limited by the size
-    of the file in bytes.
+    Shared references can expand to exponentially many entries, so their count and the bytes of all
+    tensors together are limited by the size of the file in bytes.
     """
     left, seen = [(state, 0)], 0
     while left:
         value, depth = left.pop()
-        seen += 1
+        seen += value.nbytes if isinstance(value, torch.Tensor) else 1
         if depth > 32 or seen > size:  # a list that contains itself exceeds the depth
-            raise ValueError("nested too deeply")
+            raise ValueError("nested too deeply, or larger than its file")
         if type(value) is torch.Tensor:
             plain = value.layout == torch.strided and value.device.type == "cpu"
             plain &= not (value.is_quantized or value.is_complex() or value.is_neg())
@@ -153,6 +168,9 @@ def _read_checkpoint(path: Path) -> dict:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(e.file_size for e in entries) > path.stat().st_size:
                 raise ValueError("a small file could unpack to a large one")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    _check_names(archive.read(entry))
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(state, path.stat().st_size)
     except Exception as error:  # unpickling garbage can raise nearly anything
@@ -205,8 +223,11 @@ def save_export(folder: Path, model: dict, architecture: dict, training: dict) -
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: tensor.clone().contiguous() for name, tensor in state["model"].items()}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_whole(folder / WEIGHTS, lambda file: file.write(data))
-    write_json(folder / CONFIG, config)
+    write_whole(
+        folder / WEIGHTS,
+        lambda file: file.write(data),
+        before=lambda: write_json(folder / CONFIG, config),
+    )
 
 
 def _export_state(model: dict, architecture: dict, training: dict) -> dict:

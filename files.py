@@ -17,8 +17,11 @@ TEMPORARY = ".rfsq-tmp"  # suffix of a file that is being written
 STANDARD_OUTPUT = "/dev/stdout"
 
 
-def write_whole(path: str | Path, write: Callable) -> None:
+def write_whole(path: str | Path, write: Callable, before: Callable = lambda: None) -> None:
     """Write a file whole or not at all: `write(binary file)` to a temporary one, then rename.
+
+    `before()` is called between the two: it may write a second file, so that neither is replaced
+    before both have room.
 
     A symbolic link stays one: the file that it names is written. So do devices and pipes, which
     are written as they are, /dev/stdout after what has been printed.
@@ -41,6 +44,7 @@ def write_whole(path: str | Path, write: Callable) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, target)
     except BaseException as error:
         if temporary:

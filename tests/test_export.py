@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -223,6 +224,22 @@ DAMAGE = {
         "is damaged .its checksum is wrong",
     ),
 }
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_full_disk_leaves_the_model_that_was_there(file, exported, tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "last.pt", *SMALL, "--channel=24")
+    out = shutil.copytree(exported, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fsync(descriptor):
+        if file in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ValueError, match=f"{file} cannot be written .*untouched"):
+        export.main(["--load", str(tmp_path / "last.pt"), "--out", str(out), "--force"])
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -566,6 +567,13 @@ def bad_checkpoint(kind, folder):
         torch.save(good["model"], path)
     elif kind == "another format":
         torch.save({"format": 999, **good}, path)
+    elif kind in NAMES:
+        torch.save({"format": 1, **good}, folder / "good.pt")
+        with zipfile.ZipFile(folder / "good.pt") as whole, zipfile.ZipFile(path, "w") as packed:
+            for entry in whole.infolist():
+                named = entry.filename.endswith("data.pkl")
+                packed.writestr(entry.filename, NAMES[kind] if named else whole.read(entry))
+        (folder / "good.pt").unlink()
     elif kind == "deflated":  # 100 MB in 100 kB
         torch.save({"format": 1, **good, "x": torch.zeros(25_000_000)}, folder / "stored.pt")
         with zipfile.ZipFile(folder / "stored.pt") as stored, zipfile.ZipFile(path, "w") as packed:
@@ -606,7 +614,19 @@ def references_to_references():
     return entries
 
 
+def pickled_call(name):
+    """A pickle that calls `name` with a size of 32 TB."""
+    return b"\x80\x02c" + name + b"\n(\x8a\x06" + (2**45).to_bytes(6, "little") + b"tR."
+
+
+NAMES = {  # pickles that name what `save_checkpoint` does not
+    "bytearray": pickled_call(b"builtins\nbytearray"),
+    "a tensor of a size": pickled_call(b"torch\nTensor"),
+    "protocol 4": pickle.dumps(OrderedDict(), protocol=4),
+}
 HOSTILE = {
+    "one tensor at a hundred names": lambda: [torch.zeros(100_000)] * 100,
+    "views of one tensor": lambda: [each.view(2, -1) for each in [torch.zeros(100_000)] * 9],
     "sparse": lambda: torch.zeros(1000, 1000).to_sparse(),
     "meta": lambda: torch.zeros(10**12, device="meta"),
     "quantized": lambda: torch.quantize_per_tensor(torch.zeros(10), 1.0, 0, torch.qint8),
@@ -629,6 +649,7 @@ HOSTILE = {
         ("weights alone", "not a checkpoint"),
         ("another format", "format 999"),
         *((kind, "not a checkpoint") for kind in ("deflated", "overlapping", *HOSTILE)),
+        *((kind, "not a checkpoint") for kind in NAMES),
     ],
 )
 def test_what_is_no_checkpoint(kind, named, tmp_path):
