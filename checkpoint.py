@@ -105,7 +105,7 @@ def _check_plain(state, size: int) -> None:
     left, seen = [(state, 0)], 0
     while left:
         value, depth = left.pop()
-        seen += value.nbytes if isinstance(value, torch.Tensor) else 1
+        seen += 1 + (value.nbytes if isinstance(value, torch.Tensor) else 0)
         if depth > 32 or seen > size:  # a list that contains itself exceeds the depth
             raise ValueError("nested too deeply, or larger than its file")
         if type(value) is torch.Tensor:
