@@ -16,7 +16,7 @@ from checkpoint import load_checkpoint, restore_random_states
 from dataset import ImageDataset
 from files import parse_json
 from flags import args_of, differing_flags, may_change_flags, unread_flags, with_values_in_use
-from quantizers import Quantizer, build_quantizer
+from quantizers import build_quantizer
 from run.folder import RunFolder
 from run.state import RunState
 
@@ -46,9 +46,7 @@ class Resumed:
     state: RunState
 
 
-def find_resumed(
-    args: Namespace, default_name: str, quantizer: Quantizer, train_set: ImageDataset
-) -> Resumed | None:
+def find_resumed(args: Namespace, default_name: str, train_set: ImageDataset) -> Resumed | None:
     """The checkpoint that --resume continues, or None for a new run.
 
     Raises:
@@ -72,7 +70,7 @@ def find_resumed(
         args=saved["args"],
         state=state,
     )
-    _check_same_run(resumed, args, quantizer, train_set)
+    _check_same_run(resumed, args, train_set)
     return resumed
 
 
@@ -110,9 +108,7 @@ def _find(args: Namespace, default_name: str) -> tuple[Path, dict, list[str]] | 
     return path, saved, seen
 
 
-def _check_same_run(
-    resumed: Resumed, args: Namespace, quantizer: Quantizer, train_set: ImageDataset
-) -> None:
+def _check_same_run(resumed: Resumed, args: Namespace, train_set: ImageDataset) -> None:
     """Raises ValueError if the flags or the training images differ from those of the checkpoint."""
     path, state = resumed.path, resumed.state
     if state.train_images != len(train_set):
@@ -122,7 +118,7 @@ def _check_same_run(
         )
     try:
         before = args_of({"args": resumed.args})
-        differ = _differing(before, args, quantizer)
+        differ = _differing(before, args)
     except ValueError as error:
         raise ValueError(f"{path} cannot be resumed: {error}") from error
     there = state.segments[-1].get("precision") if state.segments else before.precision
@@ -143,18 +139,19 @@ def _check_same_run(
         )
 
 
-def _differing(before: Namespace, args: Namespace, quantizer: Quantizer) -> list[str]:
-    """The flags, but --precision, that make `args`, with `quantizer`, another run than `before`.
+def _differing(before: Namespace, args: Namespace) -> list[str]:
+    """The flags, but --precision, that make `args` another run than `before`.
 
     Raises:
         ValueError: there is no quantizer of the flags `before`.
     """
     with torch.device("meta"):  # no memory for a codebook
-        before = with_values_in_use(before, build_quantizer(before))
-    may_change = {*may_change_flags(), *unread_flags(quantizer), "precision"}
+        there, here = build_quantizer(before), build_quantizer(args)
+    may_change = {*may_change_flags(), *unread_flags(here), "precision"}
     if not args.perceptual_weight:
         may_change.add("lpips_net")  # it is a metric then, and no part of the loss
-    return differing_flags(before, with_values_in_use(args, quantizer), may_change)
+    before, now = with_values_in_use(before, there), with_values_in_use(args, here)
+    return differing_flags(before, now, may_change)
 
 
 def check_begun_alike(folder: Path, args: Namespace) -> None:
@@ -169,9 +166,7 @@ def check_begun_alike(folder: Path, args: Namespace) -> None:
         flags = parse_json((folder / "args.json").read_bytes())
         if not (isinstance(flags, dict) and {"quantizer", "train_data_path"} <= flags.keys()):
             raise ValueError("it lacks flags of train.py")
-        with torch.device("meta"):
-            quantizer = build_quantizer(args)
-        differ = _differing(args_of({"args": flags}), args, quantizer)
+        differ = _differing(args_of({"args": flags}), args)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / 'args.json'} is not of a run that can begin again ({error}): {advice}"

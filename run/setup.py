@@ -51,7 +51,7 @@ def find_start(
     Raises:
         ValueError: the checkpoint is damaged, of another run or model, or after the last step.
     """
-    resumed = util.on_main(lambda: find_resumed(args, name, model.quantizer, train_set))
+    resumed = util.on_main(lambda: find_resumed(args, name, train_set))
     if resumed is None:
         if args.load:
             load_weights(model, args, args.load)
